@@ -1,0 +1,92 @@
+"""What every backend is given and what it gives back. A backend is a module with these two functions::
+
+    forward(embeddings, labels, prototypes, options) -> (loss, Residuals)
+    backward(grad_loss, residuals, labels, prototypes, options, needs) -> Gradients
+
+Both run below autograd and autocast, on validated input, and must neither synchronise with the host on a GPU nor
+allocate anything that grows with N^2. The definition they compute is :mod:`clop_kernels.reference`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+POSITIVES = ("instance", "label")
+DISTANCES = ("cosine", "euclidean", "manhattan")
+REDUCTIONS = ("mean", "sum", "none")
+
+EPS = 1e-12
+"""Smallest norm that a row is divided by; the same constant as in :mod:`clop_kernels.reference`."""
+
+
+@dataclass(frozen=True)
+class LossOptions:
+    """The loss that is asked for, apart from its tensors.
+
+    Attributes:
+        n_views: V; row ``v * B + b`` of the embeddings is view v of instance b.
+        positives: one of :data:`POSITIVES`.
+        temperature: a float, or a 0-dim tensor on the device of the embeddings, which must not be read on the host there.
+        prototype_weight: lambda, the factor of the prototype term.
+        distance: one of :data:`DISTANCES`, from a unit row to its prototype.
+        reduction: one of :data:`REDUCTIONS`.
+        compute_dtype: the operands of the N x N matrix products are rounded to it.
+    """
+
+    n_views: int
+    positives: str
+    temperature: float | Tensor
+    prototype_weight: float
+    distance: str
+    reduction: str
+    compute_dtype: torch.dtype
+
+    @property
+    def accumulate_dtype(self) -> torch.dtype:
+        """The dtype of sums, losses, lse and norms: float32, or float64 where the products are float64."""
+        return accumulate_dtype(self.compute_dtype)
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for float64, float32 for everything narrower."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+class Residuals(NamedTuple):
+    """What the forward pass leaves for the backward pass: O(N D).
+
+    Attributes:
+        normalized: (N, D) in the compute dtype, the rows zhat as all products see them.
+        norms: (N,) in the accumulate dtype, the norms |z_i| of the raw rows, not clamped.
+        lse: (N,) in the accumulate dtype, log sum_{j != i} exp s_ij; -inf where N = 1.
+    """
+
+    normalized: Tensor
+    norms: Tensor
+    lse: Tensor
+
+
+class Needs(NamedTuple):
+    """Which gradients are asked for."""
+
+    embeddings: bool
+    temperature: bool
+    prototypes: bool
+
+
+class Gradients(NamedTuple):
+    """Gradients, None where not asked for.
+
+    Attributes:
+        embeddings: (N, D) in the accumulate dtype.
+        temperature: () in the accumulate dtype.
+        prototypes: (K, D) in the accumulate dtype.
+    """
+
+    embeddings: Tensor | None
+    temperature: Tensor | None
+    prototypes: Tensor | None

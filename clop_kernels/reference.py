@@ -1,0 +1,96 @@
+"""The definition of the loss, written plainly: the oracle that every test and every backend is held to.
+
+It materialises the full N x N similarity matrix, so time and memory grow with N^2, and it leaves every gradient
+to autograd, so it can be differentiated any number of times. It imports nothing else of this package.
+
+Notation (CLOP: Li, Nguyen, Pimentel-Alarcon, arXiv 2403.18699; NT-Xent: Chen et al., arXiv 2002.05709; SupCon, logs
+averaged outside the sum: Khosla et al., arXiv 2004.11362, eq. 2). Rows are view-major: row ``v * B + b`` is view ``v``
+of instance ``b``::
+
+    zhat_i = z_i / max(|z_i|, 1e-12)            s_ij = zhat_i . zhat_j / tau
+    P(i)   = the other rows of the positive group of row i,  n_i = |P(i)|
+    A      = {i : n_i > 0}                      lse_i = log sum_{j != i} exp s_ij
+    L_con  = 1/|A| sum_{i in A} (lse_i - 1/n_i sum_{p in P(i)} s_ip)
+    L_pro  = 1/|S| sum_{i in S} d(zhat_i, c_{y_i})        S = the rows whose label is >= 0
+    L      = L_con + prototype_weight * L_pro
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+EPS = 1e-12
+"""Smallest norm that a row is divided by, as in ``torch.nn.functional.normalize``."""
+
+
+def clop_loss(
+    embeddings: Tensor,
+    labels: Tensor | None = None,
+    prototypes: Tensor | None = None,
+    *,
+    n_views: int = 2,
+    positives: str = "instance",
+    temperature: float | Tensor = 0.1,
+    prototype_weight: float = 1.0,
+    distance: str = "cosine",
+    reduction: str = "mean",
+) -> Tensor:
+    """The CLOP loss by its definition; see :func:`clop_kernels.clop_loss` for the arguments.
+
+    Normalisation and the softmax run in float32 (float64 for float64 input); the matrix product runs in the dtype of
+    ``embeddings``, or in autocast's, as plain PyTorch code would have it.
+
+    Returns:
+        ``()`` for ``reduction`` "mean" and "sum", ``(V*B,)`` for "none"; float32, or float64 for float64 input.
+    """
+    n_rows = embeddings.shape[0]
+    n_instances = n_rows // n_views
+    precise = torch.promote_types(embeddings.dtype, torch.float32)
+    rows = torch.arange(n_rows, device=embeddings.device)
+    itself = rows[:, None] == rows[None, :]
+    if labels is None:
+        labels = torch.full((n_instances,), -1, device=embeddings.device)
+    label = labels.repeat(n_views)
+    is_labelled = label >= 0
+
+    zhat = torch.nn.functional.normalize(embeddings.to(precise), dim=1, eps=EPS).to(embeddings.dtype)
+    similarity = (zhat @ zhat.T).to(precise) / temperature
+
+    instance = rows % max(n_instances, 1)
+    same_group = instance[:, None] == instance[None, :]
+    if positives == "label":
+        same_group = same_group | ((label[:, None] == label[None, :]) & is_labelled[:, None])
+    is_positive = same_group & ~itself
+    n_positives = is_positive.sum(1)
+    is_anchor = n_positives > 0
+
+    # Terms are masked by a product, not by a selection, so that a NaN shows up in the loss wherever it stands.
+    if n_rows > 1:
+        lse = similarity.masked_fill(itself, -math.inf).logsumexp(1)
+        contrastive = (lse - (similarity * is_positive).sum(1) / n_positives.clamp(min=1)) * is_anchor
+    else:
+        contrastive = similarity.sum(1) * 0.0  # one row has nothing to be compared with
+
+    if prototypes is None:
+        prototype = torch.zeros_like(contrastive)
+    else:
+        target = prototypes.to(precise)[label.clamp(min=0)]
+        prototype = _distance(zhat.to(precise), target, distance) * is_labelled
+
+    if reduction == "mean":
+        mean_contrastive = contrastive.sum() / is_anchor.sum().clamp(min=1)
+        return mean_contrastive + prototype_weight * prototype.sum() / is_labelled.sum().clamp(min=1)
+    per_row = contrastive + prototype_weight * prototype
+    return per_row.sum() if reduction == "sum" else per_row
+
+
+def _distance(zhat: Tensor, target: Tensor, distance: str) -> Tensor:
+    """Distance of each unit row to its own prototype: (N, D), (N, D) -> (N,)."""
+    if distance == "cosine":
+        return 1 - (zhat * target).sum(1)
+    if distance == "euclidean":
+        return torch.linalg.vector_norm(zhat - target, dim=1)
+    return torch.linalg.vector_norm(zhat - target, ord=1, dim=1)
