@@ -57,17 +57,25 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class Residuals(NamedTuple):
-    """What the forward pass leaves for the backward pass: O(N D).
+    """What the forward pass leaves for the backward pass: O(N D). The order of the rows is the backend's own affair.
+
+    The softmax is kept as a shift and two sums, not as their logarithm, so that a row with one dominating positive keeps
+    its small numbers: sum_{j != i} exp s_ij = 2^shift_i * total_i, and the same over the pairs that are not positives is
+    2^shift_i * negative_i.
 
     Attributes:
         normalized: (N, D) in the compute dtype, the rows zhat as all products see them.
         norms: (N,) in the accumulate dtype, the norms |z_i| of the raw rows, not clamped.
-        lse: (N,) in the accumulate dtype, log sum_{j != i} exp s_ij; -inf where N = 1.
+        shift: (N,) in the accumulate dtype.
+        total: (N,) in the accumulate dtype; 0 where N = 1.
+        negative: (N,) in the accumulate dtype.
     """
 
     normalized: Tensor
     norms: Tensor
-    lse: Tensor
+    shift: Tensor
+    total: Tensor
+    negative: Tensor
 
 
 class Needs(NamedTuple):

@@ -1,22 +1,35 @@
 """The loss in plain PyTorch, one tile of the similarity matrix at a time: any device, any floating dtype, nothing compiled.
 
 Tile picture. The N x N matrix of similarities is symmetric, so only the tiles on and above its diagonal are visited,
-in the forward pass and again in the backward pass; a tile serves its rows and, transposed, its columns::
+once in the forward pass and once in the backward pass; a tile serves its rows and, transposed, its columns::
 
-            j: 0    1    2    3        S_ij = zhat_i . zhat_j * log2(e) / tau     (T x T, one buffer)
-    i: 0     [ \\    x    x    x ]
-       1     [      \\    x    x ]     forward:   sum over rows into rows i, over columns into rows j
-       2     [           \\    x ]     backward:  S becomes M = 2^S (a_i + a_j);  grad_i += M zhat_j,  grad_j += M^T zhat_i
-       3     [                \\ ]
+            j: 0    1    2    3
+    i: 0     [ P    x    x    x ]    S_ij = zhat_i . zhat_j * log2(e) / tau           (T x T, one buffer)
+       1     [      P    x    x ]    forward:   sums of 2^S over its rows and over its columns
+       2     [           P    x ]    backward:  S becomes M (below);  grad_i += M zhat_j,  grad_j += M^T zhat_i
+       3     [                P ]    P: the tiles that hold positives, for rows are sorted by group
 
-Flops: forward N^2 D, backward 3 N^2 D, and N^2 exponentials in all. Extra memory: two tiles and a handful of (N, D)
+Flops: forward N^2 D, backward 3 N^2 D, and N^2 exponentials in all. Extra memory: a few tiles and a handful of (N, D)
 arrays; nothing grows with N^2 or with N times the number of tiles.
 
-No shift and one exponential. A cosine is bounded, |s_ij| <= 1/tau, so for temperatures that are not tiny exp(s_ij)
-neither overflows nor underflows, and the plain sum of exponentials is as accurate as a shifted one and needs no pass
-for a maximum. With a_i = w_i exp(-lse_i), for w_i the upstream gradient of row i's term, the backward pass needs one
-exponential a pair: w_i p_ij + w_j p_ji = exp(s_ij) (a_i + a_j). Below the temperature of `fits_unshifted`, and where the
-temperature is a tensor that the host must not read, it takes online maxima and two exponentials a pair instead.
+No shift, and one exponential a pair. A cosine is bounded, |s_ij| <= 1/tau, so unless the temperature is tiny exp(s_ij)
+neither overflows nor underflows, and its plain sum is as accurate as a shifted one and needs no pass for a maximum.
+With w_i the upstream gradient of row i's term, n_i the number of its positives, q_i = w_i / n_i, and a_i = w_i / sum_j exp s_ij::
+
+    dL/dzhat_i = 1/tau sum_{j != i} M_ij zhat_j,    M_ij = exp(s_ij) (a_i + a_j) - [j in P(i)] (q_i + q_j)
+
+Where `fits_unshifted` says no, and where the temperature is a tensor on a GPU, which the host must not read, it takes
+online maxima and two exponentials a pair instead.
+
+Positives come from the tiles and not from the group sums of zhat, which would need no mask. A well-trained positive has
+exp(s_ij) a_i close to q_i, and only a subtraction before the product with zhat keeps the small difference: with
+near-duplicate views in float32 the group sums' gradient is 10 to 100 times less accurate at the same speed (at N = 80,
+D = 64, tau = 0.1: 7e-5 against 1e-6 relative, where plain PyTorch has 1e-6). Where a row has one positive, the difference
+is known without any subtraction, exp(s_ij) a_i - q_i = -w_i negative_i / total_i, and its loss is log(1 + negative_i /
+exp s_ip): both keep their relative accuracy down to the smallest float.
+
+Products are float32 (float64 for float64 input) on operands rounded to the compute dtype: as accurate as a matrix unit
+that accumulates in float32, not as fast. On a GPU this backend is the fallback, and not yet run there.
 """
 
 from __future__ import annotations
@@ -24,6 +37,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -34,7 +48,7 @@ from .contract import EPS, Gradients, LossOptions, Needs, Residuals
 _LOG2_E = math.log2(math.e)
 
 _LARGEST_UNSHIFTED_LOGIT = {torch.float32: 60.0, torch.float64: 600.0}
-"""exp(+-60) * 2^38 is still a normal float32 (its range is exp(+-87)); likewise exp(+-600) in float64 (exp(+-708))."""
+"""Room for sums over 2^38 rows: exp(60) * 2^38 is below exp(88), the end of float32; float64 ends at exp(709)."""
 
 _tile_rows: int | None = int(os.environ["CLOP_TILE_ROWS"]) if os.environ.get("CLOP_TILE_ROWS") else None
 
@@ -72,34 +86,33 @@ def forward(
     embeddings: Tensor, labels: Tensor | None, prototypes: Tensor | None, options: LossOptions
 ) -> tuple[Tensor, Residuals]:
     """(N, D) embeddings, (B,) int64 labels, (K, D) prototypes -> the loss, and what the backward pass needs."""
-    normalized, norms = _normalize(embeddings, options)
+    groups = _groups(embeddings, labels, options)
+    # index_select makes the copy that is normalised in place
+    zhat, norms = _normalize(embeddings.index_select(0, groups.order).to(options.accumulate_dtype))
+    normalized = zhat.to(options.compute_dtype)
     zhat = normalized.to(options.accumulate_dtype)
-    lse = _row_logsumexp(zhat, options.temperature)
 
-    groups = _groups(labels, zhat.shape[0], zhat.device, options)
-    others = _per_view(groups.sums(zhat), zhat) - zhat  # (N, D), the sum of the positives of each row
-    n_positives = _per_row(groups.n_positives, options)
-    is_anchor = n_positives > 0
-    positive = _row_dots(zhat, others) / options.temperature / n_positives.clamp(min=1)
-    # Where a row has no positives, `others` is an exact zero unless the row holds a NaN or Inf, which so stays visible.
-    contrastive = torch.where(is_anchor, lse, 0.0) - positive
-    del others
+    softmax = _softmax(zhat, groups, options.temperature)
+    is_anchor = groups.n_positives > 0
+    # A row without positives has a plain zero, unless it holds a NaN or an Inf, which must stay visible.
+    contrastive = torch.where(is_anchor, _contrastive_terms(softmax, groups), 0.0 * zhat.sum(1))
 
     prototype = torch.zeros_like(contrastive)
     n_labelled: int | Tensor = 1
     if labels is not None and prototypes is not None:
-        is_labelled = _per_row(labels >= 0, options)
+        label = _labels_of_rows(labels, groups, options)
+        is_labelled = label >= 0
         n_labelled = is_labelled.sum().clamp(min=1)
-        target = _per_view(prototypes.to(zhat.dtype)[labels.clamp(min=0)], zhat)
-        prototype = torch.where(is_labelled, _distances(zhat, target, options.distance), 0.0)
+        distances = _distances(zhat, _targets(prototypes, label, zhat), options.distance)
+        prototype = torch.where(is_labelled, distances, 0.0)
 
     if options.reduction == "mean":
         mean_contrastive = contrastive.sum() / is_anchor.sum().clamp(min=1)
         loss = mean_contrastive + options.prototype_weight * (prototype.sum() / n_labelled)
     else:
         per_row = contrastive + options.prototype_weight * prototype
-        loss = per_row.sum() if options.reduction == "sum" else per_row
-    return loss, Residuals(normalized, norms, lse)
+        loss = per_row.sum() if options.reduction == "sum" else torch.empty_like(per_row).index_copy_(0, groups.order, per_row)
+    return loss, Residuals(normalized, norms, softmax.shift, softmax.total, softmax.negative)
 
 
 def backward(
@@ -111,169 +124,226 @@ def backward(
     needs: Needs,
 ) -> Gradients:
     """The upstream gradient, () or (N,), to the gradients of the raw embeddings, the temperature and the prototypes."""
-    normalized, norms, lse = residuals
-    zhat = normalized.to(options.accumulate_dtype)
+    zhat = residuals.normalized.to(options.accumulate_dtype)
+    groups = _groups(zhat, labels, options)
     grad_loss = grad_loss.to(zhat.dtype)
-    groups = _groups(labels, zhat.shape[0], zhat.device, options)
-    n_positives = _per_row(groups.n_positives, options)
-    is_anchor = n_positives > 0
-    scale = grad_loss / is_anchor.sum().clamp(min=1) if options.reduction == "mean" else grad_loss
-    weights = torch.where(is_anchor, scale, 0.0)  # (N,), w_i
+    if options.reduction == "none":
+        grad_loss = grad_loss.index_select(0, groups.order)
+    is_anchor = groups.n_positives > 0
+    per_term = grad_loss / is_anchor.sum().clamp(min=1) if options.reduction == "mean" else grad_loss
+    weights = torch.where(is_anchor, per_term, 0.0)  # (N,), w_i
 
-    grad = _similarity_gradient(zhat, lse, weights, options.temperature)  # of zhat, and at last of the raw rows
-    # The positives: each row is pulled by its own term, q_i sum_p zhat_p, and by the terms it is a positive of,
-    # sum_p q_p zhat_p, with q_i = w_i / n_i.
-    q = (weights / n_positives.clamp(min=1)).unsqueeze(1)
-    pulls = _per_view(groups.sums(zhat), zhat).sub_(zhat).mul_(q)
-    weighted = zhat * q
-    pulls += _per_view(groups.sums(weighted), zhat)
-    pulls -= weighted
-    grad -= pulls
-    grad /= options.temperature
-    del pulls, weighted
-
+    # The gradient of zhat first, and at last, in place, that of the raw rows.
+    grad = _similarity_gradient(zhat, residuals, weights, groups, options.temperature).div_(options.temperature)
     grad_temperature = None
-    if needs.temperature:
+    if needs.temperature:  # s_ij is linear in 1/tau and in each of its two rows: dL/dtau = -1/(2 tau) sum_i zhat_i . dL/dzhat_i
         grad_temperature = _row_dots(zhat, grad).sum() / (-2 * options.temperature)
 
     grad_prototypes = None
-    if labels is not None and prototypes is not None:
-        is_labelled = _per_row(labels >= 0, options)
-        scale = options.prototype_weight * grad_loss
-        scale = scale / is_labelled.sum().clamp(min=1) if options.reduction == "mean" else scale
-        pull = torch.where(is_labelled, scale, 0.0).unsqueeze(1)
-        target = _per_view(prototypes.to(zhat.dtype)[labels.clamp(min=0)], zhat)
-        direction = _distance_gradient(zhat, target, options.distance).mul_(pull)
-        grad += direction
-        if needs.prototypes:
-            # d depends on zhat - c, but for the cosine, whose gradient is -zhat
-            from_row = zhat * pull if options.distance == "cosine" else direction
-            from_instance = from_row.view(options.n_views, *labels.shape, -1).sum(0)
-            grad_prototypes = torch.zeros_like(prototypes, dtype=zhat.dtype)
-            grad_prototypes.index_add_(0, labels.clamp(min=0), from_instance, alpha=-1)
-    elif needs.prototypes:
+    if needs.prototypes:
         assert prototypes is not None
         grad_prototypes = torch.zeros_like(prototypes, dtype=zhat.dtype)
+    if labels is not None and prototypes is not None:
+        label = _labels_of_rows(labels, groups, options)
+        is_labelled = label >= 0
+        per_term = options.prototype_weight * grad_loss
+        per_term = per_term / is_labelled.sum().clamp(min=1) if options.reduction == "mean" else per_term
+        pull = torch.where(is_labelled, per_term, 0.0).unsqueeze(1)
+        direction = _distance_gradient(zhat, _targets(prototypes, label, zhat), options.distance).mul_(pull)
+        grad += direction
+        if grad_prototypes is not None:
+            # The distances depend on zhat - c, all but the cosine, whose gradient is -zhat.
+            from_rows = zhat * pull if options.distance == "cosine" else direction
+            grad_prototypes.index_add_(0, label.clamp(min=0), from_rows, alpha=-1)
+        del direction
 
     if not needs.embeddings:
         return Gradients(None, grad_temperature, grad_prototypes)
-    # zhat = z / max(|z|, EPS): the radial part of the gradient is lost in the norm, unless the norm is below EPS
-    radial = torch.where(norms < EPS, 0.0, _row_dots(zhat, grad))
+    # zhat = z / max(|z|, EPS): the norm takes the radial part out of the gradient, where it is not below EPS.
+    radial = torch.where(residuals.norms < EPS, 0.0, _row_dots(zhat, grad))
     grad.addcmul_(zhat, radial.unsqueeze(1), value=-1)
-    grad /= norms.clamp(min=EPS).unsqueeze(1)
-    return Gradients(grad, grad_temperature, grad_prototypes)
+    grad /= residuals.norms.clamp(min=EPS).unsqueeze(1)
+    return Gradients(torch.empty_like(grad).index_copy_(0, groups.order, grad), grad_temperature, grad_prototypes)
 
 
 # ---- pairs: O(N^2 D) ------------------------------------------------------------------------------------------------
 
 
-def _tiles(zhat: Tensor, temperature: float | Tensor) -> Iterator[tuple[slice, slice, Tensor]]:
-    """Yields (rows, columns, S) for the tiles on and above the diagonal; S = log2(e) s_ij, -inf on the diagonal.
+class _Tile(NamedTuple):
+    """One tile of S, and a second buffer of its shape. Both are overwritten by the next tile, or by whoever gets this one.
 
-    S is one buffer, overwritten by the next tile; the caller may overwrite it too.
+    ``positives`` is the (rows, columns) mask of positive pairs, or None where there are none.
     """
+
+    rows: slice
+    columns: slice
+    logits: Tensor
+    scratch: Tensor
+    positives: Tensor | None
+
+    @property
+    def on_diagonal(self) -> bool:
+        return self.rows == self.columns
+
+
+def _tiles(zhat: Tensor, groups: Groups, temperature: float | Tensor) -> Iterator[_Tile]:
+    """The tiles on and above the diagonal of S = zhat zhat^T log2(e) / tau, row of tiles by row of tiles."""
     n_rows, width = zhat.shape
     side = tile_rows(n_rows, width, zhat.dtype, zhat.device)
     scaled_buffer = zhat.new_empty(side, width)
-    tile_buffer = zhat.new_empty(side * side)
+    logits_buffer = zhat.new_empty(side * side)
+    scratch_buffer = torch.empty_like(logits_buffer)
     for i in range(0, n_rows, side):
         rows = slice(i, min(i + side, n_rows))
         height = rows.stop - rows.start
         scaled = torch.mul(zhat[rows], _LOG2_E / temperature, out=scaled_buffer[:height])
         for j in range(i, n_rows, side):
             columns = slice(j, min(j + side, n_rows))
-            tile = tile_buffer[: height * (columns.stop - columns.start)].view(height, -1)
-            torch.mm(scaled, zhat[columns].T, out=tile)
-            if i == j:
-                tile.fill_diagonal_(-math.inf)
-            yield rows, columns, tile
+            shape = (height, columns.stop - columns.start)
+            logits = logits_buffer[: shape[0] * shape[1]].view(shape)
+            torch.mm(scaled, zhat[columns].T, out=logits)
+            positives = None
+            if _may_hold_positives(groups, rows, columns):
+                positives = groups.ids[rows, None] == groups.ids[columns]
+                if i == j:
+                    positives.fill_diagonal_(False)
+            yield _Tile(rows, columns, logits, scratch_buffer[: logits.numel()].view(shape), positives)
 
 
-def _row_logsumexp(zhat: Tensor, temperature: float | Tensor) -> Tensor:
-    """lse_i = log sum_{j != i} exp s_ij: (N, D) -> (N,)."""
-    total = zhat.new_zeros(zhat.shape[0])
-    if fits_unshifted(temperature, zhat.dtype):
-        for rows, columns, tile in _tiles(zhat, temperature):
-            tile.exp2_()
-            total[rows] += tile.sum(1)
-            if rows != columns:
-                total[columns] += tile.sum(0)
-        return total.log_()
-    # Finite, so that a row that has met nothing but itself yet does not subtract infinities.
-    maximum = torch.full_like(total, torch.finfo(total.dtype).min / 2)
-    scratch = None
-    for rows, columns, tile in _tiles(zhat, temperature):
-        scratch = torch.empty_like(tile) if scratch is None else scratch
-        shifted = scratch.view(-1)[: tile.numel()].view_as(tile)
-        _online_update(maximum[rows], total[rows], tile, 1, shifted)
-        if rows != columns:
-            _online_update(maximum[columns], total[columns], tile, 0, shifted)
-    return total.log2_().add_(maximum).div_(_LOG2_E)
+def _may_hold_positives(groups: Groups, rows: slice, columns: slice) -> bool:
+    """Whether a group reaches from the rows to the columns. True where only a GPU knows."""
+    if rows == columns:
+        return groups.size != 1
+    if groups.size is not None:
+        return (rows.stop - 1) // groups.size == columns.start // groups.size
+    if groups.ids.device.type != "cpu":
+        return True
+    return bool(groups.ids[rows.stop - 1] == groups.ids[columns.start])
 
 
-def _online_update(maximum: Tensor, total: Tensor, tile: Tensor, dim: int, shifted: Tensor) -> None:
-    """Takes a tile into the running maxima and sums of 2^(S - maximum), in place, over dimension ``dim`` of the tile."""
-    larger = torch.maximum(maximum, tile.amax(dim))
-    torch.sub(tile, larger.unsqueeze(dim), out=shifted).exp2_()
-    total.mul_(torch.exp2(maximum - larger)).add_(shifted.sum(dim))
-    maximum.copy_(larger)
+class _Softmax(NamedTuple):
+    """Row statistics of S, (N,) each: sums of 2^(S_ij - shift_i), and the sum of the positives' S_ip itself."""
+
+    shift: Tensor
+    negative: Tensor
+    positive: Tensor
+    positive_logits: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        return self.negative + self.positive
 
 
-def _similarity_gradient(zhat: Tensor, lse: Tensor, weights: Tensor, temperature: float | Tensor) -> Tensor:
-    """sum_{j != i} (w_i p_ij + w_j p_ji) zhat_j with p_ij = exp(s_ij - lse_i): (N, D), (N,), (N,) -> (N, D)."""
+def _softmax(zhat: Tensor, groups: Groups, temperature: float | Tensor) -> _Softmax:
+    """The forward pass over pairs: (N, D) -> four (N,)."""
+    negative, positive, positive_logits = (zhat.new_zeros(zhat.shape[0]) for _ in range(3))
+    unshifted = fits_unshifted(temperature, zhat.dtype)
+    # Without a shift it stays zero. Else a running maximum, at first finite, so that no infinities are subtracted.
+    shift = torch.zeros_like(negative) if unshifted else torch.full_like(negative, torch.finfo(zhat.dtype).min / 2)
+    for tile in _tiles(zhat, groups, temperature):
+        directions = ((1, tile.rows),) if tile.on_diagonal else ((1, tile.rows), (0, tile.columns))
+        if tile.positives is not None:
+            torch.mul(tile.logits, tile.positives, out=tile.scratch)
+            for dim, owners in directions:
+                positive_logits[owners] += tile.scratch.sum(dim)
+        if tile.on_diagonal:
+            tile.logits.fill_diagonal_(-math.inf)
+        if unshifted:
+            tile.logits.exp2_()
+        for dim, owners in directions:
+            if unshifted:
+                powers = tile.logits
+            else:
+                larger = torch.maximum(shift[owners], tile.logits.amax(dim))
+                powers = torch.sub(tile.logits, larger.unsqueeze(dim), out=tile.scratch).exp2_()
+                rescale = torch.exp2(shift[owners] - larger)
+                negative[owners] *= rescale
+                positive[owners] *= rescale
+                shift[owners] = larger
+            if tile.positives is None:
+                negative[owners] += powers.sum(dim)
+            else:
+                positive[owners] += (powers * tile.positives).sum(dim)
+                negative[owners] += powers.masked_fill(tile.positives, 0.0).sum(dim)
+    return _Softmax(shift, negative, positive, positive_logits)
+
+
+def _contrastive_terms(softmax: _Softmax, groups: Groups) -> Tensor:
+    """lse_i - mean_p s_ip, (N,), in a form that cancels only what the inputs' rounding has left: any value outside A."""
+    mean_positive = softmax.positive_logits / groups.n_positives.clamp(min=1)
+    mantissa, exponent = torch.frexp(softmax.total)  # log2(total) = exponent + log2(mantissa): subtract the large parts first
+    log2_ratio = (softmax.shift - mean_positive) + exponent + mantissa.log2()
+    is_dominated = (groups.n_positives == 1) & (softmax.negative < softmax.positive)
+    return torch.where(is_dominated, torch.log1p(softmax.negative / softmax.positive), log2_ratio / _LOG2_E)
+
+
+def _similarity_gradient(
+    zhat: Tensor, residuals: Residuals, weights: Tensor, groups: Groups, temperature: float | Tensor
+) -> Tensor:
+    """The backward pass over pairs: sum_{j != i} M_ij zhat_j, (N, D)."""
     grad = torch.zeros_like(zhat)
     if zhat.shape[0] < 2:
         return grad
     unshifted = fits_unshifted(temperature, zhat.dtype)
-    row_factor = weights * torch.exp(-lse) if unshifted else weights
-    shift = lse * _LOG2_E
-    scratch = None
-    for rows, columns, tile in _tiles(zhat, temperature):
-        scratch = torch.empty_like(tile) if scratch is None else scratch
-        other = scratch.view(-1)[: tile.numel()].view_as(tile)
+    a = weights / residuals.total
+    # Of a positive pair M is 2^S (b_i + b_j) - (c_i + c_j).
+    has_one = groups.n_positives == 1
+    b = torch.where(has_one, 0.0, a)
+    c = torch.where(has_one, a * residuals.negative, weights / groups.n_positives.clamp(min=1))
+    for rows, columns, m, scratch, positives in _tiles(zhat, groups, temperature):
+        of_positives = None
         if unshifted:
-            tile.exp2_()
-            tile *= torch.add(row_factor[rows, None], row_factor[columns], out=other)
+            m.exp2_()
+            if positives is not None:
+                of_positives = m * (b[rows, None] + b[columns])
+            m.mul_(torch.add(a[rows, None], a[columns], out=scratch))
         else:
-            torch.sub(tile, shift[columns], out=other).exp2_().mul_(row_factor[columns])
-            tile.sub_(shift[rows, None]).exp2_().mul_(row_factor[rows, None]).add_(other)
-        grad[rows].addmm_(tile, zhat[columns])
-        if rows != columns:
-            grad[columns].addmm_(tile.T, zhat[rows])
+            torch.sub(m, residuals.shift[columns], out=scratch).exp2_()
+            m.sub_(residuals.shift[rows, None]).exp2_()
+            if positives is not None:
+                of_positives = m * b[rows, None] + scratch * b[columns]
+            m.mul_(a[rows, None]).add_(scratch.mul_(a[columns]))
+        if positives is not None and of_positives is not None:
+            of_positives.sub_(c[rows, None] + c[columns])
+            torch.where(positives, of_positives, m, out=m)
+        if rows == columns:
+            m.fill_diagonal_(0.0)
+        else:
+            grad[columns].addmm_(m.T, zhat[rows])
+        grad[rows].addmm_(m, zhat[columns])
     return grad
 
 
 # ---- rows: O(N D) ---------------------------------------------------------------------------------------------------
 
 
-def _normalize(embeddings: Tensor, options: LossOptions) -> tuple[Tensor, Tensor]:
-    """zhat in the compute dtype, and the norms |z| in the accumulate dtype.
+def _normalize(z: Tensor) -> tuple[Tensor, Tensor]:
+    """(N, D) -> zhat = z / max(|z|, EPS), in place, and the norms |z|, (N,).
 
     Each row is scaled by its largest entry first, so that no square overflows: any finite row has a finite direction.
     """
-    z = embeddings.to(options.accumulate_dtype)
     largest = torch.linalg.vector_norm(z, ord=math.inf, dim=1).clamp(min=EPS)
-    zhat = z / largest.unsqueeze(1)
-    norms = torch.linalg.vector_norm(zhat, dim=1)
-    zhat /= torch.maximum(norms, EPS / largest).unsqueeze(1)
-    return zhat.to(options.compute_dtype), norms * largest
+    z /= largest.unsqueeze(1)
+    norms = torch.linalg.vector_norm(z, dim=1)
+    z /= torch.maximum(norms, EPS / largest).unsqueeze(1)
+    return z, norms * largest
 
 
-def _groups(labels: Tensor | None, n_rows: int, device: torch.device, options: LossOptions) -> Groups:
+def _groups(rows: Tensor, labels: Tensor | None, options: LossOptions) -> Groups:
     if options.positives == "label":
         assert labels is not None
         return label_groups(labels, options.n_views)
-    return instance_groups(n_rows // options.n_views, options.n_views, device)
+    return instance_groups(rows.shape[0] // options.n_views, options.n_views, rows.device)
 
 
-def _per_row(per_instance: Tensor, options: LossOptions) -> Tensor:
-    """(B,) -> (V*B,)."""
-    return per_instance.repeat(options.n_views)
+def _labels_of_rows(labels: Tensor, groups: Groups, options: LossOptions) -> Tensor:
+    """(B,) labels -> (N,) labels in the order of the groups."""
+    return labels.repeat(options.n_views).index_select(0, groups.order)
 
 
-def _per_view(per_instance: Tensor, rows: Tensor) -> Tensor:
-    """(B, D) -> (V*B, D), in the layout of ``rows``."""
-    return per_instance.repeat(rows.shape[0] // max(per_instance.shape[0], 1), 1)
+def _targets(prototypes: Tensor, label: Tensor, zhat: Tensor) -> Tensor:
+    """The prototype of each row, (N, D); any prototype for a row without a label."""
+    return prototypes.to(zhat.dtype).index_select(0, label.clamp(min=0))
 
 
 def _row_dots(a: Tensor, b: Tensor) -> Tensor:
