@@ -1,0 +1,26 @@
+"""Fused contrastive losses for PyTorch: NT-Xent, SupCon and CLOP in O(N D) memory."""
+
+from .backends import BackendUnavailableError
+from .backends.tiled import set_tile_rows
+from .diagnostics import CollapseReport, collapse_report, critical_learning_rate
+from .functional import clop_loss, ntxent_loss, supcon_loss
+from .losses import CLOPLoss, NTXentLoss, SupConLoss
+from .prototypes import orthonormal_prototypes, simplex_prototypes
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendUnavailableError",
+    "CLOPLoss",
+    "CollapseReport",
+    "NTXentLoss",
+    "SupConLoss",
+    "clop_loss",
+    "collapse_report",
+    "critical_learning_rate",
+    "ntxent_loss",
+    "orthonormal_prototypes",
+    "set_tile_rows",
+    "simplex_prototypes",
+    "supcon_loss",
+]

@@ -1,0 +1,225 @@
+"""The losses as functions: they validate, and call the operator. Nothing here reads a tensor's values.
+
+What only the values show (a label without a prototype, a temperature tensor that is not positive) is checked in
+:func:`clop_kernels.ops.check_values`, which raises on a CPU and never synchronises on a GPU.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import TypedDict
+
+import torch
+from torch import Tensor
+
+from . import backends, ops, reference
+from .backends.contract import DISTANCES, POSITIVES, REDUCTIONS
+
+_INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
+_EMBEDDING_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+class _Arguments(TypedDict):
+    n_views: int
+    positives: str
+    temperature: float | Tensor
+    prototype_weight: float
+    distance: str
+    reduction: str
+
+
+def clop_loss(
+    embeddings: Tensor,
+    labels: Tensor | None = None,
+    prototypes: Tensor | None = None,
+    *,
+    n_views: int = 2,
+    positives: str = "instance",
+    temperature: float | Tensor = 0.1,
+    prototype_weight: float = 1.0,
+    distance: str = "cosine",
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    r"""Contrastive loss plus a pull of each labelled row to the prototype of its class (CLOP, arXiv 2403.18699).
+
+    With :math:`\hat z_i = z_i / \max(|z_i|, 10^{-12})`, :math:`s_{ij} = \hat z_i \cdot \hat z_j / \tau`, P(i) the other rows of
+    row i's positive group, :math:`n_i = |P(i)|`, A the rows with :math:`n_i > 0` and S the rows whose label is not -1:
+
+    .. math::
+        L = \frac{1}{|A|} \sum_{i \in A} \Big( \log \sum_{j \ne i} e^{s_{ij}} - \frac{1}{n_i} \sum_{p \in P(i)} s_{ip} \Big)
+            + \lambda \frac{1}{|S|} \sum_{i \in S} d(\hat z_i, c_{y_i})
+
+    An empty A or S contributes zero. Time is O(N^2 D) and memory O(N D) for N = V * B, on every backend but "reference".
+
+    Args:
+        embeddings: (V*B, D), float64, float32, float16 or bfloat16, D >= 1; need not be normalised or contiguous. Rows are
+            view-major: row ``v * B + b`` is view v of instance b, as ``torch.cat([view_0, view_1])`` lays them out.
+            Interleaved rows (a0 a1 b0 b1) give another loss, which nothing can detect.
+        labels: (B,) integers, one an instance, on the device of ``embeddings``; -1 means unlabelled. None: all unlabelled.
+        prototypes: (K, D), any floating dtype, used as they are; see :func:`clop_kernels.orthonormal_prototypes`. None: no
+            prototype term.
+        n_views: V >= 1.
+        positives: "instance" (NT-Xent): the other views of the same instance. "label" (SupCon, logs averaged outside the sum):
+            all rows of the same label; an unlabelled instance has its own other views only.
+        temperature: tau > 0, a number, or a 0-dim floating tensor on the device of ``embeddings``, which may require grad.
+        prototype_weight: lambda >= 0.
+        distance: d, "cosine" (1 - zhat . c), "euclidean" (|zhat - c|_2) or "manhattan" (|zhat - c|_1).
+        reduction: "mean", L above; "none", (V*B,): each row's contrastive term (0 outside A) + lambda * its prototype term
+            (0 outside S); "sum", the sum of those.
+        backend: None takes the fastest that can run; or "cuda", "triton", "cpu", "tiled", "reference". See
+            ``python -m clop_kernels info``.
+
+    Returns:
+        () or, for ``reduction="none"``, (V*B,); float32, or float64 for float64 embeddings. Gradients are exact for ``embeddings``,
+        ``temperature`` and ``prototypes``. A second derivative takes ``backend="reference"``; elsewhere it raises
+        NotImplementedError.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what was expected. Values on a GPU are checked by a
+            device-side assertion, without a synchronisation.
+        clop_kernels.BackendUnavailableError: if ``backend`` cannot run here, with the reason.
+
+    Example:
+        >>> loss = clop_loss(torch.cat([encoder(view_1), encoder(view_2)]), labels, prototypes)
+    """
+    _check_embeddings(embeddings, n_views)
+    n_instances = embeddings.shape[0] // n_views
+    labels = _checked_labels(labels, n_instances, embeddings.device)
+    _check_choice("positives", positives, POSITIVES)
+    _check_choice("distance", distance, DISTANCES)
+    _check_choice("reduction", reduction, REDUCTIONS)
+    if backend is not None:
+        _check_choice("backend", backend, backends.NAMES)
+    if positives == "label" and labels is None:
+        raise ValueError('labels=None with positives="label": expected (B,) integers, -1 for unlabelled, to find positives by')
+    if prototypes is not None:
+        _check_prototypes(prototypes, embeddings)
+    arguments = _Arguments(
+        n_views=n_views,
+        positives=positives,
+        temperature=_checked_temperature(temperature, embeddings.device),
+        prototype_weight=_checked_number("prototype_weight", prototype_weight),
+        distance=distance,
+        reduction=reduction,
+    )
+    if arguments["prototype_weight"] < 0:
+        raise ValueError(f"prototype_weight={prototype_weight}: expected a number of at least 0")
+
+    if backend == backends.REFERENCE:
+        if not torch.compiler.is_compiling():
+            ops.check_values(labels, prototypes, temperature if isinstance(temperature, Tensor) else None)
+        return reference.clop_loss(embeddings, labels, prototypes, **arguments)
+    return ops.loss(embeddings, labels, prototypes, backend=backend, **arguments)
+
+
+def ntxent_loss(
+    embeddings: Tensor,
+    *,
+    n_views: int = 2,
+    temperature: float | Tensor = 0.1,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    """NT-Xent (SimCLR, arXiv 2002.05709): :func:`clop_loss` without labels and prototypes. (V*B, D), view-major rows."""
+    return clop_loss(embeddings, n_views=n_views, temperature=temperature, reduction=reduction, backend=backend)
+
+
+def supcon_loss(
+    embeddings: Tensor,
+    labels: Tensor,
+    *,
+    n_views: int = 1,
+    temperature: float | Tensor = 0.1,
+    reduction: str = "mean",
+    backend: str | None = None,
+) -> Tensor:
+    """SupCon (arXiv 2004.11362, eq. 2): :func:`clop_loss` with ``positives="label"`` and no prototypes. (V*B, D) and (B,).
+
+    Against the authors' code: no factor temperature / base_temperature, and rows without positives are not in the mean.
+    """
+    return clop_loss(
+        embeddings, labels, n_views=n_views, positives="label", temperature=temperature, reduction=reduction, backend=backend
+    )
+
+
+def _check_tensor(name: str, value: object) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} is a {type(value).__name__}: expected a torch.Tensor")
+
+
+def _check_embeddings(embeddings: Tensor, n_views: int) -> None:
+    _check_tensor("embeddings", embeddings)
+    if embeddings.dim() != 2:
+        remedy = "; for (B, V, D) features pass torch.cat(features.unbind(1)) with n_views=V" if embeddings.dim() == 3 else ""
+        raise ValueError(f"embeddings has shape {tuple(embeddings.shape)}: expected 2 dimensions, (n_views * B, D){remedy}")
+    if embeddings.dtype not in _EMBEDDING_DTYPES:
+        raise TypeError(f"embeddings has dtype {embeddings.dtype}: expected one of {', '.join(map(str, _EMBEDDING_DTYPES))}")
+    if embeddings.shape[1] < 1:
+        raise ValueError(f"embeddings has shape {tuple(embeddings.shape)}: expected a width D of at least 1")
+    if isinstance(n_views, bool) or not isinstance(n_views, int):
+        raise TypeError(f"n_views={n_views!r} of type {type(n_views).__name__}: expected an int")
+    if n_views < 1:
+        raise ValueError(f"n_views={n_views}: expected at least 1")
+    if embeddings.shape[0] % n_views != 0:
+        raise ValueError(
+            f"embeddings has {embeddings.shape[0]} rows, not a multiple of n_views={n_views}: expected n_views * B rows, view-major"
+        )
+
+
+def _checked_labels(labels: Tensor | None, n_instances: int, device: torch.device) -> Tensor | None:
+    if labels is None:
+        return None
+    _check_tensor("labels", labels)
+    if labels.dtype not in _INTEGER_DTYPES:
+        raise TypeError(f"labels has dtype {labels.dtype}: expected an integer dtype, as of labels.long()")
+    if labels.dim() != 1 or labels.shape[0] != n_instances:
+        raise ValueError(
+            f"labels has shape {tuple(labels.shape)}: expected ({n_instances},), one label an instance and not one a row "
+            f"(the views of an instance share its label)"
+        )
+    if labels.device != device:
+        raise ValueError(f"labels is on {labels.device}: expected the device of embeddings, {device}")
+    return labels.to(torch.int64)
+
+
+def _check_prototypes(prototypes: Tensor, embeddings: Tensor) -> None:
+    _check_tensor("prototypes", prototypes)
+    width = embeddings.shape[1]
+    if prototypes.dim() != 2 or prototypes.shape[1] != width or prototypes.shape[0] < 1:
+        raise ValueError(
+            f"prototypes has shape {tuple(prototypes.shape)}: expected (K, {width}), K >= 1 rows of the width of embeddings"
+        )
+    if prototypes.dtype not in _EMBEDDING_DTYPES:
+        raise TypeError(f"prototypes has dtype {prototypes.dtype}: expected one of {', '.join(map(str, _EMBEDDING_DTYPES))}")
+    if prototypes.device != embeddings.device:
+        raise ValueError(f"prototypes is on {prototypes.device}: expected the device of embeddings, {embeddings.device}")
+
+
+def _checked_temperature(temperature: float | Tensor, device: torch.device) -> float | Tensor:
+    if isinstance(temperature, Tensor):
+        if temperature.dim() != 0:
+            raise ValueError(f"temperature has shape {tuple(temperature.shape)}: expected a 0-dim tensor, as of temperature.squeeze()")
+        if not temperature.dtype.is_floating_point:
+            raise TypeError(f"temperature has dtype {temperature.dtype}: expected a floating dtype")
+        if temperature.device != device:
+            raise ValueError(f"temperature is on {temperature.device}: expected the device of embeddings, {device}, or a float")
+        return temperature
+    value = _checked_number("temperature", temperature)
+    if value <= 0:
+        raise ValueError(f"temperature={temperature}: expected a positive finite number")
+    return value
+
+
+def _checked_number(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name}={value!r} of type {type(value).__name__}: expected a number")
+    if not -math.inf < value < math.inf:  # and not isfinite(), which torch.compile does not trace
+        raise ValueError(f"{name}={value}: expected a finite number")
+    return float(value)
+
+
+def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, choices))}")

@@ -1,0 +1,251 @@
+"""The loss as PyTorch operators: schema, fake, autograd formula, autocast. A backend computes, nothing here does.
+
+``clop::loss`` and ``clop::loss_backward`` are opaque to torch.compile (no graph break) and to autograd, whose formula is
+registered here; a second derivative raises. :func:`loss` is the Python entrance, which reads the state of autocast.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .backends.contract import LossOptions, Needs, Residuals, accumulate_dtype
+
+_OPTIONS = (
+    "float temperature, Tensor? temperature_tensor, int n_views, str positives, float prototype_weight, str distance, "
+    "str reduction, ScalarType compute_dtype, str? backend"
+)
+
+_library = torch.library.Library("clop", "FRAGMENT")
+_library.define(
+    f"loss(Tensor embeddings, Tensor? labels, Tensor? prototypes, {_OPTIONS}) "
+    "-> (Tensor loss, Tensor normalized, Tensor norms, Tensor shift, Tensor total, Tensor negative)"
+)
+_library.define(
+    "loss_backward(Tensor grad_loss, Tensor normalized, Tensor norms, Tensor shift, Tensor total, Tensor negative, "
+    f"Tensor? labels, Tensor? prototypes, ScalarType embeddings_dtype, bool[3] needs, {_OPTIONS}) "
+    "-> (Tensor grad_embeddings, Tensor grad_temperature, Tensor grad_prototypes)"
+)
+
+
+def loss(
+    embeddings: Tensor,
+    labels: Tensor | None,
+    prototypes: Tensor | None,
+    *,
+    n_views: int,
+    positives: str,
+    temperature: float | Tensor,
+    prototype_weight: float,
+    distance: str,
+    reduction: str,
+    backend: str | None,
+) -> Tensor:
+    """The loss of validated arguments; see :func:`clop_kernels.clop_loss`.
+
+    Under autocast the operands of the matrix products are rounded to the autocast dtype; all else, the loss included,
+    stays in float32.
+    """
+    compute_dtype = embeddings.dtype
+    device_type = embeddings.device.type
+    if compute_dtype != torch.float64 and torch.is_autocast_enabled(device_type):
+        compute_dtype = torch.get_autocast_dtype(device_type)
+    is_tensor = isinstance(temperature, Tensor)
+    result: tuple[Tensor, ...] = _entrance()(
+        embeddings,
+        labels,
+        prototypes,
+        0.0 if is_tensor else temperature,
+        temperature if is_tensor else None,
+        n_views,
+        positives,
+        prototype_weight,
+        distance,
+        reduction,
+        compute_dtype,
+        backend,
+    )
+    return result[0]
+
+
+def check_values(labels: Tensor | None, prototypes: Tensor | None, temperature: Tensor | None) -> None:
+    """Checks what only the values show: raises on a CPU, asserts on the device without a synchronisation elsewhere.
+
+    Raises:
+        ValueError: if a label is below -1 or names a prototype that does not exist, or a temperature is not positive and finite.
+    """
+    if labels is not None and labels.numel() > 0:
+        n_classes = None if prototypes is None else prototypes.shape[0]
+        lowest, highest = labels.aminmax()
+        if labels.device.type == "cpu":
+            if lowest < -1:
+                raise ValueError(f"labels contains {int(lowest)}: expected -1 for an unlabelled instance, or a class from 0 up")
+            if n_classes is not None and highest >= n_classes:
+                raise ValueError(
+                    f"labels contains {int(highest)}: expected values below {n_classes}, the number of rows of prototypes"
+                )
+        else:
+            torch._assert_async(lowest >= -1, "clop_kernels: labels contains a value below -1")
+            if n_classes is not None:
+                torch._assert_async(highest < n_classes, "clop_kernels: labels contains a value >= the number of prototypes")
+    if temperature is not None:
+        is_valid = (temperature > 0) & temperature.isfinite()
+        if temperature.device.type == "cpu":
+            if not is_valid:
+                raise ValueError(f"temperature={temperature.item()}: expected a positive finite number")
+        else:
+            torch._assert_async(is_valid, "clop_kernels: temperature is not a positive finite number")
+
+
+def _options(
+    temperature: float,
+    temperature_tensor: Tensor | None,
+    n_views: int,
+    positives: str,
+    prototype_weight: float,
+    distance: str,
+    reduction: str,
+    compute_dtype: torch.dtype,
+) -> LossOptions:
+    if temperature_tensor is not None:
+        tau: float | Tensor = temperature_tensor.to(accumulate_dtype(compute_dtype))
+        if tau.device.type == "cpu":
+            tau = float(tau)
+    else:
+        tau = temperature
+    return LossOptions(n_views, positives, tau, prototype_weight, distance, reduction, compute_dtype)
+
+
+def _forward(embeddings: Tensor, labels: Tensor | None, prototypes: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+    *option_args, backend = args
+    check_values(labels, prototypes, option_args[1])
+    options = _options(*option_args)
+    chosen = backends.select(backend, embeddings.device, options.compute_dtype)
+    with torch.autocast(embeddings.device.type, enabled=False):
+        value, residuals = chosen.load().forward(embeddings, labels, prototypes, options)
+    return value, *residuals
+
+
+def _backward(
+    grad_loss: Tensor,
+    normalized: Tensor,
+    norms: Tensor,
+    shift: Tensor,
+    total: Tensor,
+    negative: Tensor,
+    labels: Tensor | None,
+    prototypes: Tensor | None,
+    embeddings_dtype: torch.dtype,
+    needs: list[bool],
+    *args: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    *option_args, backend = args
+    options = _options(*option_args)
+    chosen = backends.select(backend, normalized.device, options.compute_dtype)
+    residuals = Residuals(normalized, norms, shift, total, negative)
+    with torch.autocast(normalized.device.type, enabled=False):
+        grads = chosen.load().backward(grad_loss, residuals, labels, prototypes, options, Needs(*needs))
+    like = _gradient_shapes(normalized, prototypes, option_args[1], embeddings_dtype, needs)
+    return tuple(  # type: ignore[return-value]
+        normalized.new_empty(shape, dtype=dtype) if grad is None else grad.to(dtype)
+        for grad, (shape, dtype) in zip(grads, like, strict=True)
+    )
+
+
+def _gradient_shapes(
+    normalized: Tensor, prototypes: Tensor | None, temperature: Tensor | None, embeddings_dtype: torch.dtype, needs: list[bool]
+) -> list[tuple[tuple[int, ...], torch.dtype]]:
+    """Shape and dtype of the three outputs of the backward operator; one that is not needed is empty."""
+    inputs = ((normalized.shape, embeddings_dtype), *((x.shape, x.dtype) if x is not None else ((0,), torch.float32) for x in (temperature, prototypes)))
+    return [(tuple(shape), dtype) if needed else ((0,), dtype) for (shape, dtype), needed in zip(inputs, needs, strict=True)]
+
+
+def _forward_fake(embeddings: Tensor, labels: Tensor | None, prototypes: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+    *_, reduction, compute_dtype, _backend = args
+    n_rows = embeddings.shape[0]
+    precise = accumulate_dtype(compute_dtype)
+    per_row = [embeddings.new_empty(n_rows, dtype=precise) for _ in range(4)]
+    value = embeddings.new_empty((n_rows,) if reduction == "none" else (), dtype=precise)
+    return value, embeddings.new_empty(embeddings.shape, dtype=compute_dtype), *per_row
+
+
+def _backward_fake(
+    grad_loss: Tensor,
+    normalized: Tensor,
+    norms: Tensor,
+    shift: Tensor,
+    total: Tensor,
+    negative: Tensor,
+    labels: Tensor | None,
+    prototypes: Tensor | None,
+    embeddings_dtype: torch.dtype,
+    needs: list[bool],
+    *args: Any,
+) -> tuple[Tensor, ...]:
+    like = _gradient_shapes(normalized, prototypes, args[1], embeddings_dtype, needs)
+    return tuple(normalized.new_empty(shape, dtype=dtype) for shape, dtype in like)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    embeddings, labels, prototypes, temperature, temperature_tensor, *options = inputs
+    ctx.save_for_backward(*output[1:], labels, prototypes, temperature_tensor)
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.embeddings_dtype = embeddings.dtype
+    ctx.options = (temperature, options)
+
+
+def _autograd(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    *residuals, labels, prototypes, temperature_tensor = ctx.saved_tensors
+    temperature, options = ctx.options
+    needs_embeddings, _labels, needs_prototypes, _temperature, needs_temperature, *_rest = ctx.needs_input_grad
+    needs = [needs_embeddings, needs_temperature, needs_prototypes]
+    if grad_loss is None:
+        grads: list[Tensor | None] = [None, None, None]
+    else:
+        results = _entrance(backward=True)(
+            grad_loss, *residuals, labels, prototypes, ctx.embeddings_dtype, needs, temperature, temperature_tensor, *options
+        )
+        grads = [grad if needed else None for grad, needed in zip(results, needs, strict=True)]
+    return grads[0], None, grads[2], None, grads[1], *(None for _ in options)
+
+
+def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
+    raise NotImplementedError(
+        "clop_kernels' loss cannot be differentiated twice: its backward pass is a fused kernel without a derivative of its own. "
+        'Take backend="reference", which autograd differentiates any number of times, at N x N memory'
+    )
+
+
+class _FunctorchLoss(torch.autograd.Function):
+    """The same formula for torch.func.grad, which takes an autograd.Function and not (yet) an operator's registered one."""
+
+    forward = staticmethod(torch.ops.clop.loss)
+    setup_context = staticmethod(_setup_context)
+    backward = staticmethod(_autograd)
+
+
+class _FunctorchLossBackward(torch.autograd.Function):
+    """As :class:`_FunctorchLoss`, of the backward operator."""
+
+    forward = staticmethod(torch.ops.clop.loss_backward)
+    setup_context = staticmethod(lambda ctx, inputs, output: None)
+    backward = staticmethod(_no_second_derivative)
+
+
+def _entrance(backward: bool = False) -> Any:
+    """What to call for the loss, or its backward pass: the operator, or inside torch.func's transforms its twin."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return _FunctorchLossBackward.apply if backward else _FunctorchLoss.apply
+    return torch.ops.clop.loss_backward if backward else torch.ops.clop.loss
+
+
+_library.impl("loss", _forward, "CompositeExplicitAutograd")
+_library.impl("loss_backward", _backward, "CompositeExplicitAutograd")
+torch.library.register_fake("clop::loss", _forward_fake, lib=_library)
+torch.library.register_fake("clop::loss_backward", _backward_fake, lib=_library)
+torch.library.register_autograd("clop::loss", _autograd, setup_context=_setup_context, lib=_library)
+torch.library.register_autograd("clop::loss_backward", _no_second_derivative, lib=_library)
