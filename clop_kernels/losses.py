@@ -66,7 +66,7 @@ class _ContrastiveLoss(nn.Module):
         return torch.cat(views), labels, len(views)
 
     def extra_repr(self) -> str:
-        tau = float(self.temperature)
+        tau = math.exp(self.log_temperature.item()) if self.log_temperature is not None else self._temperature
         learned = " (learned)" if self.log_temperature is not None else ""
         return f"temperature={tau:g}{learned}, n_views={self.n_views}, reduction={self.reduction!r}, backend={self.backend!r}"
 

@@ -16,7 +16,7 @@ from .backends.contract import LossOptions, Needs, Residuals, accumulate_dtype
 
 _OPTIONS = (
     "float temperature, Tensor? temperature_tensor, int n_views, str positives, float prototype_weight, str distance, "
-    "str reduction, ScalarType compute_dtype, str? backend"
+    "str reduction, ScalarType embeddings_dtype, ScalarType compute_dtype, str? backend"
 )
 
 _library = torch.library.Library("clop", "FRAGMENT")
@@ -26,7 +26,7 @@ _library.define(
 )
 _library.define(
     "loss_backward(Tensor grad_loss, Tensor normalized, Tensor norms, Tensor shift, Tensor total, Tensor negative, "
-    f"Tensor? labels, Tensor? prototypes, ScalarType embeddings_dtype, bool[3] needs, {_OPTIONS}) "
+    f"Tensor? labels, Tensor? prototypes, bool[3] needs, {_OPTIONS}) "
     "-> (Tensor grad_embeddings, Tensor grad_temperature, Tensor grad_prototypes)"
 )
 
@@ -65,6 +65,7 @@ def loss(
         prototype_weight,
         distance,
         reduction,
+        embeddings.dtype,
         compute_dtype,
         backend,
     )
@@ -108,6 +109,7 @@ def _options(
     prototype_weight: float,
     distance: str,
     reduction: str,
+    embeddings_dtype: torch.dtype,
     compute_dtype: torch.dtype,
 ) -> LossOptions:
     if temperature_tensor is not None:
@@ -116,7 +118,7 @@ def _options(
             tau = float(tau)
     else:
         tau = temperature
-    return LossOptions(n_views, positives, tau, prototype_weight, distance, reduction, compute_dtype)
+    return LossOptions(n_views, positives, tau, prototype_weight, distance, reduction, embeddings_dtype, compute_dtype)
 
 
 def _forward(embeddings: Tensor, labels: Tensor | None, prototypes: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
@@ -138,7 +140,6 @@ def _backward(
     negative: Tensor,
     labels: Tensor | None,
     prototypes: Tensor | None,
-    embeddings_dtype: torch.dtype,
     needs: list[bool],
     *args: Any,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -148,7 +149,7 @@ def _backward(
     residuals = Residuals(normalized, norms, shift, total, negative)
     with torch.autocast(normalized.device.type, enabled=False):
         grads = chosen.load().backward(grad_loss, residuals, labels, prototypes, options, Needs(*needs))
-    like = _gradient_shapes(normalized, prototypes, option_args[1], embeddings_dtype, needs)
+    like = _gradient_shapes(normalized, prototypes, option_args[1], options.embeddings_dtype, needs)
     return tuple(  # type: ignore[return-value]
         normalized.new_empty(shape, dtype=dtype) if grad is None else grad.to(dtype)
         for grad, (shape, dtype) in zip(grads, like, strict=True)
@@ -164,7 +165,7 @@ def _gradient_shapes(
 
 
 def _forward_fake(embeddings: Tensor, labels: Tensor | None, prototypes: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
-    *_, reduction, compute_dtype, _backend = args
+    *_, reduction, _embeddings_dtype, compute_dtype, _backend = args
     n_rows = embeddings.shape[0]
     precise = accumulate_dtype(compute_dtype)
     per_row = [embeddings.new_empty(n_rows, dtype=precise) for _ in range(4)]
@@ -181,20 +182,18 @@ def _backward_fake(
     negative: Tensor,
     labels: Tensor | None,
     prototypes: Tensor | None,
-    embeddings_dtype: torch.dtype,
     needs: list[bool],
     *args: Any,
 ) -> tuple[Tensor, ...]:
-    like = _gradient_shapes(normalized, prototypes, args[1], embeddings_dtype, needs)
+    like = _gradient_shapes(normalized, prototypes, args[1], args[-3], needs)
     return tuple(normalized.new_empty(shape, dtype=dtype) for shape, dtype in like)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    embeddings, labels, prototypes, temperature, temperature_tensor, *options = inputs
+    _embeddings, labels, prototypes, temperature, temperature_tensor, *options = inputs
     ctx.save_for_backward(*output[1:], labels, prototypes, temperature_tensor)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.embeddings_dtype = embeddings.dtype
     ctx.options = (temperature, options)
 
 
@@ -207,7 +206,7 @@ def _autograd(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | No
         grads: list[Tensor | None] = [None, None, None]
     else:
         results = _entrance(backward=True)(
-            grad_loss, *residuals, labels, prototypes, ctx.embeddings_dtype, needs, temperature, temperature_tensor, *options
+            grad_loss, *residuals, labels, prototypes, needs, temperature, temperature_tensor, *options
         )
         grads = [grad if needed else None for grad, needed in zip(results, needs, strict=True)]
     return grads[0], None, grads[2], None, grads[1], *(None for _ in options)
@@ -220,12 +219,17 @@ def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
     )
 
 
+def _no_vmap(*_: Any) -> None:
+    raise NotImplementedError("clop_kernels' loss has no vmap: it is one batch already. Loop over the batches, or take backend=\"reference\"")
+
+
 class _FunctorchLoss(torch.autograd.Function):
     """The same formula for torch.func.grad, which takes an autograd.Function and not (yet) an operator's registered one."""
 
     forward = staticmethod(torch.ops.clop.loss)
     setup_context = staticmethod(_setup_context)
     backward = staticmethod(_autograd)
+    vmap = staticmethod(_no_vmap)
 
 
 class _FunctorchLossBackward(torch.autograd.Function):
@@ -234,6 +238,7 @@ class _FunctorchLossBackward(torch.autograd.Function):
     forward = staticmethod(torch.ops.clop.loss_backward)
     setup_context = staticmethod(lambda ctx, inputs, output: None)
     backward = staticmethod(_no_second_derivative)
+    vmap = staticmethod(_no_vmap)
 
 
 def _entrance(backward: bool = False) -> Any:

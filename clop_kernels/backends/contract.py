@@ -34,7 +34,8 @@ class LossOptions:
         prototype_weight: lambda, the factor of the prototype term.
         distance: one of :data:`DISTANCES`, from a unit row to its prototype.
         reduction: one of :data:`REDUCTIONS`.
-        compute_dtype: the operands of the N x N matrix products are rounded to it.
+        embeddings_dtype: of the raw rows and their gradient.
+        compute_dtype: the operands of the N x N matrix products are rounded to it; differs from the former under autocast.
     """
 
     n_views: int
@@ -43,6 +44,7 @@ class LossOptions:
     prototype_weight: float
     distance: str
     reduction: str
+    embeddings_dtype: torch.dtype
     compute_dtype: torch.dtype
 
     @property
@@ -90,7 +92,7 @@ class Gradients(NamedTuple):
     """Gradients, None where not asked for.
 
     Attributes:
-        embeddings: (N, D) in the accumulate dtype.
+        embeddings: (N, D) in the dtype of the embeddings.
         temperature: () in the accumulate dtype.
         prototypes: (K, D) in the accumulate dtype.
     """

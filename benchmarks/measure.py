@@ -1,0 +1,167 @@
+"""How it is measured: one step of a provider serves for time and for memory."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from .providers import N_VIEWS, Provider
+
+Mode = Literal["forward", "backward", "forward+backward"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+
+WARM_UP_ROWS = 64
+ROW_ARRAYS = 6
+"""(N, D) arrays that a provider may hold beside its N x N ones: the project's own target."""
+
+LARGEST_SHARE = 0.6
+"""Of the free memory: what would take more is not run, for others live on the machine too."""
+
+_BYTES_PER_MB = 1e6
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+@dataclass
+class Step:
+    """A forward pass, a backward pass, or both. Call :meth:`prepare` first, every time: it is not part of the step."""
+
+    provider: Provider
+    embeddings: Tensor
+    mode: Mode
+    temperature: float
+    _loss: Tensor | None = None
+
+    def prepare(self) -> None:
+        """Drops the gradient of the last call and, for "backward", runs the forward pass."""
+        self.embeddings.grad = None
+        self._loss = self._forward() if self.mode == "backward" else None
+        synchronize(self.embeddings.device)
+
+    def __call__(self) -> None:
+        loss = self._forward() if self._loss is None else self._loss
+        if self.mode != "forward":
+            loss.backward()  # type: ignore[no-untyped-call]
+        synchronize(self.embeddings.device)
+
+    def _forward(self) -> Tensor:
+        return self.provider.function(self.embeddings, N_VIEWS, self.temperature)
+
+
+def step(provider: Provider, embeddings: Tensor, mode: Mode, temperature: float) -> Step:
+    """The step of ``provider``, ready to be measured: libraries are loaded, and code for this shape is compiled.
+
+    The warm-up is tiny where it can be, since memory that an allocator keeps from a full one would hide the peak.
+    """
+    rows = len(embeddings) if provider.compiles_per_shape else WARM_UP_ROWS
+    warm_up = Step(provider, embeddings.detach()[:rows].requires_grad_(), mode, temperature)
+    warm_up.prepare()
+    warm_up()
+    return Step(provider, embeddings, mode, temperature)
+
+
+def synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def alternate(
+    steps: Mapping[str, Step],
+    repeats: int,
+    seconds: dict[str, list[float]] | None = None,
+    before_each: Callable[[str], None] = lambda name: None,
+) -> dict[str, list[float]]:
+    """Times the steps in turn, A B A B, so that what else the machine does meanwhile falls on all of them alike.
+
+    Args:
+        steps: what to time, by name.
+        repeats: how often each is timed.
+        seconds: the lists to append to, so that a caller who is interrupted keeps what was timed. None: new ones.
+        before_each: called with a name before each timing, to show progress.
+
+    Returns:
+        Seconds by name; entries of the same index were timed in the same round.
+    """
+    seconds = {name: [] for name in steps} if seconds is None else seconds
+    for _ in range(repeats):
+        for name, timed in steps.items():
+            before_each(name)
+            timed.prepare()
+            start = time.perf_counter()
+            timed()
+            seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def peak_extra_mb(measured: Step) -> float | None:
+    """The peak of one call above what was in use before, in MB (10^6 bytes): with the gradient, without the embeddings.
+
+    On a GPU by torch's allocator; on Linux by the resident memory of the process. None where neither can be had.
+    """
+    device = measured.embeddings.device
+    measured.prepare()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        measured()
+        return (torch.cuda.max_memory_allocated(device) - before) / _BYTES_PER_MB
+    if not _reset_resident_peak():
+        return None
+    before = _resident_bytes("VmRSS")
+    measured()
+    return (_resident_bytes("VmHWM") - before) / _BYTES_PER_MB
+
+
+def _reset_resident_peak() -> bool:
+    """Gives back what is free and sets VmHWM to VmRSS; False where the system cannot."""
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        _CLEAR_REFS.write_text("5")
+    except (AttributeError, OSError, TypeError):  # not glibc; no such file, or not allowed; no handle of the process
+        return False
+    return True
+
+
+def _resident_bytes(field: str) -> int:
+    for line in _STATUS.read_text().splitlines():
+        name, _, value = line.partition(":")
+        if name == field:
+            return int(value.removesuffix("kB")) * 1024
+    raise LookupError(f"{_STATUS} has no field {field}")
+
+
+def predicted_mb(provider: Provider, n_rows: int, width: int, dtype: torch.dtype) -> float:
+    """The extra memory to expect, from above. Arrays of less than float32 count as float32: the softmax runs in it."""
+    entries = provider.pair_arrays * n_rows**2 + ROW_ARRAYS * n_rows * width
+    return entries * max(dtype.itemsize, torch.float32.itemsize) / _BYTES_PER_MB
+
+
+def obstacle(provider: Provider, n_rows: int, width: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why the provider cannot be measured at this size, or None if it can."""
+    reason = provider.obstacle(device, dtype)
+    available = _available_mb(device)
+    if reason is None and available is not None:
+        predicted = predicted_mb(provider, n_rows, width, dtype)
+        if predicted > LARGEST_SHARE * available:
+            reason = f"needs about {predicted:,.0f} MB, more than {LARGEST_SHARE:.0%} of {available:,.0f} MB available"
+    return reason
+
+
+def _available_mb(device: torch.device) -> float | None:
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] / _BYTES_PER_MB
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    kib = next((int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+    return None if kib is None else kib * 1024 / _BYTES_PER_MB

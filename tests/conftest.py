@@ -1,0 +1,31 @@
+"""Fixtures shared by all tests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+import clop_kernels
+
+from .oracle import RUNNABLE
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(params=RUNNABLE)
+def backend(request: pytest.FixtureRequest) -> str:
+    """Every backend that can run here but the reference."""
+    return str(request.param)
+
+
+@pytest.fixture(params=[7, 64, None], ids=["tile7", "tile64", "tile-auto"])
+def tile_rows(request: pytest.FixtureRequest) -> Iterator[int | None]:
+    """Tiles smaller than, and larger than, the test's matrices: both sides of every edge."""
+    clop_kernels.set_tile_rows(request.param)
+    yield request.param
+    clop_kernels.set_tile_rows(None)

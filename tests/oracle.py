@@ -1,0 +1,89 @@
+"""Problems, and the comparison of a backend with the float64 reference on them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import clop_kernels
+from clop_kernels.backends import BACKENDS
+
+RUNNABLE = tuple(b.name for b in BACKENDS if b.obstacle(torch.device("cpu"), torch.float32) is None)
+"""The backends that run on this machine's CPU: each must pass every test of the contract."""
+
+LOSS_TOLERANCE = 1e-6
+GRADIENT_TOLERANCE = 1e-5
+"""Relative errors of float32 against the float64 reference (design, section 3)."""
+
+PLAIN_FACTOR = 4.0
+"""Where the problem itself is ill-conditioned: no more than this times the error of the plain loss in the same dtype."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A loss and its float64 inputs."""
+
+    embeddings: Tensor
+    labels: Tensor | None = None
+    prototypes: Tensor | None = None
+    temperature: float = 0.1
+    options: dict[str, Any] = field(default_factory=dict)
+
+    def solve(self, backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The loss and its gradients, for a fixed random upstream gradient where the loss is not a scalar, in float64."""
+        z = self.embeddings.detach().to(dtype, copy=True).requires_grad_()
+        precise = torch.promote_types(dtype, torch.float32)
+        tau = torch.tensor(self.temperature, dtype=precise, requires_grad=True)
+        inputs = {"embeddings": z, "temperature": tau}
+        prototypes = self.prototypes
+        if prototypes is not None:
+            prototypes = inputs["prototypes"] = prototypes.detach().to(precise, copy=True).requires_grad_()
+        loss = clop_kernels.clop_loss(z, self.labels, prototypes, temperature=tau, backend=backend, **self.options)
+        upstream = torch.randn(loss.shape, generator=torch.Generator().manual_seed(7)) if loss.dim() else torch.ones(())
+        grads = torch.autograd.grad(loss, list(inputs.values()), upstream.to(loss.dtype))
+        return {"loss": loss.detach().double()} | {k: g.double() for k, g in zip(inputs, grads, strict=True)}
+
+    def with_options(self, **options: Any) -> Problem:
+        return replace(self, options=self.options | options)
+
+
+def random_problem(
+    n_views: int = 2, n_instances: int = 33, width: int = 24, *, n_classes: int = 4, temperature: float = 0.1, seed: int = 0, **options: Any
+) -> Problem:
+    """Random rows of different norms, a third of them unlabelled, random prototypes."""
+    generator = torch.Generator().manual_seed(seed)
+    z = torch.randn(n_views * n_instances, width, dtype=torch.float64, generator=generator)
+    z = z * torch.rand(z.shape[0], 1, dtype=torch.float64, generator=generator).add(0.2)
+    labels = torch.randint(0, n_classes, (n_instances,), generator=generator)
+    labels[torch.rand(n_instances, generator=generator) < 0.33] = -1
+    prototypes = torch.randn(n_classes, width, dtype=torch.float64, generator=generator) / width**0.5
+    options = {"n_views": n_views, "prototype_weight": 0.7} | options
+    return Problem(z.float().double(), labels, prototypes.float().double(), temperature, options)
+
+
+def near_duplicates(n_views: int, n_instances: int, width: int, noise: float, temperature: float, seed: int = 0) -> Problem:
+    """Views that differ by relative ``noise``: positives dominate the softmax, and small differences are all there is."""
+    generator = torch.Generator().manual_seed(seed)
+    base = torch.randn(n_instances, width, dtype=torch.float64, generator=generator)
+    views = [base + noise * torch.randn(base.shape, dtype=torch.float64, generator=generator) for _ in range(n_views)]
+    return Problem(torch.cat(views).float().double(), temperature=temperature, options={"n_views": n_views})
+
+
+def relative_error(actual: Tensor, expected: Tensor, floor: float = 0.0) -> float:
+    """Frobenius norm of the error over that of the expected value, or over ``floor`` if that is larger. NaN stays NaN."""
+    return float((actual.double() - expected.double()).norm() / max(float(expected.norm()), floor, 1e-300))
+
+
+def assert_accurate(problem: Problem, backend: str, floor: float = 0.0) -> None:
+    """float32 on ``backend`` against float64 on the reference: the tolerances above, or PLAIN_FACTOR times the plain loss."""
+    expected = problem.solve("reference", torch.float64)
+    plain = problem.solve("reference", torch.float32)
+    actual = problem.solve(backend, torch.float32)
+    for name, value in expected.items():
+        error = relative_error(actual[name], value, floor)
+        bound = LOSS_TOLERANCE if name == "loss" else GRADIENT_TOLERANCE
+        allowed = max(bound, PLAIN_FACTOR * relative_error(plain[name], value, floor))
+        assert error <= allowed, f"{name}: relative error {error:.2e}, allowed {allowed:.2e}"

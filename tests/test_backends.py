@@ -1,0 +1,233 @@
+"""The contract, for every backend: values and gradients against the float64 reference, and the edges of the input."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+
+import clop_kernels
+from clop_kernels.backends import tiled
+from clop_kernels.backends.contract import DISTANCES, POSITIVES, REDUCTIONS
+
+from .oracle import GRADIENT_TOLERANCE, Problem, assert_accurate, near_duplicates, random_problem, relative_error
+
+# (n_views, n_instances, width): one to seven views, one row to several tiles, widths that no vector unit likes
+SHAPES = [(1, 1, 3), (1, 70, 5), (2, 1, 4), (2, 33, 1), (2, 35, 64), (3, 43, 37), (4, 16, 200), (7, 19, 16)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("positives", "distance", "reduction"), [*itertools.product(POSITIVES, DISTANCES, REDUCTIONS)])
+def test_float64_is_exact(
+    shape: tuple[int, int, int], positives: str, distance: str, reduction: str, backend: str, tile_rows: int | None
+) -> None:
+    for temperature in (0.001, 0.1, 1.0):  # both softmax paths
+        problem = random_problem(*shape, temperature=temperature, positives=positives, distance=distance, reduction=reduction)
+        expected = problem.solve("reference", torch.float64)
+        actual = problem.solve(backend, torch.float64)
+        for name, value in expected.items():
+            # The floor: a gradient of nothing but rounding, 1e-16 times the 1/tau of its terms (and 1/tau^2 for tau itself).
+            floor = 1e-4 / temperature ** (2 if name == "temperature" else 1)
+            error = relative_error(actual[name], value, floor)
+            assert error <= 1e-10, f"{name} at temperature {temperature}: relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("temperature", [0.01, 1 / 60, 0.0167, 0.05, 0.1, 0.5, 1.0])
+@pytest.mark.parametrize("positives", POSITIVES)
+@pytest.mark.parametrize("shape", [(1, 150, 40), (2, 77, 64), (3, 50, 129), (7, 21, 32)], ids=str)
+def test_float32_accuracy(shape: tuple[int, int, int], positives: str, temperature: float, backend: str) -> None:
+    clop_kernels.set_tile_rows(48)
+    try:
+        for distance, reduction in zip(DISTANCES, REDUCTIONS, strict=True):
+            assert_accurate(
+                random_problem(*shape, temperature=temperature, positives=positives, distance=distance, reduction=reduction), backend
+            )
+    finally:
+        clop_kernels.set_tile_rows(None)
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.02, 0.05, 0.1])
+@pytest.mark.parametrize("noise", [1e-3, 1e-2, 0.3])
+@pytest.mark.parametrize("width", [8, 64])
+def test_near_duplicates_keep_their_gradient(temperature: float, noise: float, width: int, backend: str) -> None:
+    """Down to the loss that float64 itself resolves; the group-sum formulation misses this by a factor of 10 to 1e17."""
+    for n_views, n_instances in itertools.product((2, 3), (40, 301)):
+        problem = near_duplicates(n_views, n_instances, width, noise, temperature)
+        if problem.solve("reference", torch.float64)["loss"] > 1e-12:
+            assert_accurate(problem, backend)
+
+
+def test_a_single_positive_keeps_its_relative_accuracy(backend: str) -> None:
+    """Loss log(1 + e^-x) with x = 60: float64's log-sum-exp has nothing left of it, the sums of the backends do."""
+    angle = math.acos(1 - 0.6)  # cosine 0.4, against 1 for the positives: 0.6 / tau = 60 for tau = 0.01
+    a = torch.tensor([[1.0, 0.0], [math.cos(angle), math.sin(angle)]], dtype=torch.float64)
+    loss = clop_kernels.ntxent_loss(torch.cat([a, a]), temperature=0.01, backend=backend)
+    torch.testing.assert_close(loss, torch.tensor(2 * math.exp(-60.0), dtype=torch.float64), rtol=1e-10, atol=0.0)
+
+
+def test_both_sides_of_the_softmax_switch(backend: str) -> None:
+    """A hair above and below the switch of paths the loss and gradients agree as closely as the temperatures do."""
+    assert tiled.fits_unshifted(1 / 60, torch.float32)
+    assert not tiled.fits_unshifted(1 / 60.1, torch.float32)
+    assert tiled.fits_unshifted(1 / 600, torch.float64)
+    assert not tiled.fits_unshifted(1 / 601, torch.float64)
+    above = random_problem(temperature=1 / 60).solve(backend, torch.float32)
+    below = random_problem(temperature=1 / 60 - 1e-9).solve(backend, torch.float32)
+    for name, value in above.items():
+        assert relative_error(below[name], value) < 1e-5, name
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_as_good_as_plain_pytorch(dtype: torch.dtype, backend: str) -> None:
+    for positives in POSITIVES:
+        problem = random_problem(2, 60, 32, positives=positives)
+        expected = problem.solve("reference", torch.float64)
+        plain, actual = problem.solve("reference", dtype), problem.solve(backend, dtype)
+        for name, value in expected.items():
+            error, allowed = relative_error(actual[name], value), 2 * relative_error(plain[name], value) + 1e-4
+            assert error <= allowed, f"{name}: {error:.2e}, plain PyTorch allows {allowed:.2e}"
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
+def test_dtypes_of_results(dtype: torch.dtype, backend: str) -> None:
+    z = torch.randn(8, 4, dtype=dtype, requires_grad=True)
+    prototypes = clop_kernels.orthonormal_prototypes(3, 4).requires_grad_()
+    loss = clop_kernels.clop_loss(z, torch.tensor([0, 1, 2, -1]), prototypes, backend=backend)
+    loss.backward()
+    assert loss.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert z.grad is not None
+    assert z.grad.dtype == dtype
+    assert prototypes.grad is not None
+    assert prototypes.grad.dtype == torch.float32
+
+
+def edge_cases() -> dict[str, Problem]:
+    z = random_problem().embeddings
+    labels = torch.randint(0, 4, (33,))
+    c = clop_kernels.orthonormal_prototypes(4, 24, dtype=torch.float64)
+    scales = torch.logspace(-4, 4, 66, dtype=torch.float64)[torch.randperm(66)].unsqueeze(1)
+    zeros = z.clone()
+    zeros[[0, 5, 40]] = 0.0
+    duplicates = torch.cat([z[:33], z[:33] * (1 + 1e-4)])
+    antipodes = torch.cat([z[:33], -z[:33]])
+    return {
+        "zero rows": Problem(zeros, labels, c),
+        "all zero": Problem(torch.zeros_like(z), labels, c),
+        "one row": Problem(z[:1], labels[:1], c, options={"n_views": 1}),
+        "one instance": Problem(z[:2], labels[:1], c),
+        "no rows": Problem(z[:0], labels[:0], c),
+        "no rows, no labels": Problem(z[:0]),
+        "no positives": Problem(z, torch.arange(66), None, options={"n_views": 1, "positives": "label"}),
+        "all unlabelled": Problem(z, torch.full((33,), -1), c, options={"positives": "label"}),
+        "all unlabelled, one view": Problem(z, torch.full((66,), -1), c, options={"positives": "label", "n_views": 1}),
+        "all rows equal": Problem(z[:1].repeat(66, 1), labels, c),
+        "one class": Problem(z, torch.zeros(33, dtype=torch.int64), c, options={"positives": "label"}),
+        "norms 1e-4 to 1e4": Problem(z * scales, labels, c),
+        "norms 1e18": Problem(z * 1e18, labels, c),
+        "near-duplicates, tau 0.01": Problem(duplicates, labels, c, 0.01),
+        "antipodes, tau 0.01": Problem(antipodes, labels, c, 0.01),
+        "antipodes only, tau 0.01": Problem(torch.cat([z[:1], -z[:1]]), labels[:1], c, 0.01),
+        "on the prototypes": Problem(c[labels.repeat(2)] * 3, labels, c),
+        "int32 labels": Problem(z, labels.int(), c),
+    }
+
+
+@pytest.mark.parametrize("case", edge_cases())
+@pytest.mark.parametrize("distance", DISTANCES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_edge_cases_are_finite_and_right(case: str, distance: str, dtype: torch.dtype, backend: str, tile_rows: int | None) -> None:
+    problem = edge_cases()[case].with_options(distance=distance)
+    expected = problem.solve("reference", torch.float64)
+    actual = problem.solve(backend, dtype)
+    for name, value in actual.items():
+        assert value.isfinite().all(), name
+        if case != "all zero" or name == "loss":  # there the gradient is 1e12 times a sum that cancels
+            tolerance = 1e-9 if dtype == torch.float64 else 2e-5
+            scale = 1e12 if case == "zero rows" and name == "embeddings" else 1.0 / problem.temperature
+            torch.testing.assert_close(value, expected[name], rtol=tolerance, atol=tolerance * scale)
+
+
+def test_float16_zero_rows_are_finite_and_overflow_is_not_hidden(backend: str) -> None:
+    """A dead row must not cost a step; an upstream gradient that is too large must show, for a gradient scaler to see."""
+    z = torch.randn(12, 8).half()
+    z[3] = 0
+    z.requires_grad_()
+    loss = clop_kernels.ntxent_loss(z, backend=backend)
+    (grad,) = torch.autograd.grad(loss, z, retain_graph=True)
+    assert grad.isfinite().all()
+    (grad,) = torch.autograd.grad(loss * 1e7, z)
+    assert not grad[[0, 1, 2]].isfinite().all()
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("options", [{}, {"positives": "label"}, {"positives": "label", "n_views": 1}, {"reduction": "none"}], ids=str)
+@pytest.mark.parametrize("temperature", [0.01, 0.1])
+def test_nan_and_inf_come_out_as_nan(bad: float, options: dict[str, object], temperature: float, backend: str) -> None:
+    problem = random_problem(2, 12, 6).with_options(**options)
+    z = problem.embeddings.clone()
+    z[5, 2] = bad
+    labels = torch.arange(24) if options.get("n_views") == 1 else problem.labels  # no row has a positive: A is empty
+    for name in (backend, "reference"):
+        loss = clop_kernels.clop_loss(z, labels, temperature=temperature, backend=name, **{"n_views": 2, **options})  # type: ignore[arg-type]
+        assert loss[5].isnan() if loss.dim() else loss.isnan(), name
+
+
+def test_input_layout_does_not_matter(backend: str) -> None:
+    problem = random_problem()
+    z, c = problem.embeddings, problem.prototypes
+    assert c is not None
+    expected = problem.solve(backend, torch.float64)
+    strided = torch.stack([z, z + 1], dim=2)[:, :, 0]
+    for layout in (z.T.contiguous().T, strided, torch.cat([z, z])[:66]):
+        inputs = layout.detach().requires_grad_()
+        loss = clop_kernels.clop_loss(inputs, problem.labels, c.T.contiguous().T, backend=backend, **problem.options)
+        torch.testing.assert_close(loss, expected["loss"])
+        torch.testing.assert_close(torch.autograd.grad(loss, inputs)[0], expected["embeddings"])
+
+
+def test_upstream_gradient_and_row_weights(backend: str) -> None:
+    """A weighted sum of "none" is the loss of weighted rows; "sum" and "mean" are sums of "none"."""
+    problem = random_problem(2, 20, 8, positives="label")
+    none = problem.with_options(reduction="none").solve(backend, torch.float64)["loss"]
+    torch.testing.assert_close(problem.with_options(reduction="sum").solve(backend, torch.float64)["loss"], none.sum())
+    z = problem.embeddings.clone().requires_grad_()
+    loss = clop_kernels.ntxent_loss(z, backend=backend)
+    torch.testing.assert_close(torch.autograd.grad(-3 * loss, z, retain_graph=True)[0], -3 * torch.autograd.grad(loss, z)[0])
+
+
+def test_tiles_are_chosen_and_overridden(backend: str) -> None:
+    cpu = torch.device("cpu")
+    assert tiled.tile_rows(100, 8, torch.float32, cpu) == 100
+    assert tiled.tile_rows(10**6, 8, torch.float32, cpu) == 512
+    assert tiled.tile_rows(0, 8, torch.float32, cpu) == 1
+    clop_kernels.set_tile_rows(3)
+    try:
+        assert tiled.tile_rows(100, 8, torch.float32, cpu) == 3
+    finally:
+        clop_kernels.set_tile_rows(None)
+    for bad in (0, -1, 2.0, True):
+        with pytest.raises(ValueError, match=r"rows=.*expected an int of at least 1"):
+            clop_kernels.set_tile_rows(bad)  # type: ignore[arg-type]
+
+
+def test_the_same_call_gives_the_same_bits(backend: str) -> None:
+    problem = random_problem(2, 700, 32, positives="label")
+    first, second = problem.solve(backend, torch.float32), problem.solve(backend, torch.float32)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("width", [512, 1024, 4096])
+def test_wide_embeddings(width: int, backend: str) -> None:
+    problem = random_problem(2, 30, width)
+    expected, actual = problem.solve("reference", torch.float64), problem.solve(backend, torch.float32)
+    assert relative_error(actual["embeddings"], expected["embeddings"]) < GRADIENT_TOLERANCE
+
+
+def test_extreme_temperature_without_overflow(backend: str) -> None:
+    for temperature in (1e-4, 1e-3, 1e3):
+        problem = random_problem(temperature=temperature)
+        for value in problem.solve(backend, torch.float32).values():
+            assert value.isfinite().all()
+        assert_accurate(problem, backend)

@@ -1,0 +1,48 @@
+"""Positive groups: sorted order, dense ids and counts, against Python dictionaries."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from clop_kernels.groups import Groups, instance_groups, label_groups
+
+LABELS = st.lists(st.integers(-1, 5) | st.sampled_from([2**62, 10**9, 63]), max_size=20)
+
+
+def check(groups: Groups, keys: list[object]) -> None:
+    """``keys[i]`` names the group of row i; the groups must say the same."""
+    order, ids = groups.order.tolist(), groups.ids.tolist()
+    assert sorted(order) == list(range(len(keys)))
+    assert ids == sorted(ids)
+    assert set(ids) == set(range(len(set(ids))))  # dense
+    named = {ids[k]: keys[order[k]] for k in range(len(keys))}
+    assert len(set(named.values())) == len(named)
+    assert [named[ids[k]] for k in range(len(keys))] == [keys[i] for i in order]
+    sizes = Counter(keys)
+    assert groups.n_positives.tolist() == [sizes[keys[i]] - 1 for i in order]
+
+
+@given(labels=LABELS, n_views=st.integers(1, 4))
+def test_label_groups(labels: list[int], n_views: int) -> None:
+    n = len(labels)
+    groups = label_groups(torch.tensor(labels, dtype=torch.int64), n_views)
+    check(groups, [("label", labels[i % n]) if labels[i % n] >= 0 else ("instance", i % n) for i in range(n * n_views)])
+    assert groups.size is None
+
+
+@pytest.mark.parametrize("n_views", [1, 2, 5])
+@pytest.mark.parametrize("n_instances", [0, 1, 7])
+def test_instance_groups(n_instances: int, n_views: int) -> None:
+    groups = instance_groups(n_instances, n_views, torch.device("cpu"))
+    check(groups, [i % n_instances for i in range(n_instances * n_views)])
+    assert groups.size == n_views
+
+
+def test_order_is_stable() -> None:
+    groups = label_groups(torch.tensor([3, -1, 3, 0]), 2)
+    assert groups.order.tolist() == [1, 5, 3, 7, 0, 4, 2, 6] or groups.order.view(-1, 2).diff().eq(4).all()
