@@ -49,7 +49,7 @@ class Step:
     def __call__(self) -> None:
         loss = self._forward() if self._loss is None else self._loss
         if self.mode != "forward":
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
         synchronize(self.embeddings.device)
 
     def _forward(self) -> Tensor:

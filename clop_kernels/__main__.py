@@ -21,7 +21,8 @@ def info() -> dict[str, Any]:
         major, minor = torch.cuda.get_device_capability(index)
         devices[f"cuda:{index}"] = f"{torch.cuda.get_device_name(index)}, sm_{major}{minor}"
     backends = {
-        device: {b.name: b.obstacle(torch.device(device), torch.float32) for b in BACKENDS} | {REFERENCE: None} for device in devices
+        device: {b.name: b.obstacle(torch.device(device), torch.float32) for b in BACKENDS} | {REFERENCE: None}
+        for device in devices
     }
     versions = {"clop_kernels": __version__, "python": platform.python_version(), "torch": torch.__version__}
     versions |= {"cuda (of torch)": torch.version.cuda or "none", "triton": _version("triton")}

@@ -110,9 +110,7 @@ def collapse_report(embeddings: Tensor, labels: Tensor | None = None, prototypes
     return CollapseReport(n_rows, width, effective_rank(embeddings), mean_resultant_length(embeddings), *about_prototypes)
 
 
-def critical_learning_rate(
-    temperature: float, n_rows: int = 1, reduction: str = "mean", embedding_norm: float = 1.0
-) -> float:
+def critical_learning_rate(temperature: float, n_rows: int = 1, reduction: str = "mean", embedding_norm: float = 1.0) -> float:
     """The largest stable gradient step on embeddings, in a simplified model of the InfoNCE loss (after arXiv 2403.18699).
 
     Assumptions: positives are merged (zhat_i = zhat_p), the softmax is nearly uniform, and a step of size mu is taken on the

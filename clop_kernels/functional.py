@@ -72,8 +72,8 @@ def clop_loss(
             ``python -m clop_kernels info``.
 
     Returns:
-        () or, for ``reduction="none"``, (V*B,); float32, or float64 for float64 embeddings. Gradients are exact for ``embeddings``,
-        ``temperature`` and ``prototypes``. A second derivative takes ``backend="reference"``; elsewhere it raises
+        () or, for ``reduction="none"``, (V*B,); float32, or float64 for float64 embeddings. Gradients are exact for
+        ``embeddings``, ``temperature`` and ``prototypes``. A second derivative takes ``backend="reference"``; elsewhere it raises
         NotImplementedError.
 
     Raises:
@@ -164,7 +164,8 @@ def _check_embeddings(embeddings: Tensor, n_views: int) -> None:
         raise ValueError(f"n_views={n_views}: expected at least 1")
     if embeddings.shape[0] % n_views != 0:
         raise ValueError(
-            f"embeddings has {embeddings.shape[0]} rows, not a multiple of n_views={n_views}: expected n_views * B rows, view-major"
+            f"embeddings has {embeddings.shape[0]} rows, not a multiple of n_views={n_views}: "
+            f"expected n_views * B rows, view-major"
         )
 
 
@@ -200,7 +201,9 @@ def _check_prototypes(prototypes: Tensor, embeddings: Tensor) -> None:
 def _checked_temperature(temperature: float | Tensor, device: torch.device) -> float | Tensor:
     if isinstance(temperature, Tensor):
         if temperature.dim() != 0:
-            raise ValueError(f"temperature has shape {tuple(temperature.shape)}: expected a 0-dim tensor, as of temperature.squeeze()")
+            raise ValueError(
+                f"temperature has shape {tuple(temperature.shape)}: expected a 0-dim tensor, as of temperature.squeeze()"
+            )
         if not temperature.dtype.is_floating_point:
             raise TypeError(f"temperature has dtype {temperature.dtype}: expected a floating dtype")
         if temperature.device != device:

@@ -41,7 +41,7 @@ class _ContrastiveLoss(nn.Module):
 
     @property
     def temperature(self) -> float | Tensor:
-        """tau: a float, or with ``learnable_temperature`` a 0-dim tensor, the exponential of the parameter ``log_temperature``."""
+        """tau: a float, or with ``learnable_temperature`` a 0-dim tensor, exp of the parameter ``log_temperature``."""
         return self._temperature if self.log_temperature is None else self.log_temperature.exp()
 
     def _stack(self, views: tuple[Tensor, ...], labels: Tensor | None, n_views: int | None) -> tuple[Tensor, Tensor | None, int]:

@@ -112,13 +112,11 @@ def _options(
     embeddings_dtype: torch.dtype,
     compute_dtype: torch.dtype,
 ) -> LossOptions:
+    value: float | Tensor = temperature
     if temperature_tensor is not None:
-        tau: float | Tensor = temperature_tensor.to(accumulate_dtype(compute_dtype))
-        if tau.device.type == "cpu":
-            tau = float(tau)
-    else:
-        tau = temperature
-    return LossOptions(n_views, positives, tau, prototype_weight, distance, reduction, embeddings_dtype, compute_dtype)
+        on_device = temperature_tensor.to(accumulate_dtype(compute_dtype))
+        value = float(on_device) if on_device.device.type == "cpu" else on_device
+    return LossOptions(n_views, positives, value, prototype_weight, distance, reduction, embeddings_dtype, compute_dtype)
 
 
 def _forward(embeddings: Tensor, labels: Tensor | None, prototypes: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
@@ -160,7 +158,10 @@ def _gradient_shapes(
     normalized: Tensor, prototypes: Tensor | None, temperature: Tensor | None, embeddings_dtype: torch.dtype, needs: list[bool]
 ) -> list[tuple[tuple[int, ...], torch.dtype]]:
     """Shape and dtype of the three outputs of the backward operator; one that is not needed is empty."""
-    inputs = ((normalized.shape, embeddings_dtype), *((x.shape, x.dtype) if x is not None else ((0,), torch.float32) for x in (temperature, prototypes)))
+    inputs = (
+        (normalized.shape, embeddings_dtype),
+        *((x.shape, x.dtype) if x is not None else ((0,), torch.float32) for x in (temperature, prototypes)),
+    )
     return [(tuple(shape), dtype) if needed else ((0,), dtype) for (shape, dtype), needed in zip(inputs, needs, strict=True)]
 
 
@@ -220,7 +221,9 @@ def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
 
 
 def _no_vmap(*_: Any) -> None:
-    raise NotImplementedError("clop_kernels' loss has no vmap: it is one batch already. Loop over the batches, or take backend=\"reference\"")
+    raise NotImplementedError(
+        'clop_kernels\' loss has no vmap: it is one batch already. Loop over the batches, or take backend="reference"'
+    )
 
 
 class _FunctorchLoss(torch.autograd.Function):

@@ -12,6 +12,12 @@ import clop_kernels
 from .oracle import RUNNABLE
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> None:
+    """Matrices here are small: teams of threads cost more than they bring, and spin against whatever else runs."""
+    torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)

@@ -24,13 +24,16 @@ PLAIN_FACTOR = 4.0
 
 @dataclass(frozen=True)
 class Problem:
-    """A loss and its float64 inputs."""
+    """A loss and its float64 inputs, each of which float32 holds exactly: what differs is the computation alone."""
 
     embeddings: Tensor
     labels: Tensor | None = None
     prototypes: Tensor | None = None
     temperature: float = 0.1
     options: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "temperature", float(torch.tensor(self.temperature, dtype=torch.float32)))
 
     def solve(self, backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
         """The loss and its gradients, for a fixed random upstream gradient where the loss is not a scalar, in float64."""
@@ -51,7 +54,14 @@ class Problem:
 
 
 def random_problem(
-    n_views: int = 2, n_instances: int = 33, width: int = 24, *, n_classes: int = 4, temperature: float = 0.1, seed: int = 0, **options: Any
+    n_views: int = 2,
+    n_instances: int = 33,
+    width: int = 24,
+    *,
+    n_classes: int = 4,
+    temperature: float = 0.1,
+    seed: int = 0,
+    **options: Any,
 ) -> Problem:
     """Random rows of different norms, a third of them unlabelled, random prototypes."""
     generator = torch.Generator().manual_seed(seed)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
@@ -24,7 +26,7 @@ def test_simplex(k: int, d: int) -> None:
 
 
 @pytest.mark.parametrize("draw", [orthonormal_prototypes, simplex_prototypes])
-def test_draws_follow_the_generator(draw: type[orthonormal_prototypes]) -> None:  # type: ignore[valid-type]
+def test_draws_follow_the_generator(draw: Callable[..., torch.Tensor]) -> None:
     def make(seed: int) -> torch.Tensor:
         return draw(4, 8, generator=torch.Generator().manual_seed(seed))
 
@@ -50,7 +52,7 @@ def test_orthonormal_draw_is_uniform() -> None:
         (simplex_prototypes, 1, 4, "num_classes=1: a simplex needs at least 2"),
     ],
 )
-def test_bad_sizes(draw: type[orthonormal_prototypes], k: int, d: int, message: str) -> None:  # type: ignore[valid-type]
+def test_bad_sizes(draw: Callable[..., torch.Tensor], k: int, d: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         draw(k, d)
 

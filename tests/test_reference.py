@@ -16,7 +16,9 @@ from clop_kernels.backends.contract import DISTANCES, POSITIVES
 from .oracle import random_problem
 
 
-def by_loops(z: list[list[float]], labels: list[int], c: list[list[float]], n_views: int, positives: str, tau: float, distance: str) -> list[float]:
+def by_loops(
+    z: list[list[float]], labels: list[int], c: list[list[float]], n_views: int, positives: str, tau: float, distance: str
+) -> list[float]:
     """Section 1 of the design, one scalar at a time: each row's contrastive and prototype term, prototype weight 0.7."""
     n, b = len(z), len(z) // n_views
     unit = [[x / max(math.hypot(*row), 1e-12) for x in row] for row in z]
@@ -36,7 +38,9 @@ def by_loops(z: list[list[float]], labels: list[int], c: list[list[float]], n_vi
         if label >= 0:
             difference = [x - y for x, y in zip(unit[i], c[label], strict=True)]
             cosine = 1 - sum(x * y for x, y in zip(unit[i], c[label], strict=True))
-            term += 0.7 * {"cosine": cosine, "euclidean": math.hypot(*difference), "manhattan": sum(map(abs, difference))}[distance]
+            term += (
+                0.7 * {"cosine": cosine, "euclidean": math.hypot(*difference), "manhattan": sum(map(abs, difference))}[distance]
+            )
         terms.append(term)
     return terms
 

@@ -196,13 +196,16 @@ def _tiles(zhat: Tensor, groups: Groups, temperature: float | Tensor) -> Iterato
     """The tiles on and above the diagonal of S = zhat zhat^T log2(e) / tau, row of tiles by row of tiles."""
     n_rows, width = zhat.shape
     side = tile_rows(n_rows, width, zhat.dtype, zhat.device)
-    scaled_buffer = zhat.new_empty(side, width)
+    # In float32 the factor's own rounding would be an error of one sign in every S_ij, as if of another temperature. In
+    # float64 each element rounds for itself. Apple's GPUs have no float64.
+    wide = torch.float64 if zhat.device.type != "mps" else zhat.dtype
+    scale = _LOG2_E / (temperature.to(wide) if isinstance(temperature, Tensor) else temperature)
     logits_buffer = zhat.new_empty(side * side)
     scratch_buffer = torch.empty_like(logits_buffer)
     for i in range(0, n_rows, side):
         rows = slice(i, min(i + side, n_rows))
         height = rows.stop - rows.start
-        scaled = torch.mul(zhat[rows], _LOG2_E / temperature, out=scaled_buffer[:height])
+        scaled = torch.mul(zhat[rows].to(wide), scale).to(zhat.dtype)
         for j in range(i, n_rows, side):
             columns = slice(j, min(j + side, n_rows))
             shape = (height, columns.stop - columns.start)
