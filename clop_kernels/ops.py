@@ -193,12 +193,16 @@ def _backward_fake(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _embeddings, labels, prototypes, temperature, temperature_tensor, *options = inputs
     ctx.save_for_backward(*output[1:], labels, prototypes, temperature_tensor)
-    ctx.mark_non_differentiable(*output[1:])
+    # Of the residuals only the rows stay part of the graph: it is through them that a second derivative with respect to the
+    # embeddings reaches _no_second_derivative, and raises instead of being silently zero.
+    ctx.mark_non_differentiable(*output[2:])
     ctx.set_materialize_grads(False)
     ctx.options = (temperature, options)
 
 
-def _autograd(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+def _autograd(ctx: Any, grad_loss: Tensor | None, grad_normalized: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad_normalized is not None:
+        raise NotImplementedError("of the outputs of clop::loss only the loss can be differentiated")
     *residuals, labels, prototypes, temperature_tensor = ctx.saved_tensors
     temperature, options = ctx.options
     needs_embeddings, _labels, needs_prototypes, _temperature, needs_temperature, *_rest = ctx.needs_input_grad

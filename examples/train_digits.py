@@ -226,9 +226,9 @@ def report(runs: list[Run], data: Digits, n_rows: int) -> list[Table | str]:
     plain, fused = runs
     table = Table(title="CLOPLoss on handwritten digits", caption_justify="left")
     table.caption = (
-        f"{N_TEST} test digits. kNN (k=5, cosine) and linear are probes fitted on all {N_TRAIN} training labels; the "
-        f"encoder saw {int((data.labels >= 0).sum())} of them, and so does nearest-prototype. Seconds and extra peak "
-        f"memory are of forward and backward of the loss alone, {n_rows} x {LARGE_BATCH_DIM} float32."
+        f"{N_TEST} test digits. kNN (k=5, cosine) and linear are probes, fitted on all {N_TRAIN} training labels; "
+        f"nearest-prototype uses only the {int((data.labels >= 0).sum())} labels seen in training. Seconds and extra "
+        f"peak memory: forward and backward of the loss alone, {n_rows} x {LARGE_BATCH_DIM} float32."
     )
     table.add_column("")
     for run in runs:
