@@ -16,7 +16,7 @@ from .backends.contract import LossOptions, Needs, Residuals, accumulate_dtype
 
 _OPTIONS = (
     "float temperature, Tensor? temperature_tensor, int n_views, str positives, float prototype_weight, str distance, "
-    "str reduction, ScalarType embeddings_dtype, ScalarType compute_dtype, str? backend"
+    "str reduction, ScalarType compute_dtype, str? backend"
 )
 
 _library = torch.library.Library("clop", "FRAGMENT")
@@ -25,8 +25,8 @@ _library.define(
     "-> (Tensor loss, Tensor normalized, Tensor norms, Tensor shift, Tensor total, Tensor negative)"
 )
 _library.define(
-    "loss_backward(Tensor grad_loss, Tensor normalized, Tensor norms, Tensor shift, Tensor total, Tensor negative, "
-    f"Tensor? labels, Tensor? prototypes, bool[3] needs, {_OPTIONS}) "
+    "loss_backward(Tensor grad_loss, Tensor embeddings, Tensor normalized, Tensor norms, Tensor shift, Tensor total, "
+    f"Tensor negative, Tensor? labels, Tensor? prototypes, bool[3] needs, {_OPTIONS}) "
     "-> (Tensor grad_embeddings, Tensor grad_temperature, Tensor grad_prototypes)"
 )
 
@@ -65,7 +65,6 @@ def loss(
         prototype_weight,
         distance,
         reduction,
-        embeddings.dtype,
         compute_dtype,
         backend,
     )
@@ -109,14 +108,13 @@ def _options(
     prototype_weight: float,
     distance: str,
     reduction: str,
-    embeddings_dtype: torch.dtype,
     compute_dtype: torch.dtype,
 ) -> LossOptions:
     value: float | Tensor = temperature
     if temperature_tensor is not None:
         on_device = temperature_tensor.to(accumulate_dtype(compute_dtype))
         value = float(on_device) if on_device.device.type == "cpu" else on_device
-    return LossOptions(n_views, positives, value, prototype_weight, distance, reduction, embeddings_dtype, compute_dtype)
+    return LossOptions(n_views, positives, value, prototype_weight, distance, reduction, compute_dtype)
 
 
 def _forward(embeddings: Tensor, labels: Tensor | None, prototypes: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
@@ -131,51 +129,7 @@ def _forward(embeddings: Tensor, labels: Tensor | None, prototypes: Tensor | Non
 
 def _backward(
     grad_loss: Tensor,
-    normalized: Tensor,
-    norms: Tensor,
-    shift: Tensor,
-    total: Tensor,
-    negative: Tensor,
-    labels: Tensor | None,
-    prototypes: Tensor | None,
-    needs: list[bool],
-    *args: Any,
-) -> tuple[Tensor, Tensor, Tensor]:
-    *option_args, backend = args
-    options = _options(*option_args)
-    chosen = backends.select(backend, normalized.device, options.compute_dtype)
-    residuals = Residuals(normalized, norms, shift, total, negative)
-    with torch.autocast(normalized.device.type, enabled=False):
-        grads = chosen.load().backward(grad_loss, residuals, labels, prototypes, options, Needs(*needs))
-    like = _gradient_shapes(normalized, prototypes, option_args[1], options.embeddings_dtype, needs)
-    return tuple(  # type: ignore[return-value]
-        normalized.new_empty(shape, dtype=dtype) if grad is None else grad.to(dtype)
-        for grad, (shape, dtype) in zip(grads, like, strict=True)
-    )
-
-
-def _gradient_shapes(
-    normalized: Tensor, prototypes: Tensor | None, temperature: Tensor | None, embeddings_dtype: torch.dtype, needs: list[bool]
-) -> list[tuple[tuple[int, ...], torch.dtype]]:
-    """Shape and dtype of the three outputs of the backward operator; one that is not needed is empty."""
-    inputs = (
-        (normalized.shape, embeddings_dtype),
-        *((x.shape, x.dtype) if x is not None else ((0,), torch.float32) for x in (temperature, prototypes)),
-    )
-    return [(tuple(shape), dtype) if needed else ((0,), dtype) for (shape, dtype), needed in zip(inputs, needs, strict=True)]
-
-
-def _forward_fake(embeddings: Tensor, labels: Tensor | None, prototypes: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
-    *_, reduction, _embeddings_dtype, compute_dtype, _backend = args
-    n_rows = embeddings.shape[0]
-    precise = accumulate_dtype(compute_dtype)
-    per_row = [embeddings.new_empty(n_rows, dtype=precise) for _ in range(4)]
-    value = embeddings.new_empty((n_rows,) if reduction == "none" else (), dtype=precise)
-    return value, embeddings.new_empty(embeddings.shape, dtype=compute_dtype), *per_row
-
-
-def _backward_fake(
-    grad_loss: Tensor,
+    embeddings: Tensor,
     normalized: Tensor,
     norms: Tensor,
     shift: Tensor,
@@ -186,24 +140,61 @@ def _backward_fake(
     needs: list[bool],
     *args: Any,
 ) -> tuple[Tensor, ...]:
-    like = _gradient_shapes(normalized, prototypes, args[1], args[-3], needs)
-    return tuple(normalized.new_empty(shape, dtype=dtype) for shape, dtype in like)
+    *option_args, backend = args
+    options = _options(*option_args)
+    chosen = backends.select(backend, embeddings.device, options.compute_dtype)
+    residuals = Residuals(normalized, norms, shift, total, negative)
+    with torch.autocast(embeddings.device.type, enabled=False):
+        grads = chosen.load().backward(grad_loss, embeddings, residuals, labels, prototypes, options, Needs(*needs))
+    unfilled = _unfilled_gradients(embeddings, option_args[1], prototypes, needs)
+    return tuple(empty if grad is None else grad.to(empty.dtype) for grad, empty in zip(grads, unfilled, strict=True))
+
+
+def _unfilled_gradients(
+    embeddings: Tensor, temperature: Tensor | None, prototypes: Tensor | None, needs: list[bool]
+) -> tuple[Tensor, ...]:
+    """Tensors of the shapes and dtypes of the gradients; one that is not needed has no elements."""
+    return tuple(
+        embeddings.new_empty(0) if x is None or not needed else x.new_empty(x.shape)
+        for x, needed in zip((embeddings, temperature, prototypes), needs, strict=True)
+    )
+
+
+def _forward_fake(embeddings: Tensor, labels: Tensor | None, prototypes: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
+    *_, reduction, compute_dtype, _backend = args
+    n_rows = embeddings.shape[0]
+    precise = accumulate_dtype(compute_dtype)
+    per_row = [embeddings.new_empty(n_rows, dtype=precise) for _ in range(4)]
+    value = embeddings.new_empty((n_rows,) if reduction == "none" else (), dtype=precise)
+    return value, embeddings.new_empty(embeddings.shape, dtype=compute_dtype), *per_row
+
+
+def _backward_fake(
+    grad_loss: Tensor,
+    embeddings: Tensor,
+    normalized: Tensor,
+    norms: Tensor,
+    shift: Tensor,
+    total: Tensor,
+    negative: Tensor,
+    labels: Tensor | None,
+    prototypes: Tensor | None,
+    needs: list[bool],
+    *args: Any,
+) -> tuple[Tensor, ...]:
+    return _unfilled_gradients(embeddings, args[1], prototypes, needs)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _embeddings, labels, prototypes, temperature, temperature_tensor, *options = inputs
-    ctx.save_for_backward(*output[1:], labels, prototypes, temperature_tensor)
-    # Of the residuals only the rows stay part of the graph: it is through them that a second derivative with respect to the
-    # embeddings reaches _no_second_derivative, and raises instead of being silently zero.
-    ctx.mark_non_differentiable(*output[2:])
+    embeddings, labels, prototypes, temperature, temperature_tensor, *options = inputs
+    ctx.save_for_backward(embeddings, *output[1:], labels, prototypes, temperature_tensor)
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.options = (temperature, options)
 
 
-def _autograd(ctx: Any, grad_loss: Tensor | None, grad_normalized: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    if grad_normalized is not None:
-        raise NotImplementedError("of the outputs of clop::loss only the loss can be differentiated")
-    *residuals, labels, prototypes, temperature_tensor = ctx.saved_tensors
+def _autograd(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    embeddings, *residuals, labels, prototypes, temperature_tensor = ctx.saved_tensors
     temperature, options = ctx.options
     needs_embeddings, _labels, needs_prototypes, _temperature, needs_temperature, *_rest = ctx.needs_input_grad
     needs = [needs_embeddings, needs_temperature, needs_prototypes]
@@ -211,7 +202,7 @@ def _autograd(ctx: Any, grad_loss: Tensor | None, grad_normalized: Tensor | None
         grads: list[Tensor | None] = [None, None, None]
     else:
         results = _entrance(backward=True)(
-            grad_loss, *residuals, labels, prototypes, needs, temperature, temperature_tensor, *options
+            grad_loss, embeddings, *residuals, labels, prototypes, needs, temperature, temperature_tensor, *options
         )
         grads = [grad if needed else None for grad, needed in zip(results, needs, strict=True)]
     return grads[0], None, grads[2], None, grads[1], *(None for _ in options)

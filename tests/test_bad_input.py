@@ -21,7 +21,7 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"embeddings": Z[0]}, ValueError, r"embeddings has shape \(4,\): expected 2 dimensions"),
     ({"embeddings": Z.view(4, 2, 4)}, ValueError, r"embeddings has shape \(4, 2, 4\).*torch.cat\(features.unbind\(1\)\)"),
     ({"embeddings": Z.long()}, TypeError, "embeddings has dtype torch.int64: expected one of torch.float64"),
-    ({"embeddings": Z.cfloat()}, TypeError, "embeddings has dtype torch.complex64"),
+    ({"embeddings": Z.to(torch.complex64)}, TypeError, "embeddings has dtype torch.complex64"),
     ({"embeddings": Z[:, :0]}, ValueError, r"embeddings has shape \(8, 0\): expected a width D of at least 1"),
     ({"n_views": 3}, ValueError, "embeddings has 8 rows, not a multiple of n_views=3"),
     ({"n_views": 0}, ValueError, "n_views=0: expected at least 1"),

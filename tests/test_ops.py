@@ -22,7 +22,7 @@ def op_arguments(temperature_tensor: bool, reduction: str, dtype: torch.dtype) -
     z = problem.embeddings.to(dtype).requires_grad_()
     tau = torch.tensor(0.2, dtype=dtype, requires_grad=True) if temperature_tensor else None
     prototypes = problem.prototypes.to(dtype).requires_grad_()
-    return z, problem.labels, prototypes, 0.2, tau, 2, "label", 0.7, "euclidean", reduction, dtype, dtype, "tiled"
+    return z, problem.labels, prototypes, 0.2, tau, 2, "label", 0.7, "euclidean", reduction, dtype, "tiled"
 
 
 @pytest.mark.parametrize("temperature_tensor", [False, True])
@@ -32,9 +32,17 @@ def test_opcheck(temperature_tensor: bool, reduction: str, dtype: torch.dtype) -
     arguments = op_arguments(temperature_tensor, reduction, dtype)
     torch.library.opcheck(torch.ops.clop.loss.default, arguments)
     loss, *residuals = torch.ops.clop.loss(*(a.detach() if isinstance(a, Tensor) else a for a in arguments))
-    _, labels, prototypes, *options = arguments
+    z, labels, prototypes, *options = arguments
     options[1] = None if options[1] is None else options[1].detach()
-    backward = (torch.ones_like(loss), *residuals, labels, prototypes.detach(), [True, temperature_tensor, True], *options)
+    backward = (
+        torch.ones_like(loss),
+        z.detach(),
+        *residuals,
+        labels,
+        prototypes.detach(),
+        [True, temperature_tensor, True],
+        *options,
+    )
     torch.library.opcheck(torch.ops.clop.loss_backward.default, backward)
 
 

@@ -1,7 +1,7 @@
 """What every backend is given and what it gives back. A backend is a module with these two functions::
 
     forward(embeddings, labels, prototypes, options) -> (loss, Residuals)
-    backward(grad_loss, residuals, labels, prototypes, options, needs) -> Gradients
+    backward(grad_loss, embeddings, residuals, labels, prototypes, options, needs) -> Gradients
 
 Both run below autograd and autocast, on validated input, and must neither synchronise with the host on a GPU nor
 allocate anything that grows with N^2. The definition they compute is :mod:`clop_kernels.reference`.
@@ -34,8 +34,7 @@ class LossOptions:
         prototype_weight: lambda, the factor of the prototype term.
         distance: one of :data:`DISTANCES`, from a unit row to its prototype.
         reduction: one of :data:`REDUCTIONS`.
-        embeddings_dtype: of the raw rows and their gradient.
-        compute_dtype: the operands of the N x N matrix products are rounded to it; differs from the former under autocast.
+        compute_dtype: the operands of the N x N matrix products are rounded to it: that of the embeddings, or autocast's.
     """
 
     n_views: int
@@ -44,7 +43,6 @@ class LossOptions:
     prototype_weight: float
     distance: str
     reduction: str
-    embeddings_dtype: torch.dtype
     compute_dtype: torch.dtype
 
     @property

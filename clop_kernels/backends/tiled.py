@@ -117,6 +117,7 @@ def forward(
 
 def backward(
     grad_loss: Tensor,
+    embeddings: Tensor,
     residuals: Residuals,
     labels: Tensor | None,
     prototypes: Tensor | None,
@@ -163,12 +164,12 @@ def backward(
     radial = torch.where(residuals.norms < EPS, 0.0, _row_dots(zhat, grad))
     grad.addcmul_(zhat, radial.unsqueeze(1), value=-1)
     grad /= residuals.norms.clamp(min=EPS).unsqueeze(1)
-    if options.embeddings_dtype == torch.float16:
+    if embeddings.dtype == torch.float16:
         # 1 / EPS is beyond float16. A row of zeros gets the largest gradient there is, not an infinity that would cost every
         # step; any other row's overflow stays infinite, for a gradient scaler to see.
         largest = torch.finfo(torch.float16).max
         grad = torch.where((residuals.norms < EPS).unsqueeze(1), grad.clamp(-largest, largest), grad)
-    grad = grad.to(options.embeddings_dtype)
+    grad = grad.to(embeddings.dtype)
     return Gradients(torch.empty_like(grad).index_copy_(0, groups.order, grad), grad_temperature, grad_prototypes)
 
 
