@@ -69,7 +69,7 @@ def tile_rows(n_rows: int, width: int, dtype: torch.dtype, device: torch.device)
     if _tile_rows is not None:
         rows = _tile_rows
     elif device.type == "cpu":
-        rows = 512 if dtype != torch.float64 else 384
+        rows = 576 if dtype != torch.float64 else 384
     else:
         rows = 4096  # launches are what costs there; two tiles take 128 MB
     return max(1, min(rows, n_rows))
