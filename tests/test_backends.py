@@ -206,12 +206,12 @@ def test_upstream_gradient_and_row_weights(backend: str) -> None:
 
 def test_tiles_are_chosen_and_overridden(backend: str) -> None:
     cpu = torch.device("cpu")
-    assert tiled.tile_rows(100, 8, torch.float32, cpu) == 100
-    assert tiled.tile_rows(10**6, 8, torch.float32, cpu) == 576
-    assert tiled.tile_rows(0, 8, torch.float32, cpu) == 1
+    assert tiled.tile_rows(100, torch.float32, cpu) == 100
+    assert tiled.tile_rows(10**6, torch.float32, cpu) == 576
+    assert tiled.tile_rows(0, torch.float32, cpu) == 1
     clop_kernels.set_tile_rows(3)
     try:
-        assert tiled.tile_rows(100, 8, torch.float32, cpu) == 3
+        assert tiled.tile_rows(100, torch.float32, cpu) == 3
     finally:
         clop_kernels.set_tile_rows(None)
     for bad in (0, -1, 2.0, True):
