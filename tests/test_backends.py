@@ -204,7 +204,7 @@ def test_upstream_gradient_and_row_weights(backend: str) -> None:
     torch.testing.assert_close(torch.autograd.grad(-3 * loss, z, retain_graph=True)[0], -3 * torch.autograd.grad(loss, z)[0])
 
 
-def test_tiles_are_chosen_and_overridden(backend: str) -> None:
+def test_tiles_are_chosen_and_overridden(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     assert tiled.tile_rows(100, torch.float32, cpu) == 100
     assert tiled.tile_rows(10**6, torch.float32, cpu) == 576
@@ -214,6 +214,11 @@ def test_tiles_are_chosen_and_overridden(backend: str) -> None:
         assert tiled.tile_rows(100, torch.float32, cpu) == 3
     finally:
         clop_kernels.set_tile_rows(None)
+    monkeypatch.setenv("CLOP_TILE_ROWS", "77")
+    assert tiled._rows_of_environment() == 77
+    monkeypatch.setenv("CLOP_TILE_ROWS", "many")
+    with pytest.raises(ValueError, match="CLOP_TILE_ROWS='many' in the environment: expected an integer"):
+        tiled._rows_of_environment()
     for bad in (0, -1, 2.0, True):
         with pytest.raises(ValueError, match=r"rows=.*expected an int of at least 1"):
             clop_kernels.set_tile_rows(bad)  # type: ignore[arg-type]

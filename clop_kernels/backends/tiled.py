@@ -9,8 +9,10 @@ once in the forward pass and once in the backward pass; a tile serves its rows a
        2     [           P    x ]    backward:  S becomes M (below);  grad_i += M zhat_j,  grad_j += M^T zhat_i
        3     [                P ]    P: the tiles that hold positives, for rows are sorted by group
 
-Flops: forward N^2 D, backward 3 N^2 D, and N^2 exponentials in all. Extra memory: a few tiles and a handful of (N, D)
-arrays; nothing grows with N^2 or with N times the number of tiles.
+Flops: forward N^2 D, backward 3 N^2 D, and N^2 exponentials in all. Bytes: a tile, T^2 numbers, is written and read about
+five times forward and ten times backward, in cache; a block of T rows of zhat, and in the backward pass of grad, comes in
+once a tile, so main memory sees N^2 D / T numbers at most. Extra memory: a few tiles (1.3 MB each at T = 576) and a handful
+of (N, D) arrays; nothing grows with N^2 or with N times the number of tiles.
 
 No shift, and one exponential a pair. A cosine is bounded, |s_ij| <= 1/tau, so unless the temperature is tiny exp(s_ij)
 neither overflows nor underflows, and its plain sum is as accurate as a shifted one and needs no pass for a maximum.
@@ -50,7 +52,7 @@ _LOG2_E = math.log2(math.e)
 _LARGEST_UNSHIFTED_LOGIT = {torch.float32: 60.0, torch.float64: 600.0}
 """Room for sums over 2^38 rows: exp(60) * 2^38 is below exp(88), the end of float32; float64 ends at exp(709)."""
 
-_tile_rows: int | None = int(os.environ["CLOP_TILE_ROWS"]) if os.environ.get("CLOP_TILE_ROWS") else None
+_tile_rows: int | None = None
 
 
 def set_tile_rows(rows: int | None) -> None:
@@ -62,6 +64,16 @@ def set_tile_rows(rows: int | None) -> None:
         raise ValueError(f"rows={rows!r}: expected an int of at least 1, or None for the built-in choice")
     global _tile_rows
     _tile_rows = rows
+
+
+def _rows_of_environment() -> int | None:
+    text = os.environ.get("CLOP_TILE_ROWS", "")
+    if text and not (text.isdecimal() and int(text) > 0):
+        raise ValueError(f"CLOP_TILE_ROWS={text!r} in the environment: expected an integer of at least 1, or nothing")
+    return int(text) if text else None
+
+
+set_tile_rows(_rows_of_environment())
 
 
 def tile_rows(n_rows: int, dtype: torch.dtype, device: torch.device) -> int:
