@@ -2,7 +2,15 @@
 
 from .backends import BackendUnavailableError
 from .backends.tiled import set_tile_rows
-from .diagnostics import CollapseReport, collapse_report, critical_learning_rate
+from .diagnostics import (
+    CollapseReport,
+    collapse_report,
+    critical_learning_rate,
+    effective_rank,
+    mean_resultant_length,
+    nearest_prototype_accuracy,
+    prototype_alignment,
+)
 from .functional import clop_loss, ntxent_loss, supcon_loss
 from .losses import CLOPLoss, NTXentLoss, SupConLoss
 from .prototypes import orthonormal_prototypes, simplex_prototypes
@@ -18,8 +26,12 @@ __all__ = [
     "clop_loss",
     "collapse_report",
     "critical_learning_rate",
+    "effective_rank",
+    "mean_resultant_length",
+    "nearest_prototype_accuracy",
     "ntxent_loss",
     "orthonormal_prototypes",
+    "prototype_alignment",
     "set_tile_rows",
     "simplex_prototypes",
     "supcon_loss",

@@ -6,6 +6,7 @@ registered here; a second derivative raises. :func:`loss` is the Python entrance
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -51,7 +52,7 @@ def loss(
     """
     compute_dtype = embeddings.dtype
     device_type = embeddings.device.type
-    if compute_dtype != torch.float64 and torch.is_autocast_enabled(device_type):
+    if compute_dtype != torch.float64 and _has_autocast(device_type) and torch.is_autocast_enabled(device_type):
         compute_dtype = torch.get_autocast_dtype(device_type)
     is_tensor = isinstance(temperature, Tensor)
     result: tuple[Tensor, ...] = _entrance()(
@@ -69,6 +70,14 @@ def loss(
         backend,
     )
     return result[0]
+
+
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)  # not for the meta device, say
+
+
+def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+    return torch.autocast(device_type, enabled=False) if _has_autocast(device_type) else nullcontext()
 
 
 def check_values(labels: Tensor | None, prototypes: Tensor | None, temperature: Tensor | None) -> None:
@@ -122,7 +131,7 @@ def _forward(embeddings: Tensor, labels: Tensor | None, prototypes: Tensor | Non
     check_values(labels, prototypes, option_args[1])
     options = _options(*option_args)
     chosen = backends.select(backend, embeddings.device, options.compute_dtype)
-    with torch.autocast(embeddings.device.type, enabled=False):
+    with _without_autocast(embeddings.device.type):
         value, residuals = chosen.load().forward(embeddings, labels, prototypes, options)
     return value, *residuals
 
@@ -144,7 +153,7 @@ def _backward(
     options = _options(*option_args)
     chosen = backends.select(backend, embeddings.device, options.compute_dtype)
     residuals = Residuals(normalized, norms, shift, total, negative)
-    with torch.autocast(embeddings.device.type, enabled=False):
+    with _without_autocast(embeddings.device.type):
         grads = chosen.load().backward(grad_loss, embeddings, residuals, labels, prototypes, options, Needs(*needs))
     unfilled = _unfilled_gradients(embeddings, option_args[1], prototypes, needs)
     return tuple(empty if grad is None else grad.to(empty.dtype) for grad, empty in zip(grads, unfilled, strict=True))

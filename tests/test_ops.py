@@ -83,6 +83,14 @@ def test_without_grad_there_is_no_graph() -> None:
     assert empty == 0
 
 
+def test_meta_and_fake_tensors_have_shapes() -> None:
+    z = torch.empty(8, 4, device="meta", requires_grad=True)
+    loss = clop_kernels.clop_loss(z, torch.empty(4, dtype=torch.int64, device="meta"), reduction="none")
+    assert loss.shape == (8,)
+    assert loss.device.type == "meta"
+    assert torch.autograd.grad(loss.sum(), z)[0].shape == z.shape
+
+
 def test_a_second_derivative_raises() -> None:
     z = torch.randn(6, 3, requires_grad=True)
     (grad,) = torch.autograd.grad(clop_kernels.ntxent_loss(z), z, create_graph=True)
