@@ -224,10 +224,17 @@ def test_tiles_are_chosen_and_overridden(monkeypatch: pytest.MonkeyPatch) -> Non
             clop_kernels.set_tile_rows(bad)  # type: ignore[arg-type]
 
 
-def test_the_same_call_gives_the_same_bits(backend: str) -> None:
+@pytest.mark.parametrize("threads", [1, 2, 7])
+def test_the_same_call_gives_the_same_bits(threads: int, backend: str) -> None:
     problem = random_problem(2, 700, 32, positives="label")
-    first, second = problem.solve(backend, torch.float32), problem.solve(backend, torch.float32)
+    torch.set_num_threads(threads)
+    try:
+        first, second = problem.solve(backend, torch.float32), problem.solve(backend, torch.float32)
+    finally:
+        torch.set_num_threads(1)
     assert all(torch.equal(first[name], second[name]) for name in first)
+    alone = problem.solve(backend, torch.float32)
+    assert all(relative_error(first[name], alone[name]) < 1e-6 for name in first)
 
 
 @pytest.mark.parametrize("width", [512, 1024, 4096])
