@@ -177,7 +177,7 @@ def accuracy_from_pixels(data: Digits) -> float | None:
 def resident_megabytes(entry: str) -> float:
     """VmRSS (now) or VmHWM (the peak since it was last reset) of this process, from Linux."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(entry))
-    return int(line.split()[1]) / 1024
+    return int(line.split()[1]) * 1024 / 1e6
 
 
 def cost(step: Callable[[], object]) -> tuple[float, float | None]:

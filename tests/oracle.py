@@ -35,19 +35,20 @@ class Problem:
     def __post_init__(self) -> None:
         object.__setattr__(self, "temperature", float(torch.tensor(self.temperature, dtype=torch.float32)))
 
-    def solve(self, backend: str, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The loss and its gradients, for a fixed random upstream gradient where the loss is not a scalar, in float64."""
-        z = self.embeddings.detach().to(dtype, copy=True).requires_grad_()
+    def solve(self, backend: str, dtype: torch.dtype, device: str = "cpu") -> dict[str, Tensor]:
+        """The loss and its gradients, in float64 on the CPU; a fixed random upstream gradient where the loss is not a scalar."""
+        z = self.embeddings.detach().to(device, dtype, copy=True).requires_grad_()
         precise = torch.promote_types(dtype, torch.float32)
-        tau = torch.tensor(self.temperature, dtype=precise, requires_grad=True)
+        tau = torch.tensor(self.temperature, dtype=precise, device=device, requires_grad=True)
         inputs = {"embeddings": z, "temperature": tau}
         prototypes = self.prototypes
         if prototypes is not None:
-            prototypes = inputs["prototypes"] = prototypes.detach().to(precise, copy=True).requires_grad_()
-        loss = clop_kernels.clop_loss(z, self.labels, prototypes, temperature=tau, backend=backend, **self.options)
+            prototypes = inputs["prototypes"] = prototypes.detach().to(device, precise, copy=True).requires_grad_()
+        labels = None if self.labels is None else self.labels.to(device)
+        loss = clop_kernels.clop_loss(z, labels, prototypes, temperature=tau, backend=backend, **self.options)
         upstream = torch.randn(loss.shape, generator=torch.Generator().manual_seed(7)) if loss.dim() else torch.ones(())
-        grads = torch.autograd.grad(loss, list(inputs.values()), upstream.to(loss.dtype))
-        return {"loss": loss.detach().double()} | {k: g.double() for k, g in zip(inputs, grads, strict=True)}
+        grads = torch.autograd.grad(loss, list(inputs.values()), upstream.to(loss))
+        return {"loss": loss.detach().cpu().double()} | {k: g.cpu().double() for k, g in zip(inputs, grads, strict=True)}
 
     def with_options(self, **options: Any) -> Problem:
         return replace(self, options=self.options | options)
@@ -87,13 +88,18 @@ def relative_error(actual: Tensor, expected: Tensor, floor: float = 0.0) -> floa
     return float((actual.double() - expected.double()).norm() / max(float(expected.norm()), floor, 1e-300))
 
 
-def assert_accurate(problem: Problem, backend: str, floor: float = 0.0) -> None:
-    """float32 on ``backend`` against float64 on the reference: the tolerances above, or PLAIN_FACTOR times the plain loss."""
+def assert_accurate(problem: Problem, backend: str, ill_conditioned: bool = False) -> None:
+    """float32 on ``backend`` against float64 on the reference: within the tolerances above.
+
+    Where the problem is ``ill_conditioned``, and for the temperature's gradient, one number to which large terms of both
+    signs cancel in any problem, PLAIN_FACTOR times the plain loss's own error is allowed too.
+    """
     expected = problem.solve("reference", torch.float64)
     plain = problem.solve("reference", torch.float32)
     actual = problem.solve(backend, torch.float32)
     for name, value in expected.items():
-        error = relative_error(actual[name], value, floor)
-        bound = LOSS_TOLERANCE if name == "loss" else GRADIENT_TOLERANCE
-        allowed = max(bound, PLAIN_FACTOR * relative_error(plain[name], value, floor))
+        error = relative_error(actual[name], value)
+        allowed = LOSS_TOLERANCE if name == "loss" else GRADIENT_TOLERANCE
+        if ill_conditioned or name == "temperature":
+            allowed = max(allowed, PLAIN_FACTOR * relative_error(plain[name], value))
         assert error <= allowed, f"{name}: relative error {error:.2e}, allowed {allowed:.2e}"

@@ -57,7 +57,7 @@ def test_near_duplicates_keep_their_gradient(temperature: float, noise: float, w
     for n_views, n_instances in ((2, 40), (2, 301), (3, 40)):
         problem = near_duplicates(n_views, n_instances, width, noise, temperature)
         if problem.solve("reference", torch.float64)["loss"] > 1e-12:
-            assert_accurate(problem, backend)
+            assert_accurate(problem, backend, ill_conditioned=True)
 
 
 def test_a_single_positive_keeps_its_relative_accuracy(backend: str) -> None:
@@ -250,4 +250,4 @@ def test_extreme_temperature_without_overflow(backend: str) -> None:
         for value in problem.solve(backend, torch.float32).values():
             assert value.isfinite().all()
         if temperature >= 1e-3:  # below, a similarity of 1/tau has no digits left behind the point
-            assert_accurate(problem, backend)
+            assert_accurate(problem, backend, ill_conditioned=temperature < 0.01)

@@ -145,9 +145,7 @@ def backward(
     grad_loss = grad_loss.to(zhat.dtype)
     if options.reduction == "none":
         grad_loss = grad_loss.index_select(0, groups.order)
-    is_anchor = groups.n_positives > 0
-    per_term = grad_loss / is_anchor.sum().clamp(min=1) if options.reduction == "mean" else grad_loss
-    weights = torch.where(is_anchor, per_term, 0.0)  # (N,), w_i
+    weights = _row_weights(grad_loss, groups.n_positives > 0, options)  # w_i
 
     # The gradient of zhat first, and at last, in place, that of the raw rows.
     grad = _similarity_gradient(zhat, residuals, weights, groups, options.temperature).div_(options.temperature)
@@ -161,10 +159,7 @@ def backward(
         grad_prototypes = torch.zeros_like(prototypes, dtype=zhat.dtype)
     if labels is not None and prototypes is not None:
         label = _labels_of_rows(labels, groups, options)
-        is_labelled = label >= 0
-        per_term = options.prototype_weight * grad_loss
-        per_term = per_term / is_labelled.sum().clamp(min=1) if options.reduction == "mean" else per_term
-        pull = torch.where(is_labelled, per_term, 0.0).unsqueeze(1)
+        pull = _row_weights(options.prototype_weight * grad_loss, label >= 0, options).unsqueeze(1)
         direction = _distance_gradient(zhat, _targets(prototypes, label, zhat), options.distance).mul_(pull)
         grad += direction
         if grad_prototypes is not None:
@@ -358,6 +353,13 @@ def _groups(rows: Tensor, labels: Tensor | None, options: LossOptions) -> Groups
         assert labels is not None
         return label_groups(labels, options.n_views)
     return instance_groups(rows.shape[0] // options.n_views, options.n_views, rows.device)
+
+
+def _row_weights(grad_loss: Tensor, in_term: Tensor, options: LossOptions) -> Tensor:
+    """The upstream gradient of each row's share of a term over the rows ``in_term``: (), or (N,), and (N,) -> (N,)."""
+    if options.reduction == "mean":
+        grad_loss = grad_loss / in_term.sum().clamp(min=1)
+    return torch.where(in_term, grad_loss, 0.0)
 
 
 def _labels_of_rows(labels: Tensor, groups: Groups, options: LossOptions) -> Tensor:
