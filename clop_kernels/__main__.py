@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from . import __version__
-from .backends import BACKENDS, REFERENCE
+from .backends import BACKENDS, REFERENCE, select
 
 
 def info() -> dict[str, Any]:
@@ -46,7 +46,7 @@ def _print(report: dict[str, Any]) -> None:
         print(f"{name:16} {version}")
     for device, description in report["devices"].items():
         print(f"\n{device:16} {description}")
-        default = next(name for name, obstacle in report["backends"][device].items() if obstacle is None)
+        default = select(None, torch.device(device), torch.float32).name
         for name, obstacle in report["backends"][device].items():
             state = "no " if obstacle else "yes"
             note = f": {obstacle}" if obstacle else "  <- backend=None takes this" if name == default else ""

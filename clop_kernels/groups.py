@@ -1,4 +1,4 @@
-"""Positive groups: from labels and views to dense group ids and counts, without a host synchronisation.
+"""Positive groups: from labels and views to runs of rows, without a host synchronisation.
 
 The positives of a row are the other rows of its group (:mod:`clop_kernels.reference`). With ``positives="instance"`` the
 V views of one instance are a group; with ``positives="label"`` all views of all instances of one label are, and each
@@ -23,23 +23,38 @@ class Groups:
 
     Attributes:
         order: (N,) int64, a permutation of the rows that sorts them by group; stable, so the same from run to run.
-        ids: (N,) int64, the dense group id of each position, non-decreasing from 0.
-        n_positives: (N,) int64, n_i of each position: the rows of its group less itself.
+        starts: (N,) int64, the first position of the group that each position is in: names the group.
+        ends: (N,) int64, one past its last position.
         size: the number of rows in every group where the host knows it, else None.
     """
 
     order: Tensor
-    ids: Tensor
-    n_positives: Tensor
+    starts: Tensor
+    ends: Tensor
     size: int | None
+
+    @property
+    def n_positives(self) -> Tensor:
+        """(N,) int64, n_i of each position: the rows of its group less itself."""
+        return self.ends - self.starts - 1
+
+    def table(self) -> Tensor:
+        """(3, N) int32: order, starts, ends."""
+        return torch.stack([self.order, self.starts, self.ends]).to(torch.int32)
+
+    @staticmethod
+    def of_table(table: Tensor) -> Groups:
+        """The inverse of :meth:`table`."""
+        order, starts, ends = table.to(torch.int64).unbind()
+        return Groups(order, starts, ends, None)
 
 
 def instance_groups(n_instances: int, n_views: int, device: torch.device) -> Groups:
     """``positives="instance"``: the V views of one instance are each other's positives."""
     rows = torch.arange(n_views * n_instances, device=device)
     order = rows.view(n_views, n_instances).T.reshape(-1)
-    ids = rows.div(n_views, rounding_mode="floor")
-    return Groups(order, ids, torch.full_like(rows, n_views - 1), n_views)
+    starts = rows - rows % n_views
+    return Groups(order, starts, starts + n_views, n_views)
 
 
 def label_groups(labels: Tensor, n_views: int) -> Groups:
@@ -48,16 +63,10 @@ def label_groups(labels: Tensor, n_views: int) -> Groups:
     instance = torch.arange(n_instances, device=labels.device)
     key = torch.where(labels >= 0, labels, -1 - instance)  # unlabelled: a key that no other instance has
     key, order = torch.sort(key, stable=True)
-    is_first = torch.ones_like(key, dtype=torch.bool)
-    torch.ne(key[1:], key[:-1], out=is_first[1:])
-    ids = is_first.cumsum(0) - 1
-    # Group g is positions starts[g] to starts[g + 1]; how many groups there are stays on the device: B + 1 is enough.
-    starts = torch.searchsorted(ids, torch.arange(n_instances + 1, device=labels.device))
-    n_positives = n_views * (starts[1:] - starts[:-1])[ids] - 1
     view_offsets = n_instances * torch.arange(n_views, device=labels.device)
     return Groups(
         (order[:, None] + view_offsets).reshape(-1),
-        ids.repeat_interleave(n_views),
-        n_positives.repeat_interleave(n_views),
+        (n_views * torch.searchsorted(key, key)).repeat_interleave(n_views),
+        (n_views * torch.searchsorted(key, key, right=True)).repeat_interleave(n_views),
         None,
     )

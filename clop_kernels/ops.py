@@ -23,11 +23,11 @@ _OPTIONS = (
 _library = torch.library.Library("clop", "FRAGMENT")
 _library.define(
     f"loss(Tensor embeddings, Tensor? labels, Tensor? prototypes, {_OPTIONS}) "
-    "-> (Tensor loss, Tensor normalized, Tensor norms, Tensor shift, Tensor total, Tensor negative)"
+    "-> (Tensor loss, Tensor normalized, Tensor norms, Tensor shift, Tensor total, Tensor negative, Tensor groups, Tensor counts)"
 )
 _library.define(
     "loss_backward(Tensor grad_loss, Tensor embeddings, Tensor normalized, Tensor norms, Tensor shift, Tensor total, "
-    f"Tensor negative, Tensor? labels, Tensor? prototypes, bool[3] needs, {_OPTIONS}) "
+    f"Tensor negative, Tensor groups, Tensor counts, Tensor? labels, Tensor? prototypes, bool[3] needs, {_OPTIONS}) "
     "-> (Tensor grad_embeddings, Tensor grad_temperature, Tensor grad_prototypes)"
 )
 
@@ -128,11 +128,12 @@ def _options(
 
 def _forward(embeddings: Tensor, labels: Tensor | None, prototypes: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
     *option_args, backend = args
-    check_values(labels, prototypes, option_args[1])
     options = _options(*option_args)
-    chosen = backends.select(backend, embeddings.device, options.compute_dtype)
+    module = backends.select(backend, embeddings.device, options.compute_dtype).load()
+    if embeddings.device.type == "cpu" or not module.CHECKS_VALUES:
+        check_values(labels, prototypes, option_args[1])
     with _without_autocast(embeddings.device.type):
-        value, residuals = chosen.load().forward(embeddings, labels, prototypes, options)
+        value, residuals = module.forward(embeddings, labels, prototypes, options)
     return value, *residuals
 
 
@@ -144,6 +145,8 @@ def _backward(
     shift: Tensor,
     total: Tensor,
     negative: Tensor,
+    groups: Tensor,
+    counts: Tensor,
     labels: Tensor | None,
     prototypes: Tensor | None,
     needs: list[bool],
@@ -152,7 +155,7 @@ def _backward(
     *option_args, backend = args
     options = _options(*option_args)
     chosen = backends.select(backend, embeddings.device, options.compute_dtype)
-    residuals = Residuals(normalized, norms, shift, total, negative)
+    residuals = Residuals(normalized, norms, shift, total, negative, groups, counts)
     with _without_autocast(embeddings.device.type):
         grads = chosen.load().backward(grad_loss, embeddings, residuals, labels, prototypes, options, Needs(*needs))
     unfilled = _unfilled_gradients(embeddings, option_args[1], prototypes, needs)
@@ -170,12 +173,14 @@ def _unfilled_gradients(
 
 
 def _forward_fake(embeddings: Tensor, labels: Tensor | None, prototypes: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
-    *_, reduction, compute_dtype, _backend = args
+    _temperature, _tensor, _n_views, positives, *_, reduction, compute_dtype, _backend = args
     n_rows = embeddings.shape[0]
     precise = accumulate_dtype(compute_dtype)
     per_row = [embeddings.new_empty(n_rows, dtype=precise) for _ in range(4)]
     value = embeddings.new_empty((n_rows,) if reduction == "none" else (), dtype=precise)
-    return value, embeddings.new_empty(embeddings.shape, dtype=compute_dtype), *per_row
+    groups = embeddings.new_empty((3, n_rows if positives == "label" else 0), dtype=torch.int32)
+    counts = embeddings.new_empty(2, dtype=precise)
+    return value, embeddings.new_empty(embeddings.shape, dtype=compute_dtype), *per_row, groups, counts
 
 
 def _backward_fake(
@@ -186,6 +191,8 @@ def _backward_fake(
     shift: Tensor,
     total: Tensor,
     negative: Tensor,
+    groups: Tensor,
+    counts: Tensor,
     labels: Tensor | None,
     prototypes: Tensor | None,
     needs: list[bool],

@@ -1,4 +1,4 @@
-"""Positive groups: sorted order, dense ids and counts, against Python dictionaries."""
+"""Positive groups: sorted order and runs, against Python dictionaries."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ LABELS = st.lists(st.integers(-1, 5) | st.sampled_from([2**62, 10**9, 63]), max_
 
 def check(groups: Groups, keys: list[object]) -> None:
     """``keys[i]`` names the group of row i; the groups must say the same."""
-    order, ids = groups.order.tolist(), groups.ids.tolist()
+    order, starts, ends = groups.order.tolist(), groups.starts.tolist(), groups.ends.tolist()
     assert sorted(order) == list(range(len(keys)))
-    assert ids == sorted(ids)
-    assert set(ids) == set(range(len(set(ids))))  # dense
-    named = {ids[k]: keys[order[k]] for k in range(len(keys))}
-    assert len(set(named.values())) == len(named)
-    assert [named[ids[k]] for k in range(len(keys))] == [keys[i] for i in order]
     sizes = Counter(keys)
+    for position, row in enumerate(order):
+        assert starts[position] <= position < ends[position]
+        run = [keys[i] for i in order[starts[position] : ends[position]]]
+        assert run == [keys[row]] * sizes[keys[row]]
     assert groups.n_positives.tolist() == [sizes[keys[i]] - 1 for i in order]
+    restored = Groups.of_table(groups.table())
+    assert (restored.order.tolist(), restored.starts.tolist(), restored.ends.tolist()) == (order, starts, ends)
 
 
 @given(labels=LABELS, n_views=st.integers(1, 4))

@@ -7,6 +7,9 @@ To add a backend, write a module with the two functions of :mod:`clop_kernels.ba
 from __future__ import annotations
 
 import importlib
+import importlib.util
+import os
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
@@ -30,12 +33,14 @@ class Backend:
         summary: one line for a person.
         obstacle: (device, dtype) -> why it cannot run on such embeddings here, or None if it can.
         module: its module within this package.
+        devices: the types of device where ``backend=None`` may take it; None: any. By name it can run on others too.
     """
 
     name: str
     summary: str
     obstacle: Callable[[torch.device, torch.dtype], str | None]
     module: str
+    devices: tuple[str, ...] | None = None
 
     def load(self) -> ModuleType:
         return importlib.import_module(self.module, __name__)
@@ -45,9 +50,38 @@ def _not_in_this_version(what: str) -> Callable[[torch.device, torch.dtype], str
     return lambda device, dtype: f"this version of clop_kernels has no {what} yet"
 
 
+_OLDEST_TRITON = (3, 6)
+_OLDEST_CAPABILITY = (8, 0)  # Triton compiles matrix products for sm_80 and newer
+
+
+def _obstacle_to_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Triton itself is imported last, where nothing else stands in its way."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: `pip install triton`, or the build of it that came with torch for this GPU"
+    if dtype == torch.float64:
+        return "it takes float32, float16 and bfloat16"
+    if device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") != "1":
+            return "Triton kernels run on GPUs; TRITON_INTERPRET=1 in the environment runs them on a CPU, slowly, for debugging"
+        if dtype == torch.bfloat16:
+            return "Triton's interpreter rounds bfloat16 towards zero"
+    elif device.type not in _GPUS:
+        return f"Triton compiles for {' and '.join(_GPUS)} devices"
+    elif device.type == "cuda" and torch.version.hip is None:
+        capability = torch.cuda.get_device_capability(device)
+        if capability < _OLDEST_CAPABILITY:
+            return "Triton needs compute capability 8.0 or more, and this GPU has {}.{}".format(*capability)
+    version = importlib.import_module("triton").__version__
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < _OLDEST_TRITON:
+        return f"it needs Triton 3.6 or newer, and {version} is installed"
+    return None
+
+
+_GPUS = ("cuda", "xpu")
+
 BACKENDS: tuple[Backend, ...] = (
     Backend("cuda", "compiled CUDA C++ kernels", _not_in_this_version("CUDA C++ kernels"), ".native"),
-    Backend("triton", "Triton kernels", _not_in_this_version("Triton kernels"), ".triton"),
+    Backend("triton", "Triton kernels", _obstacle_to_triton, ".triton", _GPUS),
     Backend("cpu", "compiled SIMD kernels", _not_in_this_version("compiled CPU kernels"), ".native"),
     Backend("tiled", "plain PyTorch, tile by tile; any device", lambda device, dtype: None, ".tiled"),
 )
@@ -62,7 +96,7 @@ def select(name: str | None, device: torch.device, dtype: torch.dtype) -> Backen
         BackendUnavailableError: if ``name`` cannot run on this device and dtype.
     """
     for backend in BACKENDS:
-        if name is None or name == backend.name:
+        if name == backend.name or (name is None and (backend.devices is None or device.type in backend.devices)):
             obstacle = backend.obstacle(device, dtype)
             if obstacle is None:
                 return backend

@@ -3,6 +3,8 @@
     forward(embeddings, labels, prototypes, options) -> (loss, Residuals)
     backward(grad_loss, embeddings, residuals, labels, prototypes, options, needs) -> Gradients
 
+    CHECKS_VALUES: bool    # whether forward asserts on a GPU what ops.check_values checks, which is then not called there
+
 Both run below autograd and autocast, on validated input, and must neither synchronise with the host on a GPU nor
 allocate anything that grows with N^2. The definition they compute is :mod:`clop_kernels.reference`.
 """
@@ -57,7 +59,7 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class Residuals(NamedTuple):
-    """What the forward pass leaves for the backward pass: O(N D). The order of the rows is the backend's own affair.
+    """What the forward pass leaves for the backward pass of the same backend: O(N D). The order of the rows is its own affair.
 
     The softmax is kept as a shift and two sums, not as their logarithm, so that a row with one dominating positive keeps
     its small numbers: sum_{j != i} exp s_ij = 2^shift_i * total_i, and the same over the pairs that are not positives is
@@ -69,6 +71,8 @@ class Residuals(NamedTuple):
         shift: (N,) in the accumulate dtype.
         total: (N,) in the accumulate dtype; 0 where N = 1.
         negative: (N,) in the accumulate dtype.
+        groups: (3, N) int32, :meth:`clop_kernels.groups.Groups.table`, where positives are found by label; else (3, 0).
+        counts: (2,) in the accumulate dtype, how many rows are in A and in S: what a mean divides by.
     """
 
     normalized: Tensor
@@ -76,6 +80,8 @@ class Residuals(NamedTuple):
     shift: Tensor
     total: Tensor
     negative: Tensor
+    groups: Tensor
+    counts: Tensor
 
 
 class Needs(NamedTuple):

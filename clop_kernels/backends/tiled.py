@@ -47,6 +47,8 @@ from torch import Tensor
 from ..groups import Groups, instance_groups, label_groups
 from .contract import EPS, Gradients, LossOptions, Needs, Residuals
 
+CHECKS_VALUES = False
+
 _LOG2_E = math.log2(math.e)
 
 _LARGEST_UNSHIFTED_LOGIT = {torch.float32: 60.0, torch.float64: 600.0}
@@ -101,7 +103,11 @@ def forward(
     embeddings: Tensor, labels: Tensor | None, prototypes: Tensor | None, options: LossOptions
 ) -> tuple[Tensor, Residuals]:
     """(N, D) embeddings, (B,) int64 labels, (K, D) prototypes -> the loss, and what the backward pass needs."""
-    groups = _groups(embeddings, labels, options)
+    if options.positives == "label":
+        assert labels is not None
+        groups = label_groups(labels, options.n_views)
+    else:
+        groups = instance_groups(embeddings.shape[0] // options.n_views, options.n_views, embeddings.device)
     # index_select makes the copy that is normalised in place
     zhat, norms = _normalize(embeddings.index_select(0, groups.order).to(options.accumulate_dtype))
     normalized = zhat.to(options.compute_dtype)
@@ -113,21 +119,23 @@ def forward(
     contrastive = torch.where(is_anchor, _contrastive_terms(softmax, groups), 0.0 * zhat.sum(1))
 
     prototype = torch.zeros_like(contrastive)
-    n_labelled: int | Tensor = 1
+    counts = contrastive.new_zeros(2)
+    counts[0] = is_anchor.sum()
     if labels is not None and prototypes is not None:
         label = _labels_of_rows(labels, groups, options)
         is_labelled = label >= 0
-        n_labelled = is_labelled.sum().clamp(min=1)
+        counts[1] = is_labelled.sum()
         distances = _distances(zhat, _targets(prototypes, label, zhat), options.distance)
         prototype = torch.where(is_labelled, distances, 0.0)
 
     if options.reduction == "mean":
-        mean_contrastive = contrastive.sum() / is_anchor.sum().clamp(min=1)
-        loss = mean_contrastive + options.prototype_weight * (prototype.sum() / n_labelled)
+        divisors = counts.clamp(min=1)
+        loss = contrastive.sum() / divisors[0] + options.prototype_weight * (prototype.sum() / divisors[1])
     else:
         per_row = contrastive + options.prototype_weight * prototype
         loss = per_row.sum() if options.reduction == "sum" else torch.empty_like(per_row).index_copy_(0, groups.order, per_row)
-    return loss, Residuals(normalized, norms, softmax.shift, softmax.total, softmax.negative)
+    table = groups.table() if groups.size is None else groups.order.new_empty((3, 0), dtype=torch.int32)
+    return loss, Residuals(normalized, norms, softmax.shift, softmax.total, softmax.negative, table, counts)
 
 
 def backward(
@@ -141,11 +149,15 @@ def backward(
 ) -> Gradients:
     """The upstream gradient, () or (N,), to the gradients of the raw embeddings, the temperature and the prototypes."""
     zhat = residuals.normalized.to(options.accumulate_dtype)
-    groups = _groups(zhat, labels, options)
+    if options.positives == "label":
+        groups = Groups.of_table(residuals.groups)
+    else:
+        groups = instance_groups(zhat.shape[0] // options.n_views, options.n_views, zhat.device)
     grad_loss = grad_loss.to(zhat.dtype)
     if options.reduction == "none":
         grad_loss = grad_loss.index_select(0, groups.order)
-    weights = _row_weights(grad_loss, groups.n_positives > 0, options)  # w_i
+    shares = grad_loss / residuals.counts.clamp(min=1) if options.reduction == "mean" else (grad_loss, grad_loss)
+    weights = torch.where(groups.n_positives > 0, shares[0], 0.0)  # w_i
 
     # The gradient of zhat first, and at last, in place, that of the raw rows.
     grad = _similarity_gradient(zhat, residuals, weights, groups, options.temperature).div_(options.temperature)
@@ -159,7 +171,7 @@ def backward(
         grad_prototypes = torch.zeros_like(prototypes, dtype=zhat.dtype)
     if labels is not None and prototypes is not None:
         label = _labels_of_rows(labels, groups, options)
-        pull = _row_weights(options.prototype_weight * grad_loss, label >= 0, options).unsqueeze(1)
+        pull = torch.where(label >= 0, options.prototype_weight * shares[1], 0.0).unsqueeze(1)
         direction = _distance_gradient(zhat, _targets(prototypes, label, zhat), options.distance).mul_(pull)
         grad += direction
         if grad_prototypes is not None:
@@ -224,7 +236,7 @@ def _tiles(zhat: Tensor, groups: Groups, temperature: float | Tensor) -> Iterato
             torch.mm(scaled, zhat[columns].T, out=logits)
             positives = None
             if _may_hold_positives(groups, rows, columns):
-                positives = groups.ids[rows, None] == groups.ids[columns]
+                positives = groups.starts[rows, None] == groups.starts[columns]
                 if i == j:
                     positives.fill_diagonal_(False)
             yield _Tile(rows, columns, logits, scratch_buffer[: logits.numel()].view(shape), positives)
@@ -236,9 +248,9 @@ def _may_hold_positives(groups: Groups, rows: slice, columns: slice) -> bool:
         return groups.size != 1
     if groups.size is not None:
         return (rows.stop - 1) // groups.size == columns.start // groups.size
-    if groups.ids.device.type != "cpu":
+    if groups.starts.device.type != "cpu":
         return True
-    return bool(groups.ids[rows.stop - 1] == groups.ids[columns.start])
+    return bool(groups.ends[rows.stop - 1] > columns.start)
 
 
 class _Softmax(NamedTuple):
@@ -346,20 +358,6 @@ def _normalize(z: Tensor) -> tuple[Tensor, Tensor]:
     norms = torch.linalg.vector_norm(z, dim=1)
     z /= torch.maximum(norms, EPS / largest).unsqueeze(1)
     return z, norms * largest
-
-
-def _groups(rows: Tensor, labels: Tensor | None, options: LossOptions) -> Groups:
-    if options.positives == "label":
-        assert labels is not None
-        return label_groups(labels, options.n_views)
-    return instance_groups(rows.shape[0] // options.n_views, options.n_views, rows.device)
-
-
-def _row_weights(grad_loss: Tensor, in_term: Tensor, options: LossOptions) -> Tensor:
-    """The upstream gradient of each row's share of a term over the rows ``in_term``: (), or (N,), and (N,) -> (N,)."""
-    if options.reduction == "mean":
-        grad_loss = grad_loss / in_term.sum().clamp(min=1)
-    return torch.where(in_term, grad_loss, 0.0)
 
 
 def _labels_of_rows(labels: Tensor, groups: Groups, options: LossOptions) -> Tensor:

@@ -1,0 +1,256 @@
+"""``python -m benchmarks.resources``: compiles every shipped Triton kernel ahead of time, for GPUs that need not be there.
+
+One table: registers, bytes spilled, shared memory and matrix instructions of each kernel, tile, GPU, dtype and width, as
+:mod:`clop_kernels.backends.triton.launches` would launch it. Ends with 1 if a kernel spills, takes more shared memory than
+its GPU has, or lacks matrix instructions where it multiplies matrices.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+
+from clop_kernels.backends.contract import LossOptions, Residuals
+
+SHARED_MEMORY_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
+"""What one program can have, by compute capability (CUDA C++ programming guide, table of technical specifications)."""
+
+TARGETS = (80, 90, 100, 120)
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+WIDTHS = (16, 32, 64, 128, 256, 512)
+"""512 stands for all wide rows, whose tiles do not depend on the width."""
+
+PROCESSORS = 132
+ROWS = {128: 65536, 64: 8192, 32: 2048}
+"""Numbers of rows that get tiles of so many rows on so many processors."""
+
+MATRIX_INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma": "mma.sync"}
+MATRIX_KERNELS = ("softmax_kernel", "gradient_kernel", "pair_kernel", "product_kernel")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A call of the loss: all its launches are compiled.
+
+    ``general`` is the form with the most code: positives by label, the temperature in a tensor, so that both softmax paths
+    are compiled in, and a weight a row. Else it is NT-Xent with a prototype term at temperature 0.1.
+    """
+
+    capability: int
+    dtype: str
+    width: int
+    n_rows: int
+    general: bool
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one compiled kernel takes."""
+
+    kernel: str
+    sm: int
+    dtype: str
+    D: int
+    tile: str
+    form: str
+    registers: int
+    spilled_bytes: int
+    shared_kb: float
+    instructions: str
+
+    def faults(self) -> list[str]:
+        found = []
+        if self.spilled_bytes:
+            found.append(f"spills {self.spilled_bytes} bytes a thread")
+        if self.shared_kb > SHARED_MEMORY_KB[self.sm]:
+            found.append(f"needs {self.shared_kb} KB of shared memory, and sm_{self.sm} has {SHARED_MEMORY_KB[self.sm]}")
+        if self.kernel in MATRIX_KERNELS and not self.instructions:
+            found.append("has no matrix instructions")
+        return found
+
+
+def cases(targets: Sequence[int], dtypes: Sequence[str], widths: Sequence[int], heights: Sequence[int]) -> list[Case]:
+    return [
+        Case(target, dtype, width, ROWS[height], general)
+        for target in targets
+        for dtype in dtypes
+        for width in widths
+        for height in heights
+        for general in (False, True)
+        if general or height == max(heights)  # lower tiles are for small N: their largest form will do
+    ]
+
+
+def compile_case(case: Case) -> list[Report]:
+    """Compiles the launches of one call; runs in a process of its own."""
+    reports: dict[str, Report] = {}
+    for launch in _launches(case):
+        key = f"{launch.kernel.__name__} {launch.arguments.get('ADD')} {launch.arguments.get('stride_row') == 1}"
+        if key not in reports:
+            reports[key] = _compile(launch, case)
+    return list(reports.values())
+
+
+def _launches(case: Case) -> Iterator[Any]:
+    """The launches of the case, on tensors without memory."""
+    from clop_kernels.backends.triton import launches, tiles  # after the environment is set
+
+    dtype = DTYPES[case.dtype]
+    n, width, n_classes = case.n_rows, case.width, 10
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    options = LossOptions(
+        n_views=2,
+        positives="label" if case.general else "instance",
+        temperature=empty() if case.general else 0.1,
+        prototype_weight=1.0,
+        distance="euclidean" if case.general else "cosine",
+        reduction="none" if case.general else "mean",
+        compute_dtype=dtype,
+    )
+    z, labels, prototypes = empty(n, width, dtype=dtype), empty(n // 2, dtype=torch.int64), empty(n_classes, width)
+    groups = empty(3, n if case.general else 0, dtype=torch.int32)
+    zhat = empty(n, width, dtype=dtype)
+    residuals = Residuals(zhat, empty(n), empty(n), empty(n), empty(n), groups, empty(2))
+    target = tiles.Target(case.capability, PROCESSORS)
+    scratch = launches.ForwardScratch.like(zhat, target)
+    loss = empty(n) if case.general else empty()
+    yield from launches.forward(z, labels, prototypes, options, loss, residuals, scratch, target)
+    upstream = launches.Upstream(empty(), empty(n) if case.general else None)
+    yield from launches.backward(
+        upstream, residuals, labels, prototypes, options, launches.BackwardScratch.like(zhat), empty(n, width, dtype=dtype), target
+    )
+    by_class, bounds, parts = empty(n, dtype=torch.int64), empty(n_classes + 1, dtype=torch.int64), empty(4, n_classes, width)
+    yield launches.prototypes_backward(upstream, residuals, by_class, bounds, prototypes, options, parts, target)
+
+
+def _compile(launch: Any, case: Case) -> Report:
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    compiled = triton.compile(_source(launch), target=GPUTarget("cuda", case.capability, 32), options=launch.options)
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.asm["cubin"])
+        file.flush()
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    numbers = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage))
+    found = [name for name, pattern in MATRIX_INSTRUCTIONS.items() if pattern in compiled.asm["ptx"]]
+    blocks = [str(launch.arguments[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_D") if name in launch.arguments]
+    tile = f"{'x'.join(blocks)}, {launch.options['num_warps']} warps, {launch.options['num_stages']} stages"
+    name = launch.kernel.__name__
+    # The stack of a kernel that asserts holds the arguments of the message.
+    spilled = 0 if launch.options["debug"] else int(numbers["STACK"]) + int(numbers["LOCAL"])
+    return Report(
+        name,
+        case.capability,
+        case.dtype,
+        case.width,
+        tile,
+        "general" if case.general else "plain",
+        int(numbers["REG"]),
+        spilled,
+        round(compiled.metadata.shared / 1024, 1),
+        " ".join(found),
+    )
+
+
+def _source(launch: Any) -> Any:
+    """The kernel with its argument types, as a launch on real tensors would specialise it."""
+    from triton.compiler import ASTSource
+
+    pointers = {
+        torch.float32: "*fp32",
+        torch.float16: "*fp16",
+        torch.bfloat16: "*bf16",
+        torch.int32: "*i32",
+        torch.int64: "*i64",
+    }
+    signature: dict[str, str] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    for index, parameter in enumerate(launch.kernel.params):
+        value = launch.arguments[parameter.name]
+        if parameter.is_constexpr or value is None:
+            signature[parameter.name] = "constexpr"
+            constants[(index,)] = value
+        elif isinstance(value, Tensor):
+            signature[parameter.name] = pointers[value.dtype]
+            attributes[(index,)] = [["tt.divisibility", 16]]
+        else:
+            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
+    return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+
+
+def compile_all(selected: Sequence[Case], console: Console) -> list[Report]:
+    """All reports, each kernel and tile once, in the order of the cases."""
+    reports: dict[tuple[Any, ...], Report] = {}
+    with Progress(console=console, transient=True) as progress, ProcessPoolExecutor() as pool:
+        task = progress.add_task("compiling", total=len(selected))
+        for found in pool.map(compile_case, selected):
+            progress.advance(task)
+            for report in found:
+                reports.setdefault((report.kernel, report.sm, report.dtype, report.D, report.tile, report.form), report)
+    return list(reports.values())
+
+
+def report_table(reports: Sequence[Report], everything: bool) -> Table:
+    table = Table(title="Triton kernels compiled ahead of time")
+    for field in fields(Report):
+        table.add_column(field.name, no_wrap=True, justify="right" if field.type in ("int", "float") else "left")
+    for report in reports:
+        if everything or report.kernel in MATRIX_KERNELS or report.faults():
+            table.add_row(*(str(value) for value in asdict(report).values()), style="red" if report.faults() else None)
+    return table
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.resources", description=__doc__)
+    add = parser.add_argument
+    add("--targets", nargs="+", type=int, choices=SHARED_MEMORY_KB, default=TARGETS, metavar="SM", help="%(default)s")
+    add("--dtypes", nargs="+", choices=DTYPES, default=tuple(DTYPES), help="%(default)s")
+    add("--dims", nargs="+", type=int, default=WIDTHS, metavar="D", help="widths of the embeddings (%(default)s)")
+    add("--heights", nargs="+", type=int, choices=ROWS, default=tuple(ROWS), help="rows of a program's tile (%(default)s)")
+    add("--everything", action="store_true", help="print the O(N D) kernels too; they are checked in any case")
+    add("--csv", type=Path, metavar="FILE", help="write the table there too")
+    given = parser.parse_args(arguments)
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 is in the environment: the interpreter compiles nothing; unset it")
+
+    console = Console(width=None if sys.stdout.isatty() else 180)
+    with tempfile.TemporaryDirectory() as cache:
+        os.environ["TRITON_CACHE_DIR"] = cache  # of this run alone: nothing is taken from, or left in, the user's
+        reports = compile_all(cases(given.targets, given.dtypes, given.dims, given.heights), console)
+    console.print(report_table(reports, given.everything))
+    if given.csv is not None:
+        with given.csv.open("w", newline="") as file:
+            writer = csv.DictWriter(file, [field.name for field in fields(Report)])
+            writer.writeheader()
+            writer.writerows(asdict(report) for report in reports)
+    faults = [f"{r.kernel} sm_{r.sm} {r.dtype} D={r.D} {r.tile}: {fault}" for r in reports for fault in r.faults()]
+    for fault in faults:
+        console.print(fault, style="red")
+    console.print(f"{len(reports)} kernels compiled, {len(faults)} faults")
+    return 1 if faults else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

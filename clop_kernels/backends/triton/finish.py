@@ -1,0 +1,105 @@
+"""Last launch of the backward pass: the pairwise sums become the gradient of the raw embeddings.
+
+For every row, the contrastive term's 1/tau sum_j M_ij zhat_j and the prototype's pull are added up, taken through the
+derivative of the normalisation, and stored once, in the input's dtype, at the row's place in the user's tensor::
+
+    dz_i = (g_i - (zhat_i . g_i) zhat_i) / |z_i|,    g_i = dL_contrastive/dzhat_i + w_i lambda dd(zhat_i, c)/dzhat_i
+
+The temperature's gradient needs the same dot products: S is linear in 1/tau and in each of its two rows, so
+dL/dtau = -1/(2 tau) sum_i zhat_i . dL_contrastive/dzhat_i, one partial sum a program.
+
+Tile picture: whole rows, BLOCK_M of them a program. Bytes: 4 N D of sums and N D of zhat in, N D out. Flops: O(N D).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..contract import EPS as _EPS
+from .device import LN_2, load_rows, logit_scale, row_of
+from .prologue import load_targets
+
+EPS = tl.constexpr(_EPS)
+LARGEST_FLOAT16 = tl.constexpr(65504.0)
+
+
+@triton.jit
+def distance_gradient(unit, target, DISTANCE: tl.constexpr):
+    """d distance / d zhat, (M, BLOCK_D) float32; zero where a row lies on its prototype."""
+    if DISTANCE == "cosine":
+        return -target
+    else:
+        offset = unit - target
+        if DISTANCE == "euclidean":
+            length = tl.sqrt_rn(tl.sum(offset * offset, 1))
+            return offset / tl.where(length == 0.0, 1.0, length)[:, None]
+        else:
+            return tl.where(offset > 0, 1.0, tl.where(offset < 0, -1.0, offset))
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_instances", "n_classes"])
+def finish_kernel(
+    sums,  # (N, D) float32, by position: sum_j M_ij zhat_j times M_SCALE
+    zhat,  # (N, D), by position
+    norms,  # (N,), by position
+    weights,  # (N,) float32, by position: w_i, or None: 1 each
+    groups,  # (3, N) int32 if BY_LABEL
+    labels,  # (B,) int64, or None
+    prototypes,  # (K, D) contiguous, or None
+    upstream,  # () float32: what w is in units of
+    counts,  # (2,) float32: anchors, labelled rows
+    temperature,  # () float32 if ON_DEVICE
+    scale,
+    scale_rest,
+    prototype_weight,
+    grad_z,  # (N, D) contiguous, by row
+    temperature_sums,  # (programs,) float32: parts of dL/dtau
+    n_rows,
+    n_instances,
+    n_classes,
+    VIEWS: tl.constexpr,
+    BY_LABEL: tl.constexpr,
+    ON_DEVICE: tl.constexpr,
+    DISTANCE: tl.constexpr,
+    MEAN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    M_SCALE: tl.constexpr,
+):
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    is_row = rows < n_rows
+    row = row_of(rows, groups, n_instances, VIEWS, BY_LABEL, is_row)
+    width = tl.arange(0, BLOCK_D)
+    scale, scale_rest = logit_scale(temperature, scale, scale_rest, ON_DEVICE)
+    inverse_temperature = (scale + scale_rest) * LN_2
+
+    of_contrastive = tl.load(upstream) * inverse_temperature * (1.0 / M_SCALE)
+    of_prototypes = tl.load(upstream) * prototype_weight
+    if MEAN:
+        of_contrastive /= tl.maximum(tl.load(counts), 1.0)
+        of_prototypes /= tl.maximum(tl.load(counts + 1), 1.0)
+    unit = load_rows(zhat, rows, n_rows, width, WIDTH, BLOCK_D, False).to(tl.float32)
+    gradient = load_rows(sums, rows, n_rows, width, WIDTH, BLOCK_D, False) * of_contrastive
+    dots = tl.sum(gradient * unit, 1)
+    tl.store(temperature_sums + tl.program_id(0), tl.sum(tl.where(is_row, dots, 0.0), 0) * (-0.5 * inverse_temperature))
+    if prototypes is not None:
+        label = tl.load(labels + row % n_instances, mask=is_row, other=-1)
+        target = load_targets(prototypes, label, width, n_classes, WIDTH)
+        pull = tl.where(label >= 0, of_prototypes, 0.0)
+        if weights is not None:
+            pull *= tl.load(weights + rows, mask=is_row, other=0.0)
+        gradient += distance_gradient(unit, target, DISTANCE) * pull[:, None]
+
+    # zhat = z / max(|z|, EPS): the norm takes the radial part out of the gradient, where it is not below EPS.
+    norm = tl.load(norms + rows, mask=is_row, other=1.0)
+    radial = tl.where(norm < EPS, 0.0, tl.sum(gradient * unit, 1))
+    gradient = (gradient - radial[:, None] * unit) / tl.maximum(norm, EPS)[:, None]
+    if grad_z.dtype.element_ty == tl.float16:
+        # 1 / EPS is beyond float16. A row of zeros gets the largest gradient there is, not an infinity that would cost
+        # every step; any other row's overflow stays infinite, for a gradient scaler to see.
+        bounded = tl.minimum(tl.maximum(gradient, -LARGEST_FLOAT16), LARGEST_FLOAT16)
+        gradient = tl.where((norm < EPS)[:, None] & (gradient == gradient), bounded, gradient)
+    pointers = grad_z + row.to(tl.int64)[:, None] * WIDTH + width[None, :]
+    tl.store(pointers, gradient.to(grad_z.dtype.element_ty), mask=is_row[:, None] & (width[None, :] < WIDTH))

@@ -1,0 +1,200 @@
+"""Backward, D <= 256: the pairwise sums of the gradient in one launch, which finish.py makes a gradient of raw rows.
+
+With e_ij = 2^(S_ij), w_i the upstream gradient of row i's term, a_i = w_i / total_i and n_i its number of positives::
+
+    dL/dzhat_i = 1/tau sum_{j != i} M_ij zhat_j        M_ij = e_ij (a_i + a_j)                      j not a positive
+                                                       M_ij = e_ij (b_i + b_j) - (c_i + c_j)        j a positive of i
+    n_i > 1:  b_i = a_i,  c_i = w_i / n_i              n_i = 1:  b_i = 0,  c_i = w_i negative_i / total_i
+
+which for n_i = 1 is the same number, found without a subtraction. M is symmetric and needs no sum over the other rows,
+so a program that owns rows i makes their whole sum: no atomics, the same bits from run to run.
+
+Tile picture. A program owns BLOCK_M rows and walks over all columns, BLOCK_N at a time. It is attention with
+K = V = zhat: one column tile k on chip serves both products::
+
+    S = q k^T  (M, N) registers  ->  M, rounded to the compute dtype  ->  gradient += M k  (M, D) registers
+
+Near tiles, the ones that may hold positives, the diagonal or the ragged end, take the masked form; far tiles none of it.
+
+The sums leave as float32, and the O(N D) rest has a launch of its own: in this kernel it would hold three (M, D) tiles at
+once, which at D = 128 and 256 spilled 0.5 and 1.6 KB a thread, the bytes that the detour through memory costs anyway.
+
+Flops 4 N^2 D, exponentials N^2 (online: 2 N^2); float32 operations per pair: scale, a_i + a_j, multiply, round. Bytes:
+zhat once a program from L2, N^2 D itemsize / BLOCK_M in all, 2 BLOCK_M flops a byte in bfloat16; HBM O(N D).
+
+Units. w_i is 1 for an anchor, or the upstream gradient over its largest, so that M <= 2 whatever the loss is scaled by;
+float16, whose numbers end at 6e-8, multiplies M by M_SCALE on top.
+
+Tiles of small M are not skipped. At tau = 0.1 a bound of half a bfloat16 digit per row either never holds, or, where ten
+classes are well separated, it holds for the sum of all that pushes them apart and costs 40% of the gradient: M_ij is small
+against w_i there, and not against the gradient. Rounding M to bfloat16 costs 0.03% on the same rows.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .device import (
+    LN_2,
+    NO_LOGIT,
+    far_tile,
+    fits_unshifted,
+    group_of,
+    is_positive,
+    load_rows,
+    logit_scale,
+    near_tile,
+    near_tiles,
+    scaled,
+)
+
+
+@triton.jit
+def load_softmax(positions, total, shift, weights, n_rows, ONLINE: tl.constexpr, M_SCALE: tl.constexpr, ALL: tl.constexpr):
+    """a_i * M_SCALE, the shift (anything if not ONLINE) and w_i of some positions; a_i = 0 past the end."""
+    mask = None if ALL else positions < n_rows
+    other = None if ALL else 0.0
+    t = tl.load(total + positions, mask=mask, other=None if ALL else float("inf"))
+    w = tl.full(positions.shape, M_SCALE, tl.float32)
+    if weights is not None:
+        w *= tl.load(weights + positions, mask=mask, other=other)
+    a = w / t
+    m = a
+    if ONLINE:
+        m = tl.load(shift + positions, mask=mask, other=other)
+    return a, m, w
+
+
+@triton.jit
+def load_positive_form(positions, a, w, negative, start, end, n_rows):
+    """b_i and c_i of some positions."""
+    n_positives = end - start - 1
+    b = tl.where(n_positives == 1, 0.0, a)
+    remainder = a * tl.load(negative + positions, mask=positions < n_rows, other=0.0)
+    share = tl.where(n_positives > 0, w / tl.maximum(n_positives, 1).to(tl.float32), 0.0)
+    return b, tl.where(n_positives == 1, remainder, share)
+
+
+@triton.jit
+def far_pairs(s, a_i, shift_i, a_j, shift_j, ONLINE: tl.constexpr):
+    """(M, N) tile of M_ij where no j is a positive of i."""
+    if ONLINE:
+        return tl.exp2(s - shift_i[:, None]) * a_i[:, None] + tl.exp2(s - shift_j[None, :]) * a_j[None, :]
+    else:
+        return tl.exp2(s) * (a_i[:, None] + a_j[None, :])
+
+
+@triton.jit
+def near_pairs(s, rows, columns, start, end, n_rows, a_i, b_i, c_i, shift_i, a_j, b_j, c_j, shift_j, ONLINE: tl.constexpr):
+    """(M, N) tile of M_ij: positives, the diagonal, and columns past the end, which are zero."""
+    s = tl.where((columns[None, :] < n_rows) & (columns[None, :] != rows[:, None]), s, NO_LOGIT)
+    of_others = far_pairs(s, a_i, shift_i, a_j, shift_j, ONLINE)
+    of_positives = far_pairs(s, b_i, shift_i, b_j, shift_j, ONLINE) - (c_i[:, None] + c_j[None, :])
+    return tl.where(is_positive(rows, columns, start, end), of_positives, of_others)
+
+
+@triton.jit
+def row_gradient(
+    q,
+    zhat,
+    rows,
+    total,
+    shift,
+    negative,
+    weights,
+    groups,
+    near,
+    near_end,
+    n_near,
+    n_far,
+    scale,
+    scale_rest,
+    n_rows,
+    VIEWS: tl.constexpr,
+    BY_LABEL: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ONLINE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EXACT_SCALE: tl.constexpr,
+    M_SCALE: tl.constexpr,
+):
+    """sum_{j != i} M_ij zhat_j, (M, BLOCK_D) float32, times M_SCALE."""
+    width = tl.arange(0, BLOCK_D)
+    a_i, shift_i, w_i = load_softmax(rows, total, shift, weights, n_rows, ONLINE, M_SCALE, False)
+    start, end = group_of(rows, groups, n_rows, VIEWS, BY_LABEL, rows < n_rows)
+    b_i, c_i = load_positive_form(rows, a_i, w_i, negative, start, end, n_rows)
+    gradient = tl.zeros((rows.shape[0], BLOCK_D), tl.float32)
+    for index in range(0, n_near):
+        columns = near_tile(index, near, near_end, n_rows, BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
+        k = load_rows(zhat, columns, n_rows, width, WIDTH, BLOCK_D, False)
+        s = tl.dot(q, tl.trans(k), tl.zeros((rows.shape[0], BLOCK_N), tl.float32), input_precision=PRECISION)
+        s = scaled(s, scale, scale_rest, EXACT_SCALE)
+        a_j, shift_j, w_j = load_softmax(columns, total, shift, weights, n_rows, ONLINE, M_SCALE, False)
+        start_j, end_j = group_of(columns, groups, n_rows, VIEWS, BY_LABEL, columns < n_rows)
+        b_j, c_j = load_positive_form(columns, a_j, w_j, negative, start_j, end_j, n_rows)
+        m = near_pairs(s, rows, columns, start, end, n_rows, a_i, b_i, c_i, shift_i, a_j, b_j, c_j, shift_j, ONLINE)
+        gradient = tl.dot(m.to(k.dtype), k, gradient, input_precision=PRECISION)
+    for index in range(0, n_far):
+        columns = far_tile(index, near, near_end) * BLOCK_N + tl.arange(0, BLOCK_N)
+        k = load_rows(zhat, columns, n_rows, width, WIDTH, BLOCK_D, True)
+        s = tl.dot(q, tl.trans(k), tl.zeros((rows.shape[0], BLOCK_N), tl.float32), input_precision=PRECISION)
+        s = scaled(s, scale, scale_rest, EXACT_SCALE)
+        a_j, shift_j, _ = load_softmax(columns, total, shift, weights, n_rows, ONLINE, M_SCALE, True)
+        m = far_pairs(s, a_i, shift_i, a_j, shift_j, ONLINE)
+        gradient = tl.dot(m.to(k.dtype), k, gradient, input_precision=PRECISION)
+    return gradient
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def gradient_kernel(
+    zhat,  # (N, D), by position
+    shift,  # (N,), by position; so are all down to weights
+    total,
+    negative,
+    weights,  # (N,) float32: w_i, or None: 1 each
+    groups,  # (3, N) int32 if BY_LABEL
+    temperature,  # () float32, if SOFTMAX is "device"
+    scale,
+    scale_rest,
+    sums,  # (N, D) float32, by position, written: sum_j M_ij zhat_j times M_SCALE
+    n_rows,
+    VIEWS: tl.constexpr,
+    BY_LABEL: tl.constexpr,
+    SOFTMAX: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EXACT_SCALE: tl.constexpr,
+    M_SCALE: tl.constexpr,
+):
+    first = tl.program_id(0) * BLOCK_M
+    rows = first + tl.arange(0, BLOCK_M)
+    last = tl.minimum(first + BLOCK_M, n_rows) - 1
+    near, near_end, n_near, n_far = near_tiles(first, last, groups, n_rows, VIEWS, BY_LABEL, BLOCK_N)
+    scale, scale_rest = logit_scale(temperature, scale, scale_rest, SOFTMAX == "device")
+    width = tl.arange(0, BLOCK_D)
+    q = load_rows(zhat, rows, n_rows, width, WIDTH, BLOCK_D, False)
+    if SOFTMAX == "device":
+        if fits_unshifted(scale):
+            products = row_gradient(
+                q, zhat, rows, total, shift, negative, weights, groups, near, near_end, n_near, n_far,
+                scale, scale_rest, n_rows, VIEWS, BY_LABEL, WIDTH, BLOCK_N, BLOCK_D, False, PRECISION, EXACT_SCALE, M_SCALE,
+            )  # fmt: skip
+        else:
+            products = row_gradient(
+                q, zhat, rows, total, shift, negative, weights, groups, near, near_end, n_near, n_far,
+                scale, scale_rest, n_rows, VIEWS, BY_LABEL, WIDTH, BLOCK_N, BLOCK_D, True, PRECISION, EXACT_SCALE, M_SCALE,
+            )  # fmt: skip
+    else:
+        products = row_gradient(
+            q, zhat, rows, total, shift, negative, weights, groups, near, near_end, n_near, n_far,
+            scale, scale_rest, n_rows, VIEWS, BY_LABEL, WIDTH, BLOCK_N, BLOCK_D, SOFTMAX == "online",
+            PRECISION, EXACT_SCALE, M_SCALE,
+        )  # fmt: skip
+    pointers = sums + rows.to(tl.int64)[:, None] * WIDTH + width[None, :]
+    tl.store(pointers, products, mask=(rows[:, None] < n_rows) & (width[None, :] < WIDTH))

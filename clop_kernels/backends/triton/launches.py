@@ -1,0 +1,266 @@
+"""The launches of one call, as data: which kernel, on what grid, with which arguments and tiles.
+
+:mod:`clop_kernels.backends.triton` runs them; ``python -m benchmarks.resources`` compiles the very same ones ahead of time
+for GPUs that need not be there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from ..contract import LossOptions, Residuals
+from . import tiles
+from .finish import finish_kernel
+from .gradient import gradient_kernel
+from .prologue import prologue_kernel
+from .prototype_gradient import prototype_kernel
+from .softmax import loss_kernel, softmax_kernel
+from .tiles import Target, Tile
+from .wide import pair_kernel, product_kernel
+
+RANKED_INSTANCES = 4096
+"""Up to so many labels the prologue orders the rows itself: B^2 comparisons, against the several launches of a sort."""
+
+_LOG2_E = math.log2(math.e)
+_LARGEST_UNSHIFTED_LOGIT = 60.0  # as in device.py
+_F16_SCALE = 2.0**14  # M <= 2 and float16 ends at 65504
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch: all arguments of the kernel by name, constexprs too, and how it is to be compiled."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: dict[str, Any]
+    options: dict[str, Any]
+
+    def run(self) -> None:
+        self.kernel[self.grid](**self.arguments, **self.options)
+
+
+def _launch(kernel: Any, grid: tuple[int, ...], tile: Tile, arguments: Mapping[str, Any], debug: bool = False) -> Launch:
+    """Takes from ``arguments`` what the kernel asks for, blocks from the tile. ``debug``: assertions are compiled in."""
+    blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "BLOCK_D": tile.block_k}
+    arguments = {**blocks, **arguments}
+    options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True, "debug": debug}
+    return Launch(kernel, grid, {name: arguments[name] for name in kernel.arg_names}, options)
+
+
+class ForwardScratch(NamedTuple):
+    """What lives only within the forward pass."""
+
+    distances: Tensor  # (N,) float32
+    partial_sums: Tensor  # (5, programs of softmax_kernel) float32
+
+    @staticmethod
+    def like(zhat: Tensor, target: Target) -> ForwardScratch:
+        n_rows, width = zhat.shape
+        n_programs = _programs(n_rows, tiles.softmax(n_rows, width, zhat.dtype, target))
+        return ForwardScratch(
+            zhat.new_empty(n_rows, dtype=torch.float32), zhat.new_empty((5, n_programs), dtype=torch.float32)
+        )
+
+
+class BackwardScratch(NamedTuple):
+    """What lives only within the backward pass; the sum of ``temperature_sums`` is the temperature's gradient."""
+
+    sums: Tensor  # (N, D) float32
+    temperature_sums: Tensor  # (programs of finish_kernel,) float32
+
+    @staticmethod
+    def like(zhat: Tensor) -> BackwardScratch:
+        n_rows, width = zhat.shape
+        n_programs = _programs(n_rows, tiles.whole_rows(width))
+        return BackwardScratch(
+            zhat.new_empty((n_rows, width), dtype=torch.float32), zhat.new_empty(n_programs, dtype=torch.float32)
+        )
+
+
+class Upstream(NamedTuple):
+    """The upstream gradient as the kernels take it: w_i = unit * weights[i], weights None where they are all 1."""
+
+    unit: Tensor  # () float32
+    weights: Tensor | None  # (N,) float32, by position
+
+
+def precision(dtype: torch.dtype, target: Target) -> str:
+    """tl.dot's input_precision for operands of ``dtype``; float32 follows torch.get_float32_matmul_precision().
+
+    "highest" takes three TF32 products where the matrix units have TF32, as accurate as float32 products.
+    """
+    if dtype != torch.float32 or target.capability < 80:
+        return "ieee"
+    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def forward(
+    embeddings: Tensor,
+    labels: Tensor | None,
+    prototypes: Tensor | None,
+    options: LossOptions,
+    loss: Tensor,
+    residuals: Residuals,
+    scratch: ForwardScratch,
+    target: Target,
+) -> Iterator[Launch]:
+    """The three launches of the forward pass; each tensor they write is given."""
+    n_rows, width = embeddings.shape
+    shared = _shared(residuals, labels, prototypes, options, target) | {
+        "z": embeddings,
+        "stride_z_row": embeddings.stride(0),
+        "stride_z_column": embeddings.stride(1),
+        "shift_out": residuals.shift,
+        "total_out": residuals.total,
+        "negative_out": residuals.negative,
+        "loss": loss,
+        "terms": loss,
+        "RANKED": is_ranked(labels, options),
+        "PER_ROW": options.reduction == "none",
+        "n_partial": scratch.partial_sums.shape[1],
+        **scratch._asdict(),
+    }
+    whole = tiles.whole_rows(width)
+    yield _launch(prologue_kernel, (_programs(n_rows, whole),), whole, shared | {"BLOCK_B": max(16, 1024 // whole.block_m)})
+    tile = tiles.softmax(n_rows, width, residuals.normalized.dtype, target)
+    yield _launch(softmax_kernel, (_programs(n_rows, tile),), tile, shared)
+    yield _launch(loss_kernel, (1,), tiles.ONE_PROGRAM, shared | {"BLOCK": tiles.ONE_PROGRAM.block_m}, debug=True)
+
+
+def is_ranked(labels: Tensor | None, options: LossOptions) -> bool:
+    """Whether the prologue itself orders the rows by label."""
+    return options.positives == "label" and labels is not None and labels.shape[0] <= RANKED_INSTANCES
+
+
+def backward(
+    upstream: Upstream,
+    residuals: Residuals,
+    labels: Tensor | None,
+    prototypes: Tensor | None,
+    options: LossOptions,
+    scratch: BackwardScratch,
+    grad_embeddings: Tensor,
+    target: Target,
+) -> Iterator[Launch]:
+    """The launches that make the gradient of the embeddings: two, or for wide rows a few a panel."""
+    n_rows, width = residuals.normalized.shape
+    shared = _shared(residuals, labels, prototypes, options, target) | {
+        "weights": upstream.weights,
+        "upstream": upstream.unit,
+        "grad_z": grad_embeddings,
+        **scratch._asdict(),
+        "M_SCALE": _F16_SCALE if residuals.normalized.dtype == torch.float16 else 1.0,
+    }
+    if tiles.is_wide(width, residuals.normalized.dtype):
+        yield from _wide_products(shared, target)
+    else:
+        tile = tiles.gradient(n_rows, width, residuals.normalized.dtype, target)
+        yield _launch(gradient_kernel, (_programs(n_rows, tile),), tile, shared)
+    whole = tiles.whole_rows(width)
+    yield _launch(finish_kernel, (_programs(n_rows, whole),), whole, shared)
+
+
+def _wide_products(shared: dict[str, Any], target: Target) -> Iterator[Launch]:
+    """sum_j M_ij zhat_j into ``shared["sums"]``, panel by panel."""
+    zhat = shared["zhat"]
+    n_rows, width = zhat.shape
+    panel = tiles.panel(n_rows, zhat.dtype)
+    shared = shared | {"PANEL": panel, "pairs": zhat.new_empty(panel, panel)}
+    pair_tile, product_tile = tiles.pairs(zhat.dtype), tiles.product(zhat.dtype, target)
+    pair_grid = (_programs(panel, pair_tile), triton.cdiv(panel, pair_tile.block_n))
+    product_grid = (_programs(panel, product_tile), triton.cdiv(width, product_tile.block_n))
+
+    def product(to: int, of: int, transposed: bool, add: bool) -> Launch:
+        strides = {"stride_row": 1, "stride_column": panel} if transposed else {"stride_row": panel, "stride_column": 1}
+        span = {"first_row": to, "first_column": of, "n_columns": min(panel, n_rows - of), "ADD": add}
+        return _launch(product_kernel, product_grid, product_tile, shared | strides | span)
+
+    for i in range(0, n_rows, panel):
+        for j in range(i, n_rows, panel):
+            yield _launch(pair_kernel, pair_grid, pair_tile, shared | {"first_row": i, "first_column": j})
+            # The first row of panels meets every block of rows for the first time.
+            yield product(i, j, transposed=False, add=j > 0)
+            if j > i:
+                yield product(j, i, transposed=True, add=i > 0)
+
+
+def prototypes_backward(
+    upstream: Upstream,
+    residuals: Residuals,
+    by_class: Tensor,
+    bounds: Tensor,
+    prototypes: Tensor,
+    options: LossOptions,
+    partial_gradients: Tensor,
+    target: Target,
+) -> Launch:
+    """The launch that makes the prototypes' gradient, in as many parts as ``partial_gradients``, (parts, K, D), has."""
+    n_parts, n_classes, width = partial_gradients.shape
+    shared = _shared(residuals, None, prototypes, options, target) | {
+        "by_class": by_class,
+        "bounds": bounds,
+        "weights": upstream.weights,
+        "upstream": upstream.unit,
+        "partial_gradients": partial_gradients,
+        "SPLITS": n_parts,
+    }
+    return _launch(prototype_kernel, (n_classes, n_parts), tiles.whole_rows(width), shared)
+
+
+def prototype_parts(n_classes: int, target: Target) -> int:
+    """Of so many parts each class is the sum: four programs a processor, where there are not more classes."""
+    return max(1, 4 * target.n_processors // n_classes)
+
+
+def _shared(
+    residuals: Residuals, labels: Tensor | None, prototypes: Tensor | None, options: LossOptions, target: Target
+) -> dict[str, Any]:
+    """The arguments that several kernels have in common, under the names that all of them use."""
+    n_rows, width = residuals.normalized.shape
+    tau = options.temperature
+    on_device = isinstance(tau, Tensor)
+    scale = 0.0 if on_device else _LOG2_E / tau
+    path = "device" if on_device else "unshifted" if 1.0 / tau <= _LARGEST_UNSHIFTED_LOGIT else "online"
+    return {
+        "zhat": residuals.normalized,
+        "norms": residuals.norms,
+        "shift": residuals.shift,
+        "total": residuals.total,
+        "negative": residuals.negative,
+        "groups": residuals.groups,
+        "counts": residuals.counts,
+        "labels": labels,
+        "prototypes": prototypes,
+        "temperature": tau if on_device else None,
+        "scale": _float32(scale),
+        "scale_rest": scale - _float32(scale),
+        "prototype_weight": options.prototype_weight,
+        "n_rows": n_rows,
+        "n_instances": n_rows // options.n_views,
+        "n_classes": 0 if prototypes is None else prototypes.shape[0],
+        "VIEWS": options.n_views,
+        "BY_LABEL": options.positives == "label",
+        "WIDTH": width,
+        "DISTANCE": options.distance,
+        "MEAN": options.reduction == "mean",
+        "SOFTMAX": path,
+        "ON_DEVICE": on_device,
+        "PRECISION": precision(residuals.normalized.dtype, target),
+        "EXACT_SCALE": residuals.normalized.dtype == torch.float32,
+    }
+
+
+def _float32(value: float) -> float:
+    """Rounded to float32."""
+    return float(torch.tensor(value, dtype=torch.float32))
+
+
+def _programs(n_rows: int, tile: Tile) -> int:
+    return triton.cdiv(n_rows, tile.block_m)

@@ -1,0 +1,123 @@
+"""First launch: one pass over the raw embeddings that leaves unit rows in the order of the positive groups.
+
+For every row, zhat = z / max(|z|, EPS) rounded to the compute dtype, the norm |z|, and the distance of zhat (as rounded,
+which is what all later products see) to the prototype of its label.
+
+Tile picture: a program takes BLOCK_M whole rows, BLOCK_D >= D of the width each; no loop over D, so a row is read once.
+Bytes: N D of input and N D of zhat; a row's prototype comes from cache. Flops: O(N D).
+
+Order. By instance, position k is view k % V of instance k // V: arithmetic, no table. By label the table ``groups`` gives
+it: up to RANKED_INSTANCES labels this kernel makes the table itself, each row counting the labels that sort before its
+own, B^2 integer comparisons that no one notices; beyond, B^2 would be felt, and the table comes sorted from
+:func:`clop_kernels.groups.label_groups`. The order is the same, so is every bit of the result.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ..contract import EPS as _EPS
+from .device import row_of
+
+EPS = tl.constexpr(_EPS)
+
+
+@triton.jit
+def sort_key(label, instance):
+    """A labelled instance sorts by its label; an unlabelled one has a negative key that no other instance has."""
+    return tl.where(label >= 0, label, -1 - instance.to(tl.int64))
+
+
+@triton.jit
+def ranked_position(row, is_row, labels, groups, n_rows, n_instances, VIEWS: tl.constexpr, BLOCK_B: tl.constexpr):
+    """The position of each row by counting, and its line of the table ``groups``."""
+    instance = row % n_instances
+    key = sort_key(tl.load(labels + instance, mask=is_row, other=0), instance)
+    n_before = tl.zeros_like(row)
+    n_equal = tl.zeros_like(row)
+    n_equal_before = tl.zeros_like(row)
+    for first in range(0, n_instances, BLOCK_B):
+        other = first + tl.arange(0, BLOCK_B)
+        is_instance = other < n_instances
+        other_key = sort_key(tl.load(labels + other, mask=is_instance, other=0), other)
+        is_before = (other_key[None, :] < key[:, None]) & is_instance[None, :]
+        is_equal = (other_key[None, :] == key[:, None]) & is_instance[None, :]
+        n_before += tl.sum(is_before.to(tl.int32), 1)
+        n_equal += tl.sum(is_equal.to(tl.int32), 1)
+        n_equal_before += tl.sum((is_equal & (other[None, :] < instance[:, None])).to(tl.int32), 1)
+    position = VIEWS * (n_before + n_equal_before) + row // n_instances
+    tl.store(groups + position, row, mask=is_row)
+    tl.store(groups + n_rows + position, VIEWS * n_before, mask=is_row)
+    tl.store(groups + 2 * n_rows + position, VIEWS * (n_before + n_equal), mask=is_row)
+    return position
+
+
+@triton.jit
+def load_targets(prototypes, label, columns, n_classes, WIDTH: tl.constexpr):
+    """The prototype of each label, (M, BLOCK_D) float32; of a label that has none, some other: its value is not used."""
+    nearest = tl.minimum(tl.maximum(label, 0), n_classes - 1)
+    return tl.load(prototypes + nearest[:, None] * WIDTH + columns[None, :], mask=columns[None, :] < WIDTH, other=0.0).to(
+        tl.float32
+    )
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_instances", "n_classes"])
+def prologue_kernel(
+    z,  # (N, D), any strides
+    stride_z_row,
+    stride_z_column,
+    labels,  # (B,) int64, or None
+    prototypes,  # (K, D) contiguous, or None
+    groups,  # (3, N) int32; written if RANKED, else read, if BY_LABEL
+    zhat,  # (N, D) compute dtype, by position
+    norms,  # (N,) float32, by position
+    distances,  # (N,) float32, by position: 0 for a row without label or prototype, NaN for a row that is not finite
+    n_rows,
+    n_instances,
+    n_classes,
+    VIEWS: tl.constexpr,
+    BY_LABEL: tl.constexpr,
+    RANKED: tl.constexpr,
+    DISTANCE: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
+    index = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    is_row = index < n_rows
+    if RANKED:
+        row = index
+        position = ranked_position(row, is_row, labels, groups, n_rows, n_instances, VIEWS, BLOCK_B)
+    else:
+        position = index
+        row = row_of(position, groups, n_instances, VIEWS, BY_LABEL, is_row)
+
+    columns = tl.arange(0, BLOCK_D)
+    inside = is_row[:, None] & (columns[None, :] < WIDTH)
+    offsets = row.to(tl.int64)[:, None] * stride_z_row + columns.to(tl.int64)[None, :] * stride_z_column
+    raw = tl.load(z + offsets, mask=inside, other=0.0).to(tl.float32)
+
+    # Scaled by its largest entry first, so that no square overflows: any finite row has a finite direction.
+    largest = tl.maximum(tl.max(tl.abs(raw), 1), EPS)
+    unit = tl.div_rn(raw, largest[:, None])
+    norm = tl.sqrt_rn(tl.sum(unit * unit, 1))
+    unit = tl.div_rn(unit, tl.maximum(norm, tl.div_rn(EPS, largest))[:, None])
+    rounded = unit.to(zhat.dtype.element_ty)
+    tl.store(zhat + position.to(tl.int64)[:, None] * WIDTH + columns[None, :], rounded, mask=inside)
+    tl.store(norms + position, norm * largest, mask=is_row)
+
+    unit = rounded.to(tl.float32)
+    distance = 0.0 * tl.sum(unit, 1)
+    if prototypes is not None:
+        label = tl.load(labels + row % n_instances, mask=is_row, other=-1)
+        target = load_targets(prototypes, label, columns, n_classes, WIDTH)
+        if DISTANCE == "cosine":
+            to_target = 1.0 - tl.sum(unit * target, 1)
+        elif DISTANCE == "euclidean":
+            to_target = tl.sqrt_rn(tl.sum((unit - target) * (unit - target), 1))
+        else:
+            to_target = tl.sum(tl.abs(unit - target), 1)
+        distance += tl.where(label >= 0, to_target, 0.0)
+    tl.store(distances + position, distance, mask=is_row)

@@ -1,0 +1,65 @@
+"""The gradient of the prototypes, for whoever trains them: a segment sum over the rows of each class.
+
+Tile picture: program (k, s) adds the rows of class k whose place within the class is in the s-th of SPLITS parts, BLOCK_M
+whole rows at a time, always in the same order; the parts are then added up. No atomics: the same bits from run to run.
+Bytes: each labelled row of zhat once, and SPLITS K D partial sums. Flops: O(N D).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .device import load_rows
+from .finish import distance_gradient
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_classes"])
+def prototype_kernel(
+    zhat,  # (N, D), by position
+    by_class,  # (N,) int64: positions, sorted by label
+    bounds,  # (K + 1,) int64: class k is by_class[bounds[k]:bounds[k + 1]]
+    weights,  # (N,) float32, or None
+    prototypes,  # (K, D)
+    upstream,
+    counts,
+    prototype_weight,
+    partial_gradients,  # (SPLITS, K, D) float32
+    n_rows,
+    n_classes,
+    DISTANCE: tl.constexpr,
+    MEAN: tl.constexpr,
+    WIDTH: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    k = tl.program_id(0).to(tl.int64)
+    split = tl.program_id(1)
+    width = tl.arange(0, BLOCK_D)
+    in_width = width < WIDTH
+    begin = tl.load(bounds + k)
+    finish = tl.load(bounds + k + 1)
+    share = tl.cdiv(finish - begin, SPLITS)
+    begin += split * share
+    finish = tl.minimum(begin + share, finish)
+    target = tl.load(prototypes + k * WIDTH + width, mask=in_width, other=0.0).to(tl.float32)[None, :]
+    pull = tl.load(upstream) * prototype_weight
+    if MEAN:
+        pull /= tl.maximum(tl.load(counts + 1), 1.0)
+    sums = tl.zeros((BLOCK_D,), tl.float32)
+    for first in range(begin, finish, BLOCK_M):
+        place = first + tl.arange(0, BLOCK_M)
+        is_row = place < finish
+        rows = tl.load(by_class + place, mask=is_row, other=n_rows)
+        unit = load_rows(zhat, rows, n_rows, width, WIDTH, BLOCK_D, False).to(tl.float32)
+        # The distances depend on zhat - c, all but the cosine, whose derivative with respect to c is -zhat.
+        direction = unit
+        if DISTANCE != "cosine":
+            direction = distance_gradient(unit, target, DISTANCE)
+        w = tl.where(is_row, 1.0, 0.0)
+        if weights is not None:
+            w = tl.load(weights + rows, mask=is_row, other=0.0)
+        sums -= tl.sum(direction * w[:, None], 0)
+    pointers = partial_gradients + (split * n_classes + k) * WIDTH + width
+    tl.store(pointers, sums * pull, mask=in_width)

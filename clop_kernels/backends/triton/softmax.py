@@ -1,0 +1,274 @@
+"""Second launch: the softmax statistics of every row of S = zhat zhat^T log2(e) / tau, and its term of the loss.
+
+Tile picture. A program owns BLOCK_M rows and walks over all columns, BLOCK_N at a time; nothing of S leaves registers::
+
+                  far   near  near   far     ragged (near)
+    rows i  [ q ] | S |  | P | | P |  | S |   | S |        negative_i += sum_j 2^S_ij     over pairs that are not positives
+                                                           positive_i, sum of S_ip        over positives, in near tiles only
+
+Where a whole row fits (D <= 256), its tile q stays on chip and a column tile costs one load; beyond, both operands pass
+by in chunks of BLOCK_K of the width.
+
+Flops 2 N^2 D, exponentials N^2, and per pair two float32 operations: scale and add. Bytes: zhat once a program from L2,
+N^2 D itemsize / BLOCK_M in all; 2 BLOCK_M flops a byte in bfloat16.
+
+The positives are summed apart from the rest because near-duplicate views need log(1 + negative / positive) to the last
+digit, and they are taken from these very tiles, not from sums of zhat over a group, whose gradient cancels in float32
+(backends/tiled.py has the figures).
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .device import (
+    LEAST_SHIFT,
+    LN_2,
+    NO_LOGIT,
+    far_tile,
+    fits_unshifted,
+    group_of,
+    is_positive,
+    load_rows,
+    log1p,
+    logit_scale,
+    near_tile,
+    near_tiles,
+    row_of,
+    scaled,
+)
+
+
+@triton.jit
+def similarities(
+    q,
+    zhat,
+    rows,
+    columns,
+    n_rows,
+    WIDTH: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ALL_ROWS: tl.constexpr,
+    ALL_COLUMNS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """zhat_i . zhat_j for rows (M,) and columns (N,); q is the rows' tile where a whole row fits, and unused where not."""
+    products = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
+    if BLOCK_K >= WIDTH:
+        k = load_rows(zhat, columns, n_rows, tl.arange(0, BLOCK_K), WIDTH, BLOCK_K, ALL_COLUMNS)
+        products = tl.dot(q, tl.trans(k), products, input_precision=PRECISION)
+    else:
+        for first in range(0, WIDTH, BLOCK_K):
+            chunk = first + tl.arange(0, BLOCK_K)
+            a = load_rows(zhat, rows, n_rows, chunk, WIDTH, BLOCK_K, ALL_ROWS)
+            b = load_rows(zhat, columns, n_rows, chunk, WIDTH, BLOCK_K, ALL_COLUMNS)
+            products = tl.dot(a, tl.trans(b), products, input_precision=PRECISION)
+    return products
+
+
+@triton.jit
+def row_sums(
+    q,
+    zhat,
+    rows,
+    start,
+    end,
+    near,
+    near_end,
+    n_near,
+    n_far,
+    scale,
+    scale_rest,
+    n_rows,
+    WIDTH: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    ONLINE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EXACT_SCALE: tl.constexpr,
+):
+    """Of each row: shift, sums of 2^(S_ij - shift) over negatives and positives, and the sum of the positives' S_ip.
+
+    Without ONLINE the shift is zero and stays so, else it is the running maximum.
+    """
+    zero = tl.zeros_like(rows).to(tl.float32)
+    shift = zero + LEAST_SHIFT if ONLINE else zero
+    negative, positive, positive_logits = zero, zero, zero
+    for index in range(0, n_near):
+        columns = near_tile(index, near, near_end, n_rows, BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
+        s = similarities(q, zhat, rows, columns, n_rows, WIDTH, BLOCK_K, False, False, PRECISION)
+        s = scaled(s, scale, scale_rest, EXACT_SCALE)
+        among_positives = is_positive(rows, columns, start, end)
+        is_pair = (columns[None, :] < n_rows) & (columns[None, :] != rows[:, None])
+        positive_logits += tl.sum(tl.where(among_positives, s, 0.0), 1)
+        s = tl.where(is_pair, s, NO_LOGIT)
+        if ONLINE:
+            larger = tl.maximum(shift, tl.max(s, 1))
+            rescale = tl.exp2(shift - larger)
+            negative *= rescale
+            positive *= rescale
+            shift = larger
+            s -= shift[:, None]
+        powers = tl.exp2(s)
+        positive += tl.sum(tl.where(among_positives, powers, 0.0), 1)
+        negative += tl.sum(tl.where(among_positives, 0.0, powers), 1)
+    for index in range(0, n_far):
+        columns = far_tile(index, near, near_end) * BLOCK_N + tl.arange(0, BLOCK_N)
+        s = similarities(q, zhat, rows, columns, n_rows, WIDTH, BLOCK_K, False, True, PRECISION)
+        s = scaled(s, scale, scale_rest, EXACT_SCALE)
+        if ONLINE:
+            larger = tl.maximum(shift, tl.max(s, 1))
+            rescale = tl.exp2(shift - larger)
+            negative *= rescale
+            positive *= rescale
+            shift = larger
+            s -= shift[:, None]
+        negative += tl.sum(tl.exp2(s), 1)
+    return shift, negative, positive, positive_logits
+
+
+@triton.jit
+def contrastive_term(shift, negative, positive, positive_logits, n_positives):
+    """lse_i - mean_p s_ip in a form that cancels only what the rounding of the inputs has left; any value without positives."""
+    total = negative + positive
+    # log2(total) = exponent + log2(mantissa), mantissa in [1/2, 1): the large parts are subtracted first.
+    bits = total.to(tl.int32, bitcast=True)
+    exponent = ((bits >> 23) - 126).to(tl.float32)
+    mantissa = ((bits & 0x7FFFFF) | 0x3F000000).to(tl.float32, bitcast=True)
+    mean_positive = positive_logits / tl.maximum(n_positives, 1).to(tl.float32)
+    term = ((shift - mean_positive) + exponent) * LN_2 + log1p(mantissa - 1.0)
+    # The bits of a NaN or an infinity are not a number's.
+    term = tl.where(total < float("inf"), term, total)
+    is_dominated = (n_positives == 1) & (negative < positive)
+    return tl.where(is_dominated, log1p(negative / tl.where(is_dominated, positive, 1.0)), term)
+
+
+@triton.jit(do_not_specialize=["n_rows", "n_instances", "n_classes"])
+def softmax_kernel(
+    zhat,  # (N, D), by position
+    distances,  # (N,), by position
+    labels,  # (B,) int64, or None
+    groups,  # (3, N) int32 if BY_LABEL
+    temperature,  # () float32 if ON_DEVICE
+    scale,
+    scale_rest,
+    prototype_weight,
+    shift_out,  # (N,), by position
+    total_out,  # (N,), by position; infinite for a row without positives, whose share of every gradient is then zero
+    negative_out,  # (N,), by position
+    terms,  # (N,), by row: the row's loss, if PER_ROW
+    partial_sums,  # (5, programs): of the contrastive terms, distances, anchors, labelled rows, labels out of range
+    n_rows,
+    n_instances,
+    n_classes,  # labels below it are in range; 0: no prototypes, all are
+    VIEWS: tl.constexpr,
+    BY_LABEL: tl.constexpr,
+    SOFTMAX: tl.constexpr,  # "unshifted", "online", or "device": the kernel reads the temperature and chooses
+    PER_ROW: tl.constexpr,
+    WIDTH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EXACT_SCALE: tl.constexpr,
+):
+    program = tl.program_id(0)
+    first = program * BLOCK_M
+    rows = first + tl.arange(0, BLOCK_M)
+    is_row = rows < n_rows
+    start, end = group_of(rows, groups, n_rows, VIEWS, BY_LABEL, is_row)
+    last = tl.minimum(first + BLOCK_M, n_rows) - 1
+    near, near_end, n_near, n_far = near_tiles(first, last, groups, n_rows, VIEWS, BY_LABEL, BLOCK_N)
+    scale, scale_rest = logit_scale(temperature, scale, scale_rest, SOFTMAX == "device")
+
+    if BLOCK_K >= WIDTH:
+        q = load_rows(zhat, rows, n_rows, tl.arange(0, BLOCK_K), WIDTH, BLOCK_K, False)
+    else:
+        q = 0
+    if SOFTMAX == "device":
+        if fits_unshifted(scale):
+            shift, negative, positive, positive_logits = row_sums(
+                q, zhat, rows, start, end, near, near_end, n_near, n_far, scale, scale_rest, n_rows,
+                WIDTH, BLOCK_N, BLOCK_K, False, PRECISION, EXACT_SCALE,
+            )  # fmt: skip
+        else:
+            shift, negative, positive, positive_logits = row_sums(
+                q, zhat, rows, start, end, near, near_end, n_near, n_far, scale, scale_rest, n_rows,
+                WIDTH, BLOCK_N, BLOCK_K, True, PRECISION, EXACT_SCALE,
+            )  # fmt: skip
+    else:
+        shift, negative, positive, positive_logits = row_sums(
+            q, zhat, rows, start, end, near, near_end, n_near, n_far, scale, scale_rest, n_rows,
+            WIDTH, BLOCK_N, BLOCK_K, SOFTMAX == "online", PRECISION, EXACT_SCALE,
+        )  # fmt: skip
+
+    n_positives = end - start - 1
+    is_anchor = is_row & (n_positives > 0)
+    total = negative + positive
+    tl.store(shift_out + rows, shift, mask=is_row)
+    tl.store(total_out + rows, tl.where(n_positives > 0, total, float("inf")), mask=is_row)
+    tl.store(negative_out + rows, negative, mask=is_row)
+
+    term = tl.where(is_anchor, contrastive_term(shift, negative, positive, positive_logits, n_positives), 0.0)
+    distance = tl.load(distances + rows, mask=is_row, other=0.0)
+    row = row_of(rows, groups, n_instances, VIEWS, BY_LABEL, is_row)
+    is_labelled = rows < 0
+    is_misfit = rows < 0
+    if labels is not None:
+        label = tl.load(labels + row % n_instances, mask=is_row, other=-1)
+        is_labelled = label >= 0
+        is_misfit = (label < -1) | ((n_classes > 0) & (label >= n_classes))
+    if PER_ROW:
+        tl.store(terms + row, term + prototype_weight * distance, mask=is_row)
+    n_programs = tl.num_programs(0)
+    tl.store(partial_sums + program, tl.sum(term, 0))
+    tl.store(partial_sums + n_programs + program, tl.sum(distance, 0))
+    tl.store(partial_sums + 2 * n_programs + program, tl.sum(is_anchor.to(tl.float32), 0))
+    tl.store(partial_sums + 3 * n_programs + program, tl.sum(is_labelled.to(tl.float32), 0))
+    tl.store(partial_sums + 4 * n_programs + program, tl.sum(is_misfit.to(tl.float32), 0))
+
+
+@triton.jit(do_not_specialize=["n_partial"])
+def loss_kernel(
+    partial_sums,  # (5, n_partial), as softmax_kernel leaves them
+    temperature,  # () float32 if ON_DEVICE
+    loss,  # () float32, written unless PER_ROW
+    counts,  # (2,) float32: anchors, labelled rows
+    prototype_weight,
+    n_partial,
+    ON_DEVICE: tl.constexpr,
+    MEAN: tl.constexpr,
+    PER_ROW: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Third launch, one program: the partial sums, always in the same order, to the loss. Asserts that the input is valid."""
+    lane = tl.arange(0, BLOCK)
+    contrastive = tl.zeros((BLOCK,), tl.float32)
+    distance = contrastive
+    n_anchors = contrastive
+    n_labelled = contrastive
+    n_misfits = contrastive
+    for first in range(0, n_partial, BLOCK):
+        index = first + lane
+        mask = index < n_partial
+        contrastive += tl.load(partial_sums + index, mask=mask, other=0.0)
+        distance += tl.load(partial_sums + n_partial + index, mask=mask, other=0.0)
+        n_anchors += tl.load(partial_sums + 2 * n_partial + index, mask=mask, other=0.0)
+        n_labelled += tl.load(partial_sums + 3 * n_partial + index, mask=mask, other=0.0)
+        n_misfits += tl.load(partial_sums + 4 * n_partial + index, mask=mask, other=0.0)
+    anchors = tl.sum(n_anchors, 0)
+    labelled = tl.sum(n_labelled, 0)
+    tl.store(counts, anchors)
+    tl.store(counts + 1, labelled)
+    tl.device_assert(tl.sum(n_misfits, 0) == 0.0, "clop_kernels: labels holds a value below -1 or without a prototype")
+    if ON_DEVICE:
+        tau = tl.load(temperature)
+        tl.device_assert((tau > 0.0) & (tau < float("inf")), "clop_kernels: temperature is not a positive finite number")
+    if not PER_ROW:
+        contrastive_sum = tl.sum(contrastive, 0)
+        distance_sum = tl.sum(distance, 0)
+        if MEAN:
+            contrastive_sum /= tl.maximum(anchors, 1.0)
+            distance_sum /= tl.maximum(labelled, 1.0)
+        tl.store(loss, contrastive_sum + prototype_weight * distance_sum)

@@ -1,0 +1,139 @@
+"""Which tile a kernel gets on which GPU: a small table, made from resource reports, and no tuning at import or first call.
+
+Each entry compiles without spilling and within the shared memory of its part, which ``python -m benchmarks.resources``
+shows for sm_80, sm_90, sm_100 and sm_120 and CI holds. Where several did, the entry is the one with the most flops per
+byte of L2. **Not yet tuned by measurements on a GPU.**
+
+What the reports decided:
+
+- bfloat16 and float16, D <= 256: whole rows stay on chip. On sm_90 a gradient tile of 128 x 128 fits up to D = 128 (208
+  registers, 97 KB), and 128 x 64 at D = 256; elsewhere 128 columns spill, and at D = 256 older and smaller parts take 64 rows.
+- float32 takes three TF32 products for one, and the split operands of whole rows spill from D = 64 on (up to 2 KB a thread,
+  at D = 256 16 KB): from D > 32 it takes the path of wide rows, in chunks of the width, which also does fewer flops.
+- A program of 128 rows for N = 2048 would leave 116 of 132 processors idle: the tile is the tallest that keeps
+  three quarters of them busy, 32 rows at least.
+"""
+
+from __future__ import annotations
+
+import functools
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Rows and columns of a tile, how much of the width it takes at a time (the whole, padded, if that fits), and the
+    warps and pipeline stages of its program."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the choice of a tile depends on.
+
+    Attributes:
+        capability: of an NVIDIA GPU, 90 for sm_90; 0 for any other device.
+        n_processors: streaming multiprocessors, or what the vendor calls them.
+    """
+
+    capability: int
+    n_processors: int
+
+    @property
+    def is_datacenter(self) -> bool:
+        """sm_90 and sm_100: 227 KB of shared memory, and matrix units that read it."""
+        return self.capability in (90, 100, 103)
+
+
+@functools.cache
+def target_of(device: torch.device) -> Target:
+    """The target that a device is; the CPU stands for Triton's interpreter."""
+    if device.type == "cpu":
+        return Target(0, 1)
+    properties = torch.get_device_module(device).get_device_properties(device)
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    capability = 10 * properties.major + properties.minor if is_nvidia else 0
+    return Target(capability, getattr(properties, "multi_processor_count", 64))
+
+
+def device_guard(device: torch.device) -> AbstractContextManager[Any]:
+    """Makes ``device`` the current one: Triton launches there, on its current stream."""
+    return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
+
+
+ONE_PROGRAM = Tile(256, 1, 1, 4, 1)
+
+_HEIGHTS = (128, 64, 32)
+
+
+def padded(width: int) -> int:
+    """The width that a tile of whole rows has: a power of two, and 16 at least, which matrix units ask for."""
+    return max(16, triton.next_power_of_2(width))
+
+
+def is_wide(width: int, dtype: torch.dtype) -> bool:
+    """Whether whole rows do not fit on chip as operands of both products."""
+    return width > (32 if dtype == torch.float32 else 256)
+
+
+def whole_rows(width: int) -> Tile:
+    """For passes over rows, O(N D): about 4096 elements a program, wide rows with more warps."""
+    block = padded(width)
+    return Tile(max(1, min(32, 4096 // block)), 1, block, min(16, max(4, block // 512)), 1)
+
+
+def height(n_rows: int, target: Target) -> int:
+    """The most rows a program can own that leave at most a quarter of the processors without one."""
+    return next((h for h in _HEIGHTS if 4 * triton.cdiv(n_rows, h) >= 3 * target.n_processors), _HEIGHTS[-1])
+
+
+def softmax(n_rows: int, width: int, dtype: torch.dtype, target: Target) -> Tile:
+    rows = height(n_rows, target)
+    if is_wide(width, dtype):
+        if dtype != torch.float32:
+            return Tile(rows, 64, 64, _warps(rows), 3)
+        return Tile(rows, 64 if target.is_datacenter else 32, 32, _warps(rows), 3)
+    if padded(width) == 256 and not target.is_datacenter:
+        rows = min(rows, 64)
+    return Tile(rows, 64, padded(width), _warps(rows), 2)
+
+
+def gradient(n_rows: int, width: int, dtype: torch.dtype, target: Target) -> Tile:
+    """For rows that are not wide."""
+    rows = height(n_rows, target)
+    block = padded(width)
+    if dtype == torch.float32:
+        return Tile(min(rows, 64), 32, block, 4, 2)
+    if block == 256 and not target.is_datacenter:
+        return Tile(min(rows, 64), 32, block, 8 if rows > 32 else 4, 2)
+    columns = 128 if target.capability == 90 and rows == 128 and block <= 128 else 64
+    return Tile(rows, columns, block, _warps(rows), 2)
+
+
+def panel(n_rows: int, dtype: torch.dtype) -> int:
+    """The side of the square of M that wide rows keep in L2: 32 MB in half precision, 16 MB in float32."""
+    return min(2048 if dtype == torch.float32 else 4096, triton.next_power_of_2(max(n_rows, 16)))
+
+
+def pairs(dtype: torch.dtype) -> Tile:
+    return Tile(128, 64, 32 if dtype == torch.float32 else 64, 8, 3)
+
+
+def product(dtype: torch.dtype, target: Target) -> Tile:
+    if dtype != torch.float32:
+        return Tile(128, 128, 64, 8, 3)
+    return Tile(64, 64, 32, 4, 3) if target.capability in (100, 103) else Tile(128, 64, 32, 8, 3)
+
+
+def _warps(rows: int) -> int:
+    return 8 if rows == 128 else 4
