@@ -173,15 +173,6 @@ def _target_line(target: Target, comparison: Comparison) -> str | None:
 
 def csv_rows(comparison: Comparison, commit: str, date: str) -> list[dict[str, object]]:
     s = comparison.settings
-    environment = {
-        "device": device_name(s.device),
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "triton": _version("triton"),
-        "cuda": torch.version.cuda or "",
-        "commit": commit,
-        "date": date,
-    }
     return [
         {
             "provider": r.provider,
@@ -193,11 +184,24 @@ def csv_rows(comparison: Comparison, commit: str, date: str) -> list[dict[str, o
             **{f"{name}_ms": _rounded(r.quantile_ms(q)) for name, q in (("median", 0.5), ("q25", 0.25), ("q75", 0.75))},
             "n_repeats": len(r.seconds),
             "peak_extra_mb": _rounded(r.peak_extra_mb),
-            **environment,
+            **environment(s.device, commit, date),
             "note": r.note,
         }
         for r in comparison.results
     ]
+
+
+def environment(device: torch.device, commit: str, date: str) -> dict[str, str]:
+    """What a row must say to be compared with rows of other machines and days."""
+    return {
+        "device": device_name(device),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "triton": _version("triton"),
+        "cuda": torch.version.cuda or "",
+        "commit": commit,
+        "date": date,
+    }
 
 
 def write_csv(rows: Sequence[dict[str, object]], path: Path) -> None:

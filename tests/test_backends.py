@@ -143,6 +143,10 @@ def edge_cases() -> dict[str, Problem]:
 def test_edge_cases_are_finite_and_right(
     case: str, distance: str, dtype: torch.dtype, backend: str, tile_rows: int | None
 ) -> None:
+    assert_edge_case(case, distance, dtype, backend)
+
+
+def assert_edge_case(case: str, distance: str, dtype: torch.dtype, backend: str) -> None:
     problem = edge_cases()[case].with_options(distance=distance)
     expected = problem.solve("reference", torch.float64)
     actual = problem.solve(backend, dtype)

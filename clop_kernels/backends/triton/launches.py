@@ -51,6 +51,8 @@ def _launch(kernel: Any, grid: tuple[int, ...], tile: Tile, arguments: Mapping[s
     blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "BLOCK_D": tile.block_k}
     arguments = {**blocks, **arguments}
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True, "debug": debug}
+    if tile.max_registers is not None:
+        options["maxnreg"] = tile.max_registers
     return Launch(kernel, grid, {name: arguments[name] for name in kernel.arg_names}, options)
 
 

@@ -27,14 +27,21 @@ import triton
 
 @dataclass(frozen=True)
 class Tile:
-    """Rows and columns of a tile, how much of the width it takes at a time (the whole, padded, if that fits), and the
-    warps and pipeline stages of its program."""
+    """The tile of one program.
+
+    Attributes:
+        block_m, block_n: rows and columns.
+        block_k: how much of the width it takes at a time: the whole, padded, where that fits.
+        num_warps, num_stages: Triton's.
+        max_registers: what a thread may take; None leaves it to the compiler, which spills a few to fit two programs a processor.
+    """
 
     block_m: int
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
 
 
 @dataclass(frozen=True)
@@ -99,13 +106,15 @@ def height(n_rows: int, target: Target) -> int:
 
 def softmax(n_rows: int, width: int, dtype: torch.dtype, target: Target) -> Tile:
     rows = height(n_rows, target)
+    block = padded(width)
     if is_wide(width, dtype):
         if dtype != torch.float32:
-            return Tile(rows, 64, 64, _warps(rows), 3)
-        return Tile(rows, 64 if target.is_datacenter else 32, 32, _warps(rows), 3)
-    if padded(width) == 256 and not target.is_datacenter:
+            return _tile(rows, 64 if rows == 128 else 32, 64, 3, target)
+        return _tile(rows, 64, 32, 3, target) if target.is_datacenter else _tile(rows, 32, 32, 2, target)
+    if block == 256 and not target.is_datacenter:
         rows = min(rows, 64)
-    return Tile(rows, 64, padded(width), _warps(rows), 2)
+    columns = 32 if block <= 32 and not target.is_datacenter else 64
+    return _tile(rows, columns, block, 2, target)
 
 
 def gradient(n_rows: int, width: int, dtype: torch.dtype, target: Target) -> Tile:
@@ -113,11 +122,11 @@ def gradient(n_rows: int, width: int, dtype: torch.dtype, target: Target) -> Til
     rows = height(n_rows, target)
     block = padded(width)
     if dtype == torch.float32:
-        return Tile(min(rows, 64), 32, block, 4, 2)
+        return _tile(min(rows, 64), 32, block, 2, target)
     if block == 256 and not target.is_datacenter:
         return Tile(min(rows, 64), 32, block, 8 if rows > 32 else 4, 2)
     columns = 128 if target.capability == 90 and rows == 128 and block <= 128 else 64
-    return Tile(rows, columns, block, _warps(rows), 2)
+    return _tile(rows, columns, block, 3 if block <= 64 else 2, target)
 
 
 def panel(n_rows: int, dtype: torch.dtype) -> int:
@@ -135,5 +144,8 @@ def product(dtype: torch.dtype, target: Target) -> Tile:
     return Tile(64, 64, 32, 4, 3) if target.capability in (100, 103) else Tile(128, 64, 32, 8, 3)
 
 
-def _warps(rows: int) -> int:
-    return 8 if rows == 128 else 4
+def _tile(rows: int, columns: int, block_k: int, num_stages: int, target: Target) -> Tile:
+    """128 rows take 8 warps. Fewer are for small N, where no processor has a second program to save registers for."""
+    if rows == 128:
+        return Tile(rows, columns, block_k, 8, num_stages)
+    return Tile(rows, columns, block_k, 4, num_stages, max_registers=255 if target.capability else None)

@@ -1,0 +1,399 @@
+"""The Triton backend on a CPU: every kernel in Triton's interpreter against the float64 reference, and compiled ahead of time.
+
+conftest.py switches the interpreter on where there is no GPU; tests/test_gpu.py holds what only a GPU can show.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import clop_kernels
+from clop_kernels import backends
+from clop_kernels.backends.contract import DISTANCES, POSITIVES, REDUCTIONS, LossOptions, Needs, Residuals
+
+from .oracle import Problem, assert_accurate, near_duplicates, random_problem, relative_error
+from .test_backends import assert_edge_case, edge_cases
+
+ROOT = Path(__file__).parents[1]
+TRITON = next(b for b in backends.BACKENDS if b.name == "triton")
+OBSTACLE = TRITON.obstacle(torch.device("cpu"), torch.float32)
+
+interpreted = pytest.mark.skipif(OBSTACLE is not None, reason=f"needs Triton's interpreter: {OBSTACLE}")
+# What stands past the end of a tile may be infinite on the way; NumPy, which the interpreter runs on, warns of each.
+pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
+
+
+@pytest.fixture
+def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiles of 16 x 16 and panels of 32: a small problem has many of each, ragged ones and far ones too."""
+    from clop_kernels.backends.triton import tiles
+
+    def tile(width: int, dtype: torch.dtype) -> tiles.Tile:
+        return tiles.Tile(16, 16, 16 if tiles.is_wide(width, dtype) else tiles.padded(width), 4, 1)
+
+    monkeypatch.setattr(tiles, "softmax", lambda n_rows, width, dtype, target: tile(width, dtype))
+    monkeypatch.setattr(tiles, "gradient", lambda n_rows, width, dtype, target: tile(width, dtype))
+    monkeypatch.setattr(tiles, "pairs", lambda dtype: tiles.Tile(16, 16, 16, 4, 1))
+    monkeypatch.setattr(tiles, "product", lambda dtype, target: tiles.Tile(16, 16, 16, 4, 1))
+    monkeypatch.setattr(tiles, "panel", lambda n_rows, dtype: 32)
+
+
+@pytest.fixture(params=[False, True], ids=["narrow", "wide"])
+def is_wide(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Both paths at any width."""
+    from clop_kernels.backends.triton import tiles
+
+    monkeypatch.setattr(tiles, "is_wide", lambda width, dtype: request.param)
+    return bool(request.param)
+
+
+def assert_as_good_as_plain(problem: Problem, dtype: torch.dtype) -> None:
+    expected = problem.solve("reference", torch.float64)
+    plain, actual = problem.solve("reference", dtype), problem.solve("triton", dtype)
+    for name, value in expected.items():
+        # The temperature's gradient is one number, which plain PyTorch may meet by luck: half a unit of the dtype is allowed.
+        slack = torch.finfo(dtype).eps / 2 if name == "temperature" else 1e-4
+        error, allowed = relative_error(actual[name], value), 2 * relative_error(plain[name], value) + slack
+        assert error <= allowed, f"{name}: {error:.2e}, plain PyTorch allows {allowed:.2e}"
+
+
+# ---- numbers -------------------------------------------------------------------------------------------------------
+
+N_ROWS = [(1, 1), (2, 1), (1, 63), (2, 32), (5, 13), (7, 43)]  # 1, 2, 63, 64, 65, 301 rows
+WIDTHS = [16, 37, 64, 128, 200, 256, 512, 1024]
+
+
+SHAPES = [*((shape, 37) for shape in N_ROWS), *(((5, 13), width) for width in WIDTHS), ((7, 43), 200)]
+
+
+def shaped_problem(shape: tuple[int, int], width: int, temperature: float) -> Problem:
+    """The options vary with the shape: among them all are met."""
+    n = shape[0] * shape[1] + width
+    options = {"positives": POSITIVES[n % 2], "distance": DISTANCES[n % 3], "reduction": REDUCTIONS[n // 3 % 3]}
+    return random_problem(*shape, width, temperature=temperature, **options)
+
+
+@interpreted
+@pytest.mark.parametrize(("shape", "width"), SHAPES, ids=str)
+@pytest.mark.parametrize("temperature", [0.1, 0.01])
+def test_shapes_float32(shape: tuple[int, int], width: int, temperature: float) -> None:
+    assert_accurate(shaped_problem(shape, width, temperature), "triton")
+
+
+@interpreted
+@pytest.mark.parametrize("temperature", [0.1, 0.01])
+def test_width_one(temperature: float) -> None:
+    """Every cosine is 1 or -1, and every gradient zero."""
+    problem = shaped_problem((5, 13), 1, temperature)
+    expected, actual = problem.solve("reference", torch.float64), problem.solve("triton", torch.float32)
+    assert relative_error(actual["loss"], expected["loss"]) < 1e-6
+    for name in ("embeddings", "temperature", "prototypes"):
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-5, atol=1e-5)
+
+
+@interpreted
+@pytest.mark.parametrize(("shape", "width"), SHAPES[:-1], ids=str)
+def test_shapes_float16(shape: tuple[int, int], width: int) -> None:
+    assert_as_good_as_plain(shaped_problem(shape, width, 0.1), torch.float16)
+
+
+@interpreted
+@pytest.mark.parametrize("temperature", [0.1, 0.01])
+@pytest.mark.parametrize("positives", POSITIVES)
+@pytest.mark.parametrize(("distance", "reduction"), [*zip(DISTANCES, REDUCTIONS, strict=True)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_many_tiles(
+    dtype: torch.dtype, distance: str, reduction: str, positives: str, temperature: float, is_wide: bool, small_tiles: None
+) -> None:
+    problem = random_problem(
+        3, 21, 20, n_classes=3, temperature=temperature, positives=positives, distance=distance, reduction=reduction
+    )
+    if dtype == torch.float32:
+        assert_accurate(problem, "triton")
+    elif temperature == 0.1:
+        assert_as_good_as_plain(problem, dtype)
+
+
+@interpreted
+@pytest.mark.parametrize(("distance", "reduction"), [*itertools.product(DISTANCES, REDUCTIONS)])
+def test_every_distance_with_every_reduction(distance: str, reduction: str) -> None:
+    assert_accurate(random_problem(2, 9, 8, distance=distance, reduction=reduction), "triton")
+
+
+@interpreted
+@pytest.mark.parametrize("temperature", [0.02, 0.1])
+@pytest.mark.parametrize("noise", [1e-3, 0.3])
+def test_near_duplicates_keep_their_gradient(noise: float, temperature: float, is_wide: bool, small_tiles: None) -> None:
+    for n_views in (2, 3):
+        assert_accurate(near_duplicates(n_views, 20, 20, noise, temperature), "triton", ill_conditioned=True)
+
+
+@interpreted
+@pytest.mark.parametrize("case", edge_cases())
+def test_edge_cases_are_finite_and_right(case: str, is_wide: bool, small_tiles: None) -> None:
+    assert_edge_case(case, DISTANCES[sum(map(ord, case)) % 3], torch.float32, "triton")
+
+
+@interpreted
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("n_views", [1, 2])
+def test_a_row_that_is_not_finite_shows(value: float, n_views: int) -> None:
+    z = torch.randn(6, 4)
+    z[4, 2] = value
+    assert clop_kernels.ntxent_loss(z, n_views=n_views, backend="triton").isnan()
+
+
+@interpreted
+def test_float16_rows_of_zeros_saturate_and_overflow_shows() -> None:
+    z = torch.randn(8, 4).half()
+    z[3] = 0.0
+    z.requires_grad_()
+    loss = clop_kernels.ntxent_loss(z, backend="triton")
+    (grad,) = torch.autograd.grad(loss, z, retain_graph=True)
+    assert grad.isfinite().all()
+    assert grad[3].abs().max() == torch.finfo(torch.float16).max
+    (grad,) = torch.autograd.grad(loss * 1e7, z)
+    assert not grad[0].isfinite().all()  # for a gradient scaler to see
+
+
+@interpreted
+def test_strides_and_prototype_dtypes() -> None:
+    """Neither copies nor contiguous tensors are asked of the user."""
+    problem = random_problem(2, 9, 6)
+    assert problem.prototypes is not None
+    expected = problem.solve("triton", torch.float32)
+    z = problem.embeddings.float()
+    transposed = z.T.contiguous().T
+    sliced = torch.stack([z, z], dim=1).flatten(1)[:, :6]
+    prototypes = problem.prototypes.T.contiguous().T
+    for strided in (transposed, sliced):
+        assert not strided.is_contiguous()
+        leaf = strided.detach().requires_grad_()
+        loss = clop_kernels.clop_loss(
+            leaf, problem.labels, prototypes, temperature=problem.temperature, backend="triton", **problem.options
+        )
+        (grad,) = torch.autograd.grad(loss, leaf)
+        assert torch.equal(loss.detach().double(), expected["loss"])
+        assert torch.equal(grad.double(), expected["embeddings"])
+
+
+@interpreted
+def test_the_same_call_gives_the_same_bits(small_tiles: None) -> None:
+    problem = random_problem(2, 40, 16, positives="label", reduction="none")
+    first, second = problem.solve("triton", torch.float32), problem.solve("triton", torch.float32)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@interpreted
+def test_ranking_and_sorting_give_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    from clop_kernels.backends.triton import launches
+
+    problem = random_problem(3, 40, 16, positives="label", n_classes=5)
+    ranked = problem.solve("triton", torch.float32)
+    monkeypatch.setattr(launches, "RANKED_INSTANCES", 0)
+    by_sort = problem.solve("triton", torch.float32)
+    assert all(torch.equal(ranked[name], by_sort[name]) for name in ranked)
+
+
+@interpreted
+def test_parts_of_the_prototypes_gradient_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    from clop_kernels.backends.triton import launches
+
+    problem = random_problem(3, 40, 16, n_classes=2, distance="euclidean")
+    monkeypatch.setattr(launches, "prototype_parts", lambda n_classes, target: 5)
+    assert_accurate(problem, "triton")
+
+
+# ---- the temperature in a tensor that the host does not read ----------------------------------------------------------
+
+
+@interpreted
+@pytest.mark.parametrize("temperature", [0.01, 1 / 60.0001, 1 / 59.9999, 0.1])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_kernels_read_the_temperature(temperature: float, reduction: str, is_wide: bool, small_tiles: None) -> None:
+    """What a GPU gets: the operator hands a CPU's tensor over as a float."""
+    problem = random_problem(2, 17, 20, positives="label", temperature=temperature, reduction=reduction)
+    as_float = run(problem, problem.temperature)
+    as_tensor = run(problem, torch.tensor(problem.temperature))
+    for name, value in as_float.items():
+        assert relative_error(as_tensor[name], value) < 1e-6, name
+
+
+def run(problem: Problem, temperature: float | torch.Tensor) -> dict[str, torch.Tensor]:
+    """The backend itself, below the operator."""
+    module = TRITON.load()
+    z, prototypes = problem.embeddings.float(), problem.prototypes.float() if problem.prototypes is not None else None
+    defaults: dict[str, Any] = {"positives": "instance", "distance": "cosine", "reduction": "mean"}
+    options = LossOptions(temperature=temperature, compute_dtype=torch.float32, **defaults | problem.options)
+    loss, residuals = module.forward(z, problem.labels, prototypes, options)
+    assert isinstance(residuals, Residuals)
+    upstream = torch.linspace(-1, 1, loss.numel()) if loss.dim() else torch.ones(())
+    grads = module.backward(upstream, z, residuals, problem.labels, prototypes, options, Needs(True, True, True))
+    return {"loss": loss, **grads._asdict()}
+
+
+# ---- as a user and torch.compile meet it -------------------------------------------------------------------------------
+
+
+def op_arguments(reduction: str, temperature_tensor: bool) -> tuple[Any, ...]:
+    problem = random_problem(2, 5, 4)
+    assert problem.prototypes is not None
+    tau = torch.tensor(0.2, requires_grad=True) if temperature_tensor else None
+    z, prototypes = problem.embeddings.float().requires_grad_(), problem.prototypes.float().requires_grad_()
+    return z, problem.labels, prototypes, 0.2, tau, 2, "label", 0.7, "euclidean", reduction, torch.float32, "triton"
+
+
+@interpreted
+@pytest.mark.parametrize("temperature_tensor", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_opcheck(reduction: str, temperature_tensor: bool) -> None:
+    arguments = op_arguments(reduction, temperature_tensor)
+    torch.library.opcheck(torch.ops.clop.loss.default, arguments)
+    detached = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
+    loss, *residuals = torch.ops.clop.loss(*detached)
+    z, labels, prototypes, *options = detached
+    needs = [True, temperature_tensor, True]
+    backward = (torch.ones_like(loss), z, *residuals, labels, prototypes, needs, *options)
+    torch.library.opcheck(torch.ops.clop.loss_backward.default, backward)
+
+
+@interpreted
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile's default backend needs g++")
+def test_compiles_without_a_graph_break() -> None:
+    problem = random_problem(2, 9, 6)
+
+    def loss(z: torch.Tensor) -> torch.Tensor:
+        return clop_kernels.ntxent_loss(2 * z, backend="triton")
+
+    z = problem.embeddings.float().requires_grad_()
+    (expected,) = torch.autograd.grad(loss(z), z)
+    (actual,) = torch.autograd.grad(torch.compile(loss, fullgraph=True)(z), z)
+    torch.testing.assert_close(actual, expected)
+
+
+@interpreted
+def test_autocast_rounds_the_operands_alone() -> None:
+    problem = random_problem(2, 9, 6)
+    z = problem.embeddings.float().requires_grad_()
+    with torch.autocast("cpu", dtype=torch.float16):
+        loss = clop_kernels.ntxent_loss(z, backend="triton")
+    (grad,) = torch.autograd.grad(loss, z)
+    assert (loss.dtype, grad.dtype) == (torch.float32, torch.float32)
+    exact = clop_kernels.ntxent_loss(z, backend="triton")
+    assert 0 < (loss - exact).abs().item() < 1e-2
+
+
+@interpreted
+def test_labels_are_checked() -> None:
+    z, prototypes = torch.randn(6, 4), torch.randn(2, 4)
+    for bad in (-2, 2):
+        with pytest.raises(ValueError, match=f"labels contains {bad}"):
+            clop_kernels.clop_loss(z, torch.tensor([0, 1, bad]), prototypes, backend="triton")
+
+
+# ---- launches, memory, resources: nothing runs -------------------------------------------------------------------------
+
+
+def launches_of(
+    n_rows: int, width: int, dtype: torch.dtype, positives: str = "instance", reduction: str = "mean"
+) -> Iterator[Any]:
+    """The launches of a call on an H200, on tensors without memory."""
+    from clop_kernels.backends.triton import launches, tiles
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    target = tiles.Target(90, 132)
+    options = LossOptions(2, positives, 0.1, 1.0, "cosine", reduction, dtype)
+    labels, prototypes, zhat = empty(n_rows // 2, dtype=torch.int64), empty(10, width), empty(n_rows, width, dtype=dtype)
+    groups = empty(3, n_rows if positives == "label" else 0, dtype=torch.int32)
+    residuals = Residuals(zhat, *(empty(n_rows) for _ in range(4)), groups, empty(2))
+    scratch = launches.ForwardScratch.like(zhat, target)
+    yield from launches.forward(zhat, labels, prototypes, options, empty(), residuals, scratch, target)
+    upstream = launches.Upstream(empty(), None)
+    backward_scratch = launches.BackwardScratch.like(zhat)
+    yield from launches.backward(upstream, residuals, labels, prototypes, options, backward_scratch, zhat, target)
+
+
+@interpreted
+@pytest.mark.parametrize("positives", POSITIVES)
+@pytest.mark.parametrize(("width", "dtype", "most"), [(128, torch.bfloat16, 5), (128, torch.float32, 6), (1024, torch.bfloat16, 6)])
+def test_few_launches(width: int, dtype: torch.dtype, most: int, positives: str) -> None:
+    """And one more for a learnable temperature."""
+    assert len(list(launches_of(2048, width, dtype, positives))) <= most
+
+
+@interpreted
+@pytest.mark.parametrize("width", [64, 128, 1024])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_no_launch_takes_a_tensor_that_grows_with_n_squared(width: int, dtype: torch.dtype) -> None:
+    for n_rows in (2**16, 2**18):
+        for launch in itertools.islice(launches_of(n_rows, width, dtype), 1000):
+            for name, value in launch.arguments.items():
+                if isinstance(value, torch.Tensor):
+                    assert value.numel() <= max(n_rows * width, 4096**2), name
+
+
+@interpreted
+def test_tiles_fill_the_processors() -> None:
+    from clop_kernels.backends.triton import tiles
+
+    target = tiles.Target(90, 132)
+    heights = [tiles.height(n, target) for n in (2, 2048, 8192, 16384, 2**20)]
+    assert heights == [32, 32, 64, 128, 128]
+
+
+@interpreted
+@pytest.mark.parametrize("arguments", ["--targets 90 --dtypes bfloat16 --dims 128", "--targets 80 --dtypes float32 --dims 128"])
+def test_kernels_compile_without_spilling(arguments: str) -> None:
+    """Two GPUs and dtypes here; .ci/run compiles the whole table."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.resources", *arguments.split(), "--heights", "128"]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "0 faults" in done.stdout
+    assert ("wgmma" if "90" in arguments else "mma") in done.stdout
+
+
+# ---- why it cannot run ---------------------------------------------------------------------------------------------------
+
+
+def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    reason = TRITON.obstacle(cpu, torch.float32)
+    assert reason is not None
+    with pytest.raises(clop_kernels.BackendUnavailableError, match="backend='triton' cannot run on cpu with torch.float32"):
+        clop_kernels.ntxent_loss(torch.randn(4, 3), backend="triton")
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: None)
+    assert "pip install triton" in str(TRITON.obstacle(gpu, torch.float32))
+    monkeypatch.setattr(backends.importlib.util, "find_spec", lambda name: object())
+    assert "takes float32, float16 and bfloat16" in str(TRITON.obstacle(gpu, torch.float64))
+    assert "TRITON_INTERPRET=1" in str(TRITON.obstacle(cpu, torch.float32))
+    assert "cuda and xpu" in str(TRITON.obstacle(torch.device("mps"), torch.float32))
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert "rounds bfloat16" in str(TRITON.obstacle(cpu, torch.bfloat16))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert "8.0 or more, and this GPU has 7.5" in str(TRITON.obstacle(gpu, torch.float32))
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    for version, works in (("3.5.1", False), ("3.6.0", True), ("3.10.0+git1", True)):
+        monkeypatch.setattr(backends.importlib, "import_module", lambda name, v=version: type("Triton", (), {"__version__": v}))
+        obstacle = TRITON.obstacle(gpu, torch.float32)
+        assert (obstacle is None) == works, obstacle
+
+
+@interpreted
+def test_the_interpreter_runs_by_name_only() -> None:
+    assert backends.select(None, torch.device("cpu"), torch.float32).name == "tiled"
+    z = torch.randn(6, 4)
+    torch.testing.assert_close(clop_kernels.ntxent_loss(z), clop_kernels.ntxent_loss(z, backend="triton"))
