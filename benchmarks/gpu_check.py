@@ -177,12 +177,12 @@ def measure_speed(sizes: Sequence[Size], device: torch.device, findings: Finding
         if time.perf_counter() - start > SECONDS_FOR_SPEED:
             findings.notes.append(f"out of time: N={size.n_rows}, D={size.width}, {size.dtype} not measured")
             continue
-        comparison = Comparison(
-            Settings(size.width, DTYPES[size.dtype], device, "forward+backward", TEMPERATURE), progress
-        )
+        comparison = Comparison(Settings(size.width, DTYPES[size.dtype], device, "forward+backward", TEMPERATURE), progress)
         findings.comparisons.append((size, comparison))
         try:
-            comparison.run([p for p in PROVIDERS.values() if size.n_rows < 2**20 or p.name == "triton"], size.n_rows, size.repeats)
+            comparison.run(
+                [p for p in PROVIDERS.values() if size.n_rows < 2**20 or p.name == "triton"], size.n_rows, size.repeats
+            )
         except Exception as error:  # a failure is a finding, and the other sizes are still worth their time
             findings.notes.append(f"failed: N={size.n_rows}, D={size.width}, {size.dtype}: {type(error).__name__}: {error}")
     for name in names:

@@ -100,16 +100,17 @@ def cases(targets: Sequence[int], dtypes: Sequence[str], widths: Sequence[int], 
 def compile_case(case: Case) -> list[Report]:
     """Compiles the launches of one call; runs in a process of its own."""
     reports: dict[str, Report] = {}
-    for launch in _launches(case):
+    for launch in launches(case):
         key = f"{launch.kernel.__name__} {launch.arguments.get('ADD')} {launch.arguments.get('stride_row') == 1}"
         if key not in reports:
             reports[key] = _compile(launch, case)
     return list(reports.values())
 
 
-def _launches(case: Case) -> Iterator[Any]:
+def launches(case: Case) -> Iterator[Any]:
     """The launches of the case, on tensors without memory."""
-    from clop_kernels.backends.triton import launches, tiles  # after the environment is set
+    from clop_kernels.backends.triton import launches as plan  # after the environment is set
+    from clop_kernels.backends.triton import tiles
 
     dtype = DTYPES[case.dtype]
     n, width, n_classes = case.n_rows, case.width, 10
@@ -131,15 +132,22 @@ def _launches(case: Case) -> Iterator[Any]:
     zhat = empty(n, width, dtype=dtype)
     residuals = Residuals(zhat, empty(n), empty(n), empty(n), empty(n), groups, empty(2))
     target = tiles.Target(case.capability, PROCESSORS)
-    scratch = launches.ForwardScratch.like(zhat, target)
+    scratch = plan.ForwardScratch.like(zhat, target)
     loss = empty(n) if case.general else empty()
-    yield from launches.forward(z, labels, prototypes, options, loss, residuals, scratch, target)
-    upstream = launches.Upstream(empty(), empty(n) if case.general else None)
-    yield from launches.backward(
-        upstream, residuals, labels, prototypes, options, launches.BackwardScratch.like(zhat), empty(n, width, dtype=dtype), target
+    yield from plan.forward(z, labels, prototypes, options, loss, residuals, scratch, target)
+    upstream = plan.Upstream(empty(), empty(n) if case.general else None)
+    yield from plan.backward(
+        upstream,
+        residuals,
+        labels,
+        prototypes,
+        options,
+        plan.BackwardScratch.like(zhat),
+        empty(n, width, dtype=dtype),
+        target,
     )
     by_class, bounds, parts = empty(n, dtype=torch.int64), empty(n_classes + 1, dtype=torch.int64), empty(4, n_classes, width)
-    yield launches.prototypes_backward(upstream, residuals, by_class, bounds, prototypes, options, parts, target)
+    yield plan.prototypes_backward(upstream, residuals, by_class, bounds, prototypes, options, parts, target)
 
 
 def _compile(launch: Any, case: Case) -> Report:

@@ -1,6 +1,6 @@
 """What only a GPU can show. Not yet run on one: each test skips, with that reason, where there is none.
 
-``record_property`` puts the figures behind a verdict into ``--junitxml``, from which ``python -m benchmarks.gpu_check`` takes them.
+``record_property`` puts the figures behind a verdict into ``--junitxml``, where ``python -m benchmarks.gpu_check`` reads them.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def assert_accurate(problem: Problem, backend: str, dtype: torch.dtype, record: 
 def varied(shape: tuple[int, int, int], temperature: float) -> Problem:
     """The options vary with the shape: among them all are met."""
     n = sum(shape)
-    options = {"positives": POSITIVES[n % 2], "distance": DISTANCES[n % 3], "reduction": REDUCTIONS[n // 3 % 3]}
+    options: dict[str, Any] = {"positives": POSITIVES[n % 2], "distance": DISTANCES[n % 3], "reduction": REDUCTIONS[n // 3 % 3]}
     return random_problem(*shape, temperature=temperature, **options)
 
 
@@ -255,7 +255,7 @@ def test_at_most_six_launches(positives: str, record_property: Record) -> None:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         step()
         torch.cuda.synchronize()
-    launched = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    launched = [event.name for event in profile.events() if "CUDA" in str(event.device_type)]
     record_property("launched", ", ".join(launched))
     assert 0 < len([name for name in launched if "Memset" not in name]) <= 6 + 1  # autograd makes the upstream gradient, 1
 

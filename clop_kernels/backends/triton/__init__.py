@@ -2,13 +2,15 @@
 
     prologue.py             raw embeddings -> unit rows in the order of the positive groups, prototype distances
     softmax.py              rows against columns: the softmax statistics, the loss
-    gradient.py             rows against columns: the gradient's pairwise sums, D <= 256; wide.py beyond
+    gradient.py             rows against columns: the gradient's pairwise sums; wide.py where whole rows do not fit on chip
     finish.py               the pairwise sums -> the gradient of the raw embeddings
     prototype_gradient.py   the gradient of trained prototypes
-    device.py               what kernels share; tiles.py  which tile is used when; launches.py  the launches as data
+    device.py               what kernels share
+    launches.py             the launches of a call as data;  tiles.py  which tile is used where
 
-Launches: 3 forward and 2 backward, and 1 for a temperature's gradient: 6 at most. Not counted: trained prototypes, wide rows of more than one panel, more than
-RANKED_INSTANCES labels to sort by, and ``reduction="none"``, each of which takes a few more.
+Launches: 3 forward and 2 backward, and 1 more for a temperature's gradient. float32 of D > 32, and D > 256, take 3 backward
+for each pair of panels of 4096 rows (float32: 2048). Trained prototypes, ``reduction="none"`` and sorting by more than
+RANKED_INSTANCES labels take a few more.
 
 float64 stays with the other backends: no matrix unit that Triton drives is exact in it. This module is imported when the
 backend is first used, so that importing the package does not need Triton. **Not yet run on a GPU**: proved by Triton's
@@ -20,12 +22,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ...groups import Groups, label_groups
+from ...groups import label_groups
 from ..contract import Gradients, LossOptions, Needs, Residuals
 from . import launches, tiles
 
 CHECKS_VALUES = True
-"""The kernels look at every label anyway: see :mod:`clop_kernels.backends.contract`."""
+"""The kernels look at every label anyway, and assert on the device."""
 
 
 def forward(
@@ -33,7 +35,6 @@ def forward(
 ) -> tuple[Tensor, Residuals]:
     """(N, D) embeddings, (B,) int64 labels, (K, D) prototypes -> the loss, and what the backward pass needs."""
     n_rows, width = embeddings.shape
-    prototypes = None if labels is None or prototypes is None else prototypes.contiguous()
 
     def per_row() -> Tensor:
         return embeddings.new_empty(n_rows, dtype=torch.float32)
@@ -45,20 +46,17 @@ def forward(
     else:
         assert labels is not None
         groups = label_groups(labels, options.n_views).table()
-    residuals = Residuals(
-        embeddings.new_empty((n_rows, width), dtype=options.compute_dtype),
-        *(per_row() for _ in range(4)),
-        groups,
-        embeddings.new_empty(2, dtype=torch.float32),
-    )
+    zhat = embeddings.new_empty((n_rows, width), dtype=options.compute_dtype)
+    counts = embeddings.new_zeros(2, dtype=torch.float32) if n_rows == 0 else embeddings.new_empty(2, dtype=torch.float32)
+    residuals = Residuals(zhat, per_row(), per_row(), per_row(), per_row(), groups, counts)
     if n_rows == 0:
-        residuals.counts.zero_()
         return embeddings.new_zeros((0,) if options.reduction == "none" else (), dtype=torch.float32), residuals
+
     loss = per_row() if options.reduction == "none" else embeddings.new_empty((), dtype=torch.float32)
     target = tiles.target_of(embeddings.device)
-    scratch = launches.ForwardScratch.like(residuals.normalized, target)
+    scratch = launches.ForwardScratch.like(zhat, target)
     with tiles.device_guard(embeddings.device):
-        for launch in launches.forward(embeddings, labels, prototypes, options, loss, residuals, scratch, target):
+        for launch in launches.forward(embeddings, labels, _used(prototypes, labels), options, loss, residuals, scratch, target):
             launch.run()
     return loss, residuals
 
@@ -73,64 +71,60 @@ def backward(
     needs: Needs,
 ) -> Gradients:
     """The upstream gradient, () or (N,), to the gradients of the raw embeddings, the temperature and the prototypes."""
-    n_rows, width = embeddings.shape
-    if n_rows == 0:
-        return Gradients(
-            torch.zeros_like(embeddings) if needs.embeddings else None,
-            embeddings.new_zeros((), dtype=torch.float32) if needs.temperature else None,
-            torch.zeros_like(prototypes, dtype=torch.float32) if needs.prototypes and prototypes is not None else None,
-        )
-    if labels is None or prototypes is None:
-        used_prototypes = None
-    else:
-        used_prototypes = prototypes.contiguous()
+    n_rows = embeddings.shape[0]
     target = tiles.target_of(embeddings.device)
-    upstream = _upstream(grad_loss, residuals, options)
+    used = _used(prototypes, labels)
     grad_embeddings = grad_temperature = grad_prototypes = None
+    if n_rows == 0:
+        grad_embeddings = torch.zeros_like(embeddings)
+        grad_temperature = embeddings.new_zeros((), dtype=torch.float32)
+    if needs.prototypes and prototypes is not None and (used is None or n_rows == 0):
+        grad_prototypes = torch.zeros_like(prototypes, dtype=torch.float32)
+    if n_rows == 0:
+        return Gradients(grad_embeddings, grad_temperature, grad_prototypes)
+
+    upstream = _upstream(grad_loss, residuals, options)
     with tiles.device_guard(embeddings.device):
         if needs.embeddings or needs.temperature:
-            grad_embeddings = embeddings.new_empty((n_rows, width))
+            grad_embeddings = torch.empty_like(embeddings, memory_format=torch.contiguous_format)
             scratch = launches.BackwardScratch.like(residuals.normalized)
-            for launch in launches.backward(
-                upstream, residuals, labels, used_prototypes, options, scratch, grad_embeddings, target
-            ):
+            for launch in launches.backward(upstream, residuals, labels, used, options, scratch, grad_embeddings, target):
                 launch.run()
             if needs.temperature:
                 grad_temperature = scratch.temperature_sums.sum()
-        if needs.prototypes:
-            assert prototypes is not None
-            if used_prototypes is None or labels is None:
-                grad_prototypes = torch.zeros_like(prototypes, dtype=torch.float32)
-            else:
-                n_classes = prototypes.shape[0]
-                by_class, bounds = _sorted_by_class(labels, residuals.groups, options, n_classes)
-                parts = embeddings.new_empty((launches.prototype_parts(n_classes, target), n_classes, width), dtype=torch.float32)
-                launches.prototypes_backward(
-                    upstream, residuals, by_class, bounds, used_prototypes, options, parts, target
-                ).run()
-                grad_prototypes = parts.sum(0)
+        if needs.prototypes and used is not None:
+            assert labels is not None
+            n_classes, width = used.shape
+            by_class, bounds = _sorted_by_class(labels, residuals.groups, options, n_classes)
+            parts = embeddings.new_empty((launches.prototype_parts(n_classes, target), n_classes, width), dtype=torch.float32)
+            launches.prototypes_backward(upstream, residuals, by_class, bounds, used, options, parts, target).run()
+            grad_prototypes = parts.sum(0)
     return Gradients(grad_embeddings if needs.embeddings else None, grad_temperature, grad_prototypes)
+
+
+def _used(prototypes: Tensor | None, labels: Tensor | None) -> Tensor | None:
+    """The prototypes as kernels take them; None where no row has a label."""
+    return None if prototypes is None or labels is None else prototypes.contiguous()
+
+
+def _by_position(of_rows: Tensor, groups: Tensor, options: LossOptions) -> Tensor:
+    """(N,) by row of the user's tensor -> (N,) in the order of the groups."""
+    if options.positives == "label":
+        return of_rows.index_select(0, groups[0])
+    return of_rows.reshape(options.n_views, -1).T.reshape(-1)
 
 
 def _upstream(grad_loss: Tensor, residuals: Residuals, options: LossOptions) -> launches.Upstream:
     """A scalar is the unit itself; of one gradient a row the largest is, so that no weight is beyond 1."""
     grad_loss = grad_loss.to(torch.float32)
-    if options.reduction != "none" or grad_loss.numel() == 0:
+    if options.reduction != "none":
         return launches.Upstream(grad_loss, None)
-    if options.positives == "label":
-        by_position = grad_loss.index_select(0, residuals.groups[0])
-    else:
-        by_position = grad_loss.view(options.n_views, -1).T.reshape(-1)
+    by_position = _by_position(grad_loss, residuals.groups, options)
     unit = by_position.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
     return launches.Upstream(unit, by_position / unit)
 
 
 def _sorted_by_class(labels: Tensor, groups: Tensor, options: LossOptions, n_classes: int) -> tuple[Tensor, Tensor]:
     """Positions sorted by label, (N,), and where each class begins and ends among them, (K + 1,)."""
-    of_rows = labels.repeat(options.n_views)
-    if options.positives == "label":
-        by_position = of_rows.index_select(0, groups[0])
-    else:
-        by_position = of_rows.view(options.n_views, -1).T.reshape(-1)
-    key, by_class = torch.sort(by_position, stable=True)
+    key, by_class = torch.sort(_by_position(labels.repeat(options.n_views), groups, options), stable=True)
     return by_class, torch.searchsorted(key, torch.arange(n_classes + 1, device=labels.device))

@@ -36,7 +36,6 @@ import triton
 import triton.language as tl
 
 from .device import (
-    LN_2,
     NO_LOGIT,
     far_tile,
     fits_unshifted,

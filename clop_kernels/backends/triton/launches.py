@@ -66,9 +66,7 @@ class ForwardScratch(NamedTuple):
     def like(zhat: Tensor, target: Target) -> ForwardScratch:
         n_rows, width = zhat.shape
         n_programs = _programs(n_rows, tiles.softmax(n_rows, width, zhat.dtype, target))
-        return ForwardScratch(
-            zhat.new_empty(n_rows, dtype=torch.float32), zhat.new_empty((5, n_programs), dtype=torch.float32)
-        )
+        return ForwardScratch(zhat.new_empty(n_rows, dtype=torch.float32), zhat.new_empty((5, n_programs), dtype=torch.float32))
 
 
 class BackwardScratch(NamedTuple):
@@ -227,9 +225,10 @@ def _shared(
     """The arguments that several kernels have in common, under the names that all of them use."""
     n_rows, width = residuals.normalized.shape
     tau = options.temperature
-    on_device = isinstance(tau, Tensor)
-    scale = 0.0 if on_device else _LOG2_E / tau
-    path = "device" if on_device else "unshifted" if 1.0 / tau <= _LARGEST_UNSHIFTED_LOGIT else "online"
+    if isinstance(tau, Tensor):
+        scale, path = 0.0, "device"
+    else:
+        scale, path = _LOG2_E / tau, "unshifted" if 1.0 / tau <= _LARGEST_UNSHIFTED_LOGIT else "online"
     return {
         "zhat": residuals.normalized,
         "norms": residuals.norms,
@@ -240,7 +239,7 @@ def _shared(
         "counts": residuals.counts,
         "labels": labels,
         "prototypes": prototypes,
-        "temperature": tau if on_device else None,
+        "temperature": tau if path == "device" else None,
         "scale": _float32(scale),
         "scale_rest": scale - _float32(scale),
         "prototype_weight": options.prototype_weight,
@@ -253,7 +252,7 @@ def _shared(
         "DISTANCE": options.distance,
         "MEAN": options.reduction == "mean",
         "SOFTMAX": path,
-        "ON_DEVICE": on_device,
+        "ON_DEVICE": path == "device",
         "PRECISION": precision(residuals.normalized.dtype, target),
         "EXACT_SCALE": residuals.normalized.dtype == torch.float32,
     }

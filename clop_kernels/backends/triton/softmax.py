@@ -182,10 +182,7 @@ def softmax_kernel(
     near, near_end, n_near, n_far = near_tiles(first, last, groups, n_rows, VIEWS, BY_LABEL, BLOCK_N)
     scale, scale_rest = logit_scale(temperature, scale, scale_rest, SOFTMAX == "device")
 
-    if BLOCK_K >= WIDTH:
-        q = load_rows(zhat, rows, n_rows, tl.arange(0, BLOCK_K), WIDTH, BLOCK_K, False)
-    else:
-        q = 0
+    q = load_rows(zhat, rows, n_rows, tl.arange(0, BLOCK_K), WIDTH, BLOCK_K, False)  # unused, and so left out, if wide
     if SOFTMAX == "device":
         if fits_unshifted(scale):
             shift, negative, positive, positive_logits = row_sums(

@@ -22,7 +22,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import LN_2, fits_unshifted, group_of, load_rows, logit_scale, scaled
+from .device import fits_unshifted, group_of, load_rows, logit_scale, scaled
 from .gradient import far_pairs, load_positive_form, load_softmax, near_pairs
 from .softmax import similarities
 
@@ -96,7 +96,7 @@ def pair_kernel(
         VIEWS, BY_LABEL, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     scale, scale_rest = logit_scale(temperature, scale, scale_rest, SOFTMAX == "device")
-    s = similarities(0, zhat, rows, columns, n_rows, WIDTH, BLOCK_K, False, False, PRECISION)
+    s = similarities(None, zhat, rows, columns, n_rows, WIDTH, BLOCK_K, False, False, PRECISION)
     s = scaled(s, scale, scale_rest, EXACT_SCALE)
     if SOFTMAX == "device":
         if fits_unshifted(scale):
