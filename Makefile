@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
 
-.PHONY: help test demo bench lint types clean
+.PHONY: help test demo bench resources lint types clean
 
 help:
 	@echo "make test    the test suite"
 	@echo "make demo    train an encoder on real digits, with the plain loss and with the fused one; writes train_digits.png"
 	@echo "make bench   time and memory beside the plain loss and torch.compile of it"
+	@echo "make resources    compile every Triton kernel for four GPUs: registers, shared memory, matrix instructions; 10 minutes"
 	@echo "make lint    ruff, lint and format;  make types    mypy;  make clean    remove what make made"
 
 $(READY): pyproject.toml setup.py constraints.txt
@@ -26,6 +27,9 @@ demo: $(READY)
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks
 	$(BIN)/python -m benchmarks.compare
+
+resources: $(READY)
+	$(BIN)/python -m benchmarks.resources
 
 lint: $(READY)
 	$(BIN)/ruff check .
