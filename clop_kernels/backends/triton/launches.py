@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..contract import LossOptions, Residuals
 from . import tiles
+from .device import LARGEST_UNSHIFTED_LOGIT
 from .finish import finish_kernel
 from .gradient import gradient_kernel
 from .prologue import prologue_kernel
@@ -29,7 +30,6 @@ RANKED_INSTANCES = 4096
 """Up to so many labels the prologue orders the rows itself: B^2 comparisons, against the several launches of a sort."""
 
 _LOG2_E = math.log2(math.e)
-_LARGEST_UNSHIFTED_LOGIT = 60.0  # as in device.py
 _F16_SCALE = 2.0**14  # M <= 2 and float16 ends at 65504
 
 
@@ -94,7 +94,8 @@ class Upstream(NamedTuple):
 def precision(dtype: torch.dtype, target: Target) -> str:
     """tl.dot's input_precision for operands of ``dtype``; float32 follows torch.get_float32_matmul_precision().
 
-    "highest" takes three TF32 products where the matrix units have TF32, as accurate as float32 products.
+    "highest" takes three TF32 products where the matrix units have TF32. Emulated on a CPU they are as accurate as float32
+    products: gradient errors of 2.6e-7 to 9e-7 at D of 32 to 512 and temperatures of 0.1 and 0.02, float32's own to 10%.
     """
     if dtype != torch.float32 or target.capability < 80:
         return "ieee"
@@ -228,7 +229,7 @@ def _shared(
     if isinstance(tau, Tensor):
         scale, path = 0.0, "device"
     else:
-        scale, path = _LOG2_E / tau, "unshifted" if 1.0 / tau <= _LARGEST_UNSHIFTED_LOGIT else "online"
+        scale, path = _LOG2_E / tau, "unshifted" if 1.0 / tau <= LARGEST_UNSHIFTED_LOGIT.value else "online"
     return {
         "zhat": residuals.normalized,
         "norms": residuals.norms,

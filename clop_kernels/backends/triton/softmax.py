@@ -10,7 +10,7 @@ Where a whole row fits (D <= 256), its tile q stays on chip and a column tile co
 by in chunks of BLOCK_K of the width.
 
 Flops 2 N^2 D, exponentials N^2, and per pair two float32 operations: scale and add. Bytes: zhat once a program from L2,
-N^2 D itemsize / BLOCK_M in all; 2 BLOCK_M flops a byte in bfloat16.
+N^2 D itemsize / BLOCK_M in all; BLOCK_M flops a byte in bfloat16. Wide rows: see tiles.py.
 
 The positives are summed apart from the rest because near-duplicate views need log(1 + negative / positive) to the last
 digit, and they are taken from these very tiles, not from sums of zhat over a group, whose gradient cancels in float32

@@ -7,9 +7,13 @@ byte of L2. **Not yet tuned by measurements on a GPU.**
 What the reports decided:
 
 - bfloat16 and float16, D <= 256: whole rows stay on chip. On sm_90 a gradient tile of 128 x 128 fits up to D = 128 (208
-  registers, 97 KB), and 128 x 64 at D = 256; elsewhere 128 columns spill, and at D = 256 older and smaller parts take 64 rows.
+  registers, 97 KB), and 128 x 64 at D = 256; elsewhere 128 columns spill, and at D = 256 older and smaller parts take 64
+  rows.
 - float32 takes three TF32 products for one, and the split operands of whole rows spill from D = 64 on (up to 2 KB a thread,
   at D = 256 16 KB): from D > 32 it takes the path of wide rows, in chunks of the width, which also does fewer flops.
+- Wide rows pass both operands through L2, so their tiles are square and large where registers allow: 64 flops a byte at
+  128 x 128 and 85 at 128 x 256 in bfloat16. `pairs`, a third of the backward pass's flops, stays at 128 x 64, 43 flops a byte: its
+  form with both softmax paths spills beyond.
 - A program of 128 rows for N = 2048 would leave 116 of 132 processors idle: the tile is the tallest that keeps
   three quarters of them busy, 32 rows at least.
 """
@@ -109,7 +113,8 @@ def softmax(n_rows: int, width: int, dtype: torch.dtype, target: Target) -> Tile
     block = padded(width)
     if is_wide(width, dtype):
         if dtype != torch.float32:
-            return _tile(rows, 64 if rows == 128 else 32, 64, 3, target)
+            columns = 32 if rows < 128 else 128 if target.capability == 90 else 64
+            return _tile(rows, columns, 64, 3, target)
         return _tile(rows, 64, 32, 3, target) if target.is_datacenter else _tile(rows, 32, 32, 2, target)
     if block == 256 and not target.is_datacenter:
         rows = min(rows, 64)
@@ -140,7 +145,7 @@ def pairs(dtype: torch.dtype) -> Tile:
 
 def product(dtype: torch.dtype, target: Target) -> Tile:
     if dtype != torch.float32:
-        return Tile(128, 128, 64, 8, 3)
+        return Tile(128, 256 if target.is_datacenter else 128, 64, 8, 3)
     return Tile(64, 64, 32, 4, 3) if target.capability in (100, 103) else Tile(128, 64, 32, 8, 3)
 
 

@@ -11,8 +11,8 @@ dtype, is written once to a buffer of constant size that L2 holds, and multiplie
        3     [                M ]
 
 Flops: N^2 D + 2 N^2 D, fewer than the 4 N^2 D of the one-launch kernel. Bytes per tile: PANEL^2 itemsize written and read
-twice, through L2, against 6 PANEL^2 D flops: 2 D flops a byte in bfloat16, at least 512. Memory: the tile (32 MB at PANEL =
-4096 in bfloat16, 16 MB at 2048 in float32; less for a smaller N).
+twice, through L2, against 6 PANEL^2 D flops: D flops a byte in bfloat16, more than the operands' own 43 to 85 (tiles.py).
+Memory: the tile, 32 MB at PANEL = 4096 in bfloat16, 16 MB at 2048 in float32; less for a smaller N.
 Launches: N <= PANEL takes 2; beyond, 3/2 (N / PANEL)^2 of them.
 The order of all sums is fixed: the same bits from run to run.
 """
