@@ -377,8 +377,10 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     for version, works in (("3.5.1", False), ("3.6.0", True), ("3.10.0+git1", True)):
         monkeypatch.setattr(importlib, "import_module", lambda name, v=version: type("Triton", (), {"__version__": v}))
+        backends._obstacle_of_version.cache_clear()
         obstacle = TRITON.obstacle(gpu, torch.float32)
         assert (obstacle is None) == works, obstacle
+    backends._obstacle_of_version.cache_clear()
 
 
 @interpreted

@@ -6,6 +6,7 @@ To add a backend, write a module with the two functions of :mod:`clop_kernels.ba
 
 from __future__ import annotations
 
+import functools
 import importlib
 import importlib.util
 import os
@@ -71,6 +72,11 @@ def _obstacle_to_triton(device: torch.device, dtype: torch.dtype) -> str | None:
         capability = torch.cuda.get_device_capability(device)
         if capability < _OLDEST_CAPABILITY:
             return "Triton needs compute capability 8.0 or more, and this GPU has {}.{}".format(*capability)
+    return _obstacle_of_version()
+
+
+@functools.cache  # a loss asks twice a step
+def _obstacle_of_version() -> str | None:
     version = importlib.import_module("triton").__version__
     if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < _OLDEST_TRITON:
         return f"it needs Triton 3.6 or newer, and {version} is installed"

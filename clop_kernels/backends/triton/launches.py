@@ -6,13 +6,13 @@ for GPUs that need not be there.
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from ..contract import LossOptions, Residuals
@@ -175,8 +175,8 @@ def _wide_products(shared: dict[str, Any], target: Target) -> Iterator[Launch]:
     panel = tiles.panel(n_rows, zhat.dtype)
     shared = shared | {"PANEL": panel, "pairs": zhat.new_empty(panel, panel)}
     pair_tile, product_tile = tiles.pairs(zhat.dtype), tiles.product(zhat.dtype, target)
-    pair_grid = (_programs(panel, pair_tile), triton.cdiv(panel, pair_tile.block_n))
-    product_grid = (_programs(panel, product_tile), triton.cdiv(width, product_tile.block_n))
+    pair_grid = (_programs(panel, pair_tile), tiles.cdiv(panel, pair_tile.block_n))
+    product_grid = (_programs(panel, product_tile), tiles.cdiv(width, product_tile.block_n))
 
     def product(to: int, of: int, transposed: bool, add: bool) -> Launch:
         strides = {"stride_row": 1, "stride_column": panel} if transposed else {"stride_row": panel, "stride_column": 1}
@@ -261,8 +261,8 @@ def _shared(
 
 def _float32(value: float) -> float:
     """Rounded to float32."""
-    return float(torch.tensor(value, dtype=torch.float32))
+    return ctypes.c_float(value).value
 
 
 def _programs(n_rows: int, tile: Tile) -> int:
-    return triton.cdiv(n_rows, tile.block_m)
+    return tiles.cdiv(n_rows, tile.block_m)

@@ -12,8 +12,8 @@ What the reports decided:
 - float32 takes three TF32 products for one, and the split operands of whole rows spill from D = 64 on (up to 2 KB a thread,
   at D = 256 16 KB): from D > 32 it takes the path of wide rows, in chunks of the width, which also does fewer flops.
 - Wide rows pass both operands through L2, so their tiles are square and large where registers allow: 64 flops a byte at
-  128 x 128 and 85 at 128 x 256 in bfloat16. `pairs`, a third of the backward pass's flops, stays at 128 x 64, 43 flops a byte: its
-  form with both softmax paths spills beyond.
+- float32 takes three TF32 products for one, and the split operands of whole rows spill from D = 64 on (up to 2 KB a thread, at
+  D = 256 16 KB): from D > 32 it takes the path of wide rows, in chunks of the width, which also does fewer flops.
 - A program of 128 rows for N = 2048 would leave 116 of 132 processors idle: the tile is the tallest that keeps
   three quarters of them busy, 32 rows at least.
 """
@@ -26,7 +26,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 
 
 @dataclass(frozen=True)
@@ -87,9 +86,18 @@ ONE_PROGRAM = Tile(256, 1, 1, 4, 1)
 _HEIGHTS = (128, 64, 32)
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up; Triton's own, made for kernels, takes 20 times as long on the host."""
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
 def padded(width: int) -> int:
     """The width that a tile of whole rows has: a power of two, and 16 at least, which matrix units ask for."""
-    return max(16, triton.next_power_of_2(width))
+    return max(16, next_power_of_2(width))
 
 
 def is_wide(width: int, dtype: torch.dtype) -> bool:
@@ -105,7 +113,7 @@ def whole_rows(width: int) -> Tile:
 
 def height(n_rows: int, target: Target) -> int:
     """The most rows a program can own that leave at most a quarter of the processors without one."""
-    return next((h for h in _HEIGHTS if 4 * triton.cdiv(n_rows, h) >= 3 * target.n_processors), _HEIGHTS[-1])
+    return next((h for h in _HEIGHTS if 4 * cdiv(n_rows, h) >= 3 * target.n_processors), _HEIGHTS[-1])
 
 
 def softmax(n_rows: int, width: int, dtype: torch.dtype, target: Target) -> Tile:
@@ -136,7 +144,7 @@ def gradient(n_rows: int, width: int, dtype: torch.dtype, target: Target) -> Til
 
 def panel(n_rows: int, dtype: torch.dtype) -> int:
     """The side of the square of M that wide rows keep in L2: 32 MB in half precision, 16 MB in float32."""
-    return min(2048 if dtype == torch.float32 else 4096, triton.next_power_of_2(max(n_rows, 16)))
+    return min(2048 if dtype == torch.float32 else 4096, next_power_of_2(max(n_rows, 16)))
 
 
 def pairs(dtype: torch.dtype) -> Tile:
