@@ -9,11 +9,11 @@ What the reports decided:
 - bfloat16 and float16, D <= 256: whole rows stay on chip. On sm_90 a gradient tile of 128 x 128 fits up to D = 128 (208
   registers, 97 KB), and 128 x 64 at D = 256; elsewhere 128 columns spill, and at D = 256 older and smaller parts take 64
   rows.
-- float32 takes three TF32 products for one, and the split operands of whole rows spill from D = 64 on (up to 2 KB a thread,
-  at D = 256 16 KB): from D > 32 it takes the path of wide rows, in chunks of the width, which also does fewer flops.
+- float32 takes three TF32 products for one, and the split operands of whole rows spill from D = 64 on (up to 2 KB a
+  thread, at D = 256 16 KB): from D > 32 it takes the path of wide rows, in chunks of the width, which also does fewer flops.
 - Wide rows pass both operands through L2, so their tiles are square and large where registers allow: 64 flops a byte at
-- float32 takes three TF32 products for one, and the split operands of whole rows spill from D = 64 on (up to 2 KB a thread, at
-  D = 256 16 KB): from D > 32 it takes the path of wide rows, in chunks of the width, which also does fewer flops.
+  128 x 128 and 85 at 128 x 256 in bfloat16. `pairs`, a third of the backward pass's flops, stays at 128 x 64, 43 flops a
+  byte: its form with both softmax paths spills beyond.
 - A program of 128 rows for N = 2048 would leave 116 of 132 processors idle: the tile is the tallest that keeps
   three quarters of them busy, 32 rows at least.
 """
