@@ -68,6 +68,14 @@ def similarities(
 
 
 @triton.jit
+def shifted(s, shift, negative, positive):
+    """S less the running maximum of its rows, that maximum, and the sums so far in units of it."""
+    larger = tl.maximum(shift, tl.max(s, 1))
+    rescale = tl.exp2(shift - larger)
+    return s - larger[:, None], larger, negative * rescale, positive * rescale
+
+
+@triton.jit
 def row_sums(
     q,
     zhat,
@@ -104,12 +112,7 @@ def row_sums(
         positive_logits += tl.sum(tl.where(among_positives, s, 0.0), 1)
         s = tl.where(is_pair, s, NO_LOGIT)
         if ONLINE:
-            larger = tl.maximum(shift, tl.max(s, 1))
-            rescale = tl.exp2(shift - larger)
-            negative *= rescale
-            positive *= rescale
-            shift = larger
-            s -= shift[:, None]
+            s, shift, negative, positive = shifted(s, shift, negative, positive)
         powers = tl.exp2(s)
         positive += tl.sum(tl.where(among_positives, powers, 0.0), 1)
         negative += tl.sum(tl.where(among_positives, 0.0, powers), 1)
@@ -118,12 +121,7 @@ def row_sums(
         s = similarities(q, zhat, rows, columns, n_rows, WIDTH, BLOCK_K, False, True, PRECISION)
         s = scaled(s, scale, scale_rest, EXACT_SCALE)
         if ONLINE:
-            larger = tl.maximum(shift, tl.max(s, 1))
-            rescale = tl.exp2(shift - larger)
-            negative *= rescale
-            positive *= rescale
-            shift = larger
-            s -= shift[:, None]
+            s, shift, negative, positive = shifted(s, shift, negative, positive)
         negative += tl.sum(tl.exp2(s), 1)
     return shift, negative, positive, positive_logits
 
