@@ -122,7 +122,7 @@ def softmax(n_rows: int, width: int, dtype: torch.dtype, target: Target) -> Tile
     if is_wide(width, dtype):
         if dtype != torch.float32:
             columns = 32 if rows < 128 else 128 if target.capability == 90 else 64
-            return _tile(rows, columns, 64, 3, target)
+            return _tile(rows, columns, 64, 3 if rows == 128 else 2, target)
         return _tile(rows, 64, 32, 3, target) if target.is_datacenter else _tile(rows, 32, 32, 2, target)
     if block == 256 and not target.is_datacenter:
         rows = min(rows, 64)
@@ -138,7 +138,9 @@ def gradient(n_rows: int, width: int, dtype: torch.dtype, target: Target) -> Til
         return _tile(min(rows, 64), 32, block, 2, target)
     if block == 256 and not target.is_datacenter:
         return Tile(min(rows, 64), 32, block, 8 if rows > 32 else 4, 2)
-    columns = 128 if target.capability == 90 and rows == 128 and block <= 128 else 64
+    columns = 32 if block == 256 and rows == 32 else 64
+    if target.capability == 90 and rows == 128 and block <= 128:
+        columns = 128
     return _tile(rows, columns, block, 3 if block <= 64 else 2, target)
 
 
