@@ -1,4 +1,4 @@
-"""Backward, D > 256: similarity tiles that stay in cache, between two matrix products.
+"""Backward, D > 256 (float32: 32): similarity tiles that stay in cache, between two matrix products.
 
 A whole row no longer fits on chip. Chunks of the width would recompute all similarities for each chunk: at D = 1024 in
 chunks of 256 that is 10 N^2 D flops where 4 are needed. Instead a tile of M (gradient.py), PANEL x PANEL in the compute
