@@ -1,4 +1,6 @@
-"""``python -m benchmarks.gpu_check``: all that a machine with a GPU should show, in one command planned for under 8 minutes (not yet timed on a GPU).
+"""``python -m benchmarks.gpu_check``: all that a machine with a GPU should show, in one command.
+
+Planned for under 8 minutes, and not yet timed on a GPU.
 
 1. The tests that need a GPU, as pytest runs them: every backend against the float64 reference, determinism, CUDA graphs,
    streams, no host synchronisation, memory, compute-sanitizer.

@@ -1,4 +1,4 @@
-"""Backward, D <= 256 (float32: 32): the pairwise sums of the gradient in one launch, which finish.py makes a gradient of raw rows.
+"""Backward, D <= 256 (float32: 32): the pairwise sums of the gradient in one launch; finish.py makes the gradient.
 
 With e_ij = 2^(S_ij), w_i the upstream gradient of row i's term, a_i = w_i / total_i and n_i its number of positives::
 

@@ -6,7 +6,7 @@ Tile picture. A program owns BLOCK_M rows and walks over all columns, BLOCK_N at
     rows i  [ q ] | S |  | P | | P |  | S |   | S |        negative_i += sum_j 2^S_ij     over pairs that are not positives
                                                            positive_i, sum of S_ip        over positives, in near tiles only
 
-Where a whole row fits (D <= 256, float32: 32), its tile q stays on chip and a column tile costs one load; beyond, both operands pass
+Where a whole row fits (see tiles.py), its tile q stays on chip and a column tile costs one load; beyond, both operands pass
 by in chunks of BLOCK_K of the width.
 
 Flops 2 N^2 D, exponentials N^2, and per pair two float32 operations: scale and add. Bytes: zhat once a program from L2,
