@@ -1,5 +1,12 @@
-"""All metadata is in pyproject.toml. This file is where the native extension's build will be hooked in."""
+"""All metadata is in pyproject.toml; the native extension comes from tools/native_build.py."""
+
+import sys
+from pathlib import Path
 
 from setuptools import setup
 
-setup()
+sys.path.insert(0, str(Path(__file__).resolve().parent / "tools"))
+
+from native_build import setup_arguments
+
+setup(**setup_arguments())

@@ -46,6 +46,10 @@ class Target:
 
 
 CPU_TARGETS = (
+    Target("cpu", 8192, 15.0, baseline="eager"),
+    Target("cpu", 8192, 5.5, baseline="compile"),
+    Target("cpu", 8192, 60.0),
+    Target("cpu", 65536, 200.0),
     Target("tiled", 8192, 9.0, baseline="eager"),
     Target("tiled", 8192, 3.0, baseline="compile"),
     Target("tiled", 8192, 60.0),

@@ -25,6 +25,9 @@ GRADIENT_TOLERANCE = 1e-5
 PLAIN_FACTOR = 4.0
 """Where the problem itself is ill-conditioned: no more than this times the error of the plain loss in the same dtype."""
 
+TEMPERATURE_FACTOR = 6.0
+"""The same for the temperature's gradient, a single number: the plain loss's own error may be small by chance."""
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -96,7 +99,7 @@ def assert_accurate(problem: Problem, backend: str, ill_conditioned: bool = Fals
     """float32 on ``backend`` against float64 on the reference: within the tolerances above.
 
     Where the problem is ``ill_conditioned``, and for the temperature's gradient, one number to which large terms of both
-    signs cancel in any problem, PLAIN_FACTOR times the plain loss's own error is allowed too.
+    signs cancel in any problem, a factor times the plain loss's own error is allowed too.
     """
     expected = problem.solve("reference", torch.float64)
     plain = problem.solve("reference", torch.float32)
@@ -105,5 +108,6 @@ def assert_accurate(problem: Problem, backend: str, ill_conditioned: bool = Fals
         error = relative_error(actual[name], value)
         allowed = LOSS_TOLERANCE if name == "loss" else GRADIENT_TOLERANCE
         if ill_conditioned or name == "temperature":
-            allowed = max(allowed, PLAIN_FACTOR * relative_error(plain[name], value))
+            factor = TEMPERATURE_FACTOR if name == "temperature" else PLAIN_FACTOR
+            allowed = max(allowed, factor * relative_error(plain[name], value))
         assert error <= allowed, f"{name}: relative error {error:.2e}, allowed {allowed:.2e}"

@@ -83,12 +83,19 @@ def _obstacle_of_version() -> str | None:
     return None
 
 
+def _obstacle_to_cpu(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cpu":
+        return "it computes on the CPU"
+    reason: str | None = importlib.import_module(".native", __name__).obstacle()
+    return reason
+
+
 _GPUS = ("cuda", "xpu")
 
 BACKENDS: tuple[Backend, ...] = (
     Backend("cuda", "compiled CUDA C++ kernels", _not_in_this_version("CUDA C++ kernels"), ".native"),
     Backend("triton", "Triton kernels", _obstacle_to_triton, ".triton", _GPUS),
-    Backend("cpu", "compiled SIMD kernels", _not_in_this_version("compiled CPU kernels"), ".native"),
+    Backend("cpu", "compiled SIMD kernels", _obstacle_to_cpu, ".native"),
     Backend("tiled", "plain PyTorch, tile by tile; any device", lambda device, dtype: None, ".tiled"),
 )
 

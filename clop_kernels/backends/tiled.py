@@ -68,6 +68,11 @@ def set_tile_rows(rows: int | None) -> None:
     _tile_rows = rows
 
 
+def chosen_tile_rows() -> int | None:
+    """What :func:`set_tile_rows` or the environment chose, None for the built-in choice."""
+    return _tile_rows
+
+
 def _rows_of_environment() -> int | None:
     text = os.environ.get("CLOP_TILE_ROWS", "")
     if text and not (text.isdecimal() and int(text) > 0):

@@ -1,0 +1,256 @@
+// The loss on one SIMD level: compiled once for each, with CLOP_LEVEL its name and namespace and with the compiler's flags for it.
+
+#include "loss.h"
+#include "pairs.h"
+
+namespace clop::cpu {
+namespace CLOP_LEVEL {
+namespace {
+
+// The rows as the products see them, in T: what `normalized` holds, or a copy where that is in half precision.
+template <class T>
+struct Zhat {
+  Zhat(const Loss& loss, const void* normalized)
+      : copy(loss.compute_dtype == kDtypeOf<T> ? 0 : loss.n_rows * loss.width),
+        // Written to by the forward pass alone, which owns it.
+        rows(loss.compute_dtype == kDtypeOf<T> ? const_cast<T*>(static_cast<const T*>(normalized)) : static_cast<T*>(copy)) {}
+  Buffer<T> copy;
+  T* rows;
+};
+
+// ---- forward ---------------------------------------------------------------------------------------------------------
+
+// Reads, normalises and rounds the rows [begin, end), and measures their distances to their prototypes; 0 without a label.
+template <class T>
+void prologue(const Forward& f, const Positions& positions, int64_t begin, int64_t end, T* zhat, T* distances) {
+  for (int64_t k = begin; k < end; ++k) {
+    T* const row = zhat + k * f.width;
+    read_row(f.dtype, f.embeddings, positions.row(k) * f.row_stride, f.column_stride, f.width, row);
+    static_cast<T*>(f.norms)[k] = normalize(f.width, row);
+    if (f.compute_dtype != kDtypeOf<T>) {
+      write_row(f.compute_dtype, f.normalized, k * f.width, f.width, row);
+      read_row(f.compute_dtype, f.normalized, k * f.width, 1, f.width, row);
+    }
+    const int64_t label = positions.label(k);
+    distances[k] = label < 0 ? 0 : distance_to(f.distance, f.width, row, static_cast<const T*>(f.prototypes) + label * f.width);
+  }
+}
+
+// lse_i - mean_p s_ip, in a form that cancels only what the inputs' rounding has left.
+template <class T>
+double contrastive_term(Softmax<T>& softmax, int64_t row, int64_t n_positives) {
+  const double negative = softmax.negative[row], positive = softmax.positive[row];
+  if (n_positives == 1 && negative < positive) return __builtin_log1p(negative / positive);
+  const double mean_positive = softmax.positive_logits[row] / double(n_positives);
+  return (double(softmax.shift[row]) - mean_positive + __builtin_log2(negative + positive)) / kLog2E;
+}
+
+template <class T>
+void forward(const Forward& f) {
+  const int64_t n = f.n_rows;
+  const Positions positions(f);
+  Zhat<T> zhat(f, f.normalized);
+  Buffer<T> distances(n);
+  for_ranges(n, 10.0 * f.width, f.n_threads,
+             [&](int64_t begin, int64_t end, int) { prologue<T>(f, positions, begin, end, zhat.rows, distances); });
+  Softmax<T> softmax(n);
+  {
+    Rows<T> rows(f, zhat.rows, /*with_panels=*/false);
+    softmax_of_pairs(rows, f.n_threads, softmax);
+  }
+
+  Buffer<double> contrastive(n);
+  for_ranges(n, 200.0, f.n_threads, [&](int64_t begin, int64_t end, int) {
+    for (int64_t k = begin; k < end; ++k) {
+      static_cast<T*>(f.shift)[k] = softmax.shift[k];
+      static_cast<T*>(f.total)[k] = T(softmax.negative[k] + softmax.positive[k]);
+      static_cast<T*>(f.negative)[k] = T(softmax.negative[k]);
+      const int64_t n_positives = positions.n_positives(k);
+      // A row without positives has a plain zero, unless it holds a NaN or an Inf, which must stay visible.
+      contrastive[k] = n_positives > 0 ? contrastive_term(softmax, k, n_positives) : 0.0 * zhat.rows[k * f.width];
+      if (n_positives == 0)
+        for (int64_t d = 1; d < f.width; ++d) contrastive[k] += 0.0 * zhat.rows[k * f.width + d];
+    }
+  });
+
+  double n_anchors = 0, n_labelled = 0, contrastive_sum = 0, distance_sum = 0;
+  for (int64_t k = 0; k < n; ++k) {
+    n_anchors += positions.n_positives(k) > 0;
+    n_labelled += positions.label(k) >= 0;
+    contrastive_sum += contrastive[k];
+    distance_sum += distances[k];
+  }
+  static_cast<T*>(f.counts)[0] = T(n_anchors);
+  static_cast<T*>(f.counts)[1] = T(n_labelled);
+  T* const loss = static_cast<T*>(f.loss);
+  switch (f.reduction) {
+    case Reduction::mean:
+      *loss = T(contrastive_sum / (n_anchors > 1 ? n_anchors : 1) +
+                f.prototype_weight * (distance_sum / (n_labelled > 1 ? n_labelled : 1)));
+      break;
+    case Reduction::sum:
+      *loss = T(contrastive_sum + f.prototype_weight * distance_sum);
+      break;
+    case Reduction::none:
+      for (int64_t k = 0; k < n; ++k) loss[positions.row(k)] = T(contrastive[k] + f.prototype_weight * distances[k]);
+      break;
+  }
+}
+
+// ---- backward --------------------------------------------------------------------------------------------------------
+
+// The upstream gradients of a row's contrastive and of its prototype term.
+template <class T>
+class Upstream {
+ public:
+  Upstream(const Backward& b, const Positions& positions) : b_(b), positions_(positions), shares_{1, 1} {
+    if (b.reduction != Reduction::mean) return;
+    for (int term = 0; term < 2; ++term) {
+      const double count = static_cast<const T*>(b.counts)[term];
+      if (count > 1) shares_[term] = 1 / count;
+    }
+  }
+  double contrastive(int64_t k) const { return positions_.n_positives(k) > 0 ? of(k) * shares_[0] : 0.0; }
+  double prototype(int64_t k) const { return positions_.label(k) >= 0 ? of(k) * shares_[1] * b_.prototype_weight : 0.0; }
+
+ private:
+  double of(int64_t k) const {
+    return static_cast<const T*>(b_.grad_loss)[b_.reduction == Reduction::none ? positions_.row(k) : 0];
+  }
+  const Backward& b_;
+  const Positions& positions_;
+  double shares_[2];
+};
+
+template <class T>
+void set_weights(const Backward& b, const Positions& positions, const Upstream<T>& upstream, Weights<T>& weights) {
+  for (int64_t k = 0; k < b.n_rows; ++k) {
+    const double w = upstream.contrastive(k), a = w / static_cast<const T*>(b.total)[k];
+    const int64_t n_positives = positions.n_positives(k);
+    weights.a[k] = T(a);
+    weights.b[k] = n_positives == 1 ? 0 : T(a);
+    weights.c[k] = n_positives == 1 ? T(a * static_cast<const T*>(b.negative)[k]) : n_positives > 1 ? T(w / double(n_positives)) : 0;
+    weights.shift[k] = static_cast<const T*>(b.shift)[k];
+  }
+}
+
+// From sum_j M_ij zhat_j to the gradient of the raw row, in `row`; returns zhat . d L_con / d zhat, the temperature's share.
+template <class T>
+double epilogue(const Backward& b, T norm, const T* zhat, const T* target, double pull, T* row) {
+  double share = 0;  // in double, for the rows' shares cancel
+  if (b.grad_temperature != nullptr)
+    for (int64_t d = 0; d < b.width; ++d) share += double(zhat[d]) * double(row[d]);
+  share /= b.temperature;
+  if (b.grad_embeddings == nullptr) return share;
+  for (int64_t d = 0; d < b.width; ++d) row[d] = T(row[d] / b.temperature);
+  if (target != nullptr) {
+    const T length = b.distance == Distance::euclidean ? distance_to(b.distance, b.width, zhat, target) : T(0);
+    for (int64_t d = 0; d < b.width; ++d) row[d] += T(pull) * distance_gradient(b.distance, length, zhat[d], target[d]);
+  }
+  // zhat = z / max(|z|, kEps): the norm takes the radial part out of the gradient, where it is not below kEps.
+  const bool is_tiny = norm < T(kEps);
+  const T radial = is_tiny ? 0 : dot(b.width, zhat, row), divisor = is_tiny ? T(kEps) : norm;
+  constexpr T kLargestFloat16 = 65504;
+  for (int64_t d = 0; d < b.width; ++d) {
+    T x = (row[d] - radial * zhat[d]) / divisor;
+    // 1 / kEps is beyond float16. A row of zeros gets the largest gradient there is, not an infinity that would cost every
+    // step; any other row's overflow stays infinite, for a gradient scaler to see.
+    if (is_tiny && b.dtype == Dtype::float16) x = x > kLargestFloat16 ? kLargestFloat16 : x < -kLargestFloat16 ? -kLargestFloat16 : x;
+    row[d] = x;
+  }
+  return share;
+}
+
+// Each thread has columns of its own and goes through all rows, so that the sums need no locks and have one order.
+template <class T>
+void prototype_gradient(const Backward& b, const Positions& positions, const Upstream<T>& upstream, const T* zhat) {
+  T* const grad = static_cast<T*>(b.grad_prototypes);
+  const T* const prototypes = static_cast<const T*>(b.prototypes);
+  std::memset(grad, 0, b.n_prototypes * b.width * sizeof(T));
+  Buffer<T> lengths(b.distance == Distance::euclidean ? b.n_rows : 0);
+  if (b.distance == Distance::euclidean)
+    for_ranges(b.n_rows, 4.0 * b.width, b.n_threads, [&](int64_t begin, int64_t end, int) {
+      for (int64_t k = begin; k < end; ++k)
+        if (const int64_t label = positions.label(k); label >= 0)
+          lengths[k] = distance_to(b.distance, b.width, zhat + k * b.width, prototypes + label * b.width);
+    });
+  for_ranges(b.width, 10.0 * b.n_rows, b.n_threads, [&](int64_t begin, int64_t end, int) {
+    for (int64_t k = 0; k < b.n_rows; ++k) {
+      const int64_t label = positions.label(k);
+      if (label < 0) continue;
+      const T pull = T(upstream.prototype(k)), length = b.distance == Distance::euclidean ? lengths[k] : T(0);
+      for (int64_t d = begin; d < end; ++d) {
+        const T z = zhat[k * b.width + d], target = prototypes[label * b.width + d];
+        // The distances depend on zhat - c, all but the cosine, whose gradient with respect to c is -zhat.
+        grad[label * b.width + d] -= pull * (b.distance == Distance::cosine ? z : distance_gradient(b.distance, length, z, target));
+      }
+    }
+  });
+}
+
+template <class T>
+void backward(const Backward& b) {
+  const int64_t n = b.n_rows;
+  const Positions positions(b);
+  const Upstream<T> upstream(b, positions);
+  Zhat<T> zhat(b, b.normalized);
+  if (b.compute_dtype != kDtypeOf<T>)
+    for_ranges(n, 4.0 * b.width, b.n_threads, [&](int64_t begin, int64_t end, int) {
+      read_row(b.compute_dtype, b.normalized, begin * b.width, 1, (end - begin) * b.width, zhat.rows + begin * b.width);
+    });
+  if (b.grad_prototypes != nullptr) prototype_gradient<T>(b, positions, upstream, zhat.rows);
+  if (b.grad_embeddings == nullptr && b.grad_temperature == nullptr) return;
+
+  const int64_t padded_width = round_up(b.width, kWidthColumns<T>);
+  Buffer<T> grad(n * padded_width);
+  {
+    Rows<T> rows(b, zhat.rows, /*with_panels=*/true);
+    Weights<T> weights(rows.padded_rows);
+    set_weights<T>(b, positions, upstream, weights);
+    gradient_of_pairs<T>(rows, b.n_threads, weights, grad);
+  }
+
+  Buffer<double> shares(n);
+  for_ranges(n, 12.0 * b.width, b.n_threads, [&](int64_t begin, int64_t end, int) {
+    for (int64_t k = begin; k < end; ++k) {
+      T* const row = grad + k * padded_width;
+      const int64_t label = positions.label(k);
+      const T* const target = label < 0 ? nullptr : static_cast<const T*>(b.prototypes) + label * b.width;
+      shares[k] = epilogue<T>(b, static_cast<const T*>(b.norms)[k], zhat.rows + k * b.width, target, upstream.prototype(k), row);
+      if (b.grad_embeddings != nullptr) write_row(b.dtype, b.grad_embeddings, positions.row(k) * b.width, b.width, row);
+    }
+  });
+  if (b.grad_temperature == nullptr) return;
+  // s_ij is linear in 1/tau and in each of its two rows: dL/dtau = -1/(2 tau) sum_i zhat_i . dL/dzhat_i.
+  double sum = 0;
+  for (int64_t k = 0; k < n; ++k) sum += shares[k];
+  *static_cast<T*>(b.grad_temperature) = T(sum / (-2 * b.temperature));
+}
+
+// ---- the table of this level -----------------------------------------------------------------------------------------
+
+void forward_any(const Forward& f) { f.compute_dtype == Dtype::float64 ? forward<double>(f) : forward<float>(f); }
+
+void backward_any(const Backward& b) { b.compute_dtype == Dtype::float64 ? backward<double>(b) : backward<float>(b); }
+
+template <class T>
+void exp2_of(int64_t n, const T* x, T* result) {
+  for (int64_t k = 0; k < n; ++k) result[k] = exp2<T>(broadcast(x[k]))[0];
+}
+
+void exp2_any(Dtype dtype, int64_t n, const void* x, void* result) {
+  if (dtype == Dtype::float64)
+    exp2_of(n, static_cast<const double*>(x), static_cast<double*>(result));
+  else
+    exp2_of(n, static_cast<const float*>(x), static_cast<float*>(result));
+}
+
+}  // namespace
+
+#define CLOP_STRING_OF(x) #x
+#define CLOP_STRING(x) CLOP_STRING_OF(x)
+
+const Level kLevel = {CLOP_STRING(CLOP_LEVEL), forward_any, backward_any, exp2_any};
+
+}  // namespace CLOP_LEVEL
+}  // namespace clop::cpu

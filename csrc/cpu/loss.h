@@ -1,0 +1,71 @@
+// What the two passes of the loss are given, and the SIMD levels that compute them. Knows no torch.
+//
+// Tensors come as pointers. N rows, D wide; B = N / n_views instances; K prototypes. T is double where compute_dtype is
+// Dtype::float64, else float. "Position" is an index into the rows as sorted by group; see clop_kernels/groups.py.
+#pragma once
+
+#include <cstdint>
+
+namespace clop::cpu {
+
+enum class Dtype { float64, float32, float16, bfloat16 };
+
+// In the order of DISTANCES and REDUCTIONS in clop_kernels/backends/contract.py.
+enum class Distance { cosine, euclidean, manhattan };
+enum class Reduction { mean, sum, none };
+
+struct Loss {
+  int64_t n_rows, width, n_views, n_prototypes;
+  Dtype dtype;                // of the embeddings and of their gradient
+  Dtype compute_dtype;        // what the rows zhat are rounded to
+  const int32_t* groups;      // (3, N): order, starts, ends. Null: the views of an instance are a group
+  const int64_t* labels;      // (B,), or null
+  const void* prototypes;     // (K, D) T, or null
+  double temperature, prototype_weight;
+  Distance distance;
+  Reduction reduction;
+  int64_t tile_rows;  // the side of a tile, rounded up to what the kernels can take; 0: theirs to choose
+  int n_threads;
+};
+
+struct Forward : Loss {
+  const void* embeddings;
+  int64_t row_stride, column_stride;  // in elements
+  // Results; Residuals in clop_kernels/backends/contract.py says what they are. Rows in the order of their positions.
+  void* loss;        // T, () or with Reduction::none (N,), in the order of the embeddings
+  void* normalized;  // (N, D) compute_dtype
+  void *norms, *shift, *total, *negative;  // (N,) T
+  void* counts;                            // (2,) T
+};
+
+struct Backward : Loss {
+  const void* grad_loss;   // T, () or (N,)
+  const void* normalized;  // as Forward left them
+  const void *norms, *shift, *total, *negative, *counts;
+  // Results; null where not asked for.
+  void* grad_embeddings;   // (N, D) dtype, contiguous
+  void* grad_temperature;  // () T
+  void* grad_prototypes;   // (K, D) T
+};
+
+// One compilation of level.cpp.
+struct Level {
+  const char* name;
+  void (*forward)(const Forward&);
+  void (*backward)(const Backward&);
+  void (*exp2)(Dtype, int64_t n, const void* x, void* result);  // for the test of its accuracy; float32 or float64
+};
+
+namespace portable {
+extern const Level kLevel;
+}
+#if defined(__x86_64__)
+namespace avx2 {
+extern const Level kLevel;
+}
+namespace avx512 {
+extern const Level kLevel;
+}
+#endif
+
+}  // namespace clop::cpu

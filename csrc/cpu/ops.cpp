@@ -1,0 +1,197 @@
+#include "ops.h"
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <cstdlib>
+#include <string_view>
+#include <vector>
+
+#include "loss.h"
+
+namespace clop::cpu {
+namespace {
+
+// ---- levels ----------------------------------------------------------------------------------------------------------
+
+// Widest first, those that this CPU can run.
+std::vector<const Level*> runnable_levels() {
+  std::vector<const Level*> levels;
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512vl"))
+    levels.push_back(&avx512::kLevel);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) levels.push_back(&avx2::kLevel);
+#endif
+  levels.push_back(&portable::kLevel);
+  return levels;
+}
+
+const Level& level() {
+  const std::vector<const Level*> levels = runnable_levels();
+  const char* const text = std::getenv("CLOP_SIMD");  // read at each call: a test changes it
+  if (text == nullptr || *text == '\0') return *levels.front();
+  std::string names;
+  for (const Level* each : levels) {
+    if (each->name == std::string_view(text)) return *each;
+    names += names.empty() ? "" : ", ";
+    names += each->name;
+  }
+  throw std::runtime_error("CLOP_SIMD='" + std::string(text) + "' in the environment: expected one of " + names +
+                           ", which this CPU can run, or nothing");
+}
+
+// ---- tensors ---------------------------------------------------------------------------------------------------------
+
+Dtype dtype_of(const char* name, ScalarType type) {
+  switch (type) {
+    case ScalarType::Double:
+      return Dtype::float64;
+    case ScalarType::Float:
+      return Dtype::float32;
+    case ScalarType::Half:
+      return Dtype::float16;
+    case ScalarType::BFloat16:
+      return Dtype::bfloat16;
+    default:
+      throw std::runtime_error(std::string("clop_native: ") + name + ": expected float64, float32, float16 or bfloat16");
+  }
+}
+
+// The kernels trust what they are given, and the operators can be called by anyone: a wrong call is an exception, not a crash.
+void check(const char* name, const Tensor& tensor, ScalarType dtype, std::initializer_list<int64_t> sizes) {
+  bool is_right = tensor.is_cpu() && tensor.scalar_type() == dtype && tensor.dim() == int64_t(sizes.size());
+  int64_t dim = 0;
+  for (const int64_t size : sizes) is_right = is_right && tensor.size(dim++) == size;
+  if (!is_right || !tensor.is_contiguous())
+    throw std::runtime_error(std::string("clop_native: ") + name + " has the wrong device, dtype, shape or layout");
+}
+
+// Fills in what both passes are given, and checks it.
+void set_loss(Loss& loss, const Tensor& embeddings, const Tensor& groups, const std::optional<Tensor>& labels,
+              const std::optional<Tensor>& prototypes, double temperature, int64_t n_views, double prototype_weight,
+              int64_t distance, int64_t reduction, ScalarType compute_dtype, int64_t tile_rows, int64_t n_threads) {
+  if (!embeddings.is_cpu() || embeddings.dim() != 2 || embeddings.size(1) < 1 || n_views < 1 || embeddings.size(0) % n_views != 0)
+    throw std::runtime_error("clop_native: embeddings: expected (n_views * B, D) on the CPU");
+  if (!(temperature > 0) || distance < 0 || distance > 2 || reduction < 0 || reduction > 2 || tile_rows < 0 || n_threads < 1)
+    throw std::runtime_error("clop_native: an option is out of its range");
+  loss.n_rows = embeddings.size(0);
+  loss.width = embeddings.size(1);
+  loss.n_views = n_views;
+  loss.dtype = dtype_of("embeddings", embeddings.scalar_type());
+  loss.compute_dtype = dtype_of("compute_dtype", compute_dtype);
+  const ScalarType precise = loss.compute_dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float;
+  check("groups", groups, ScalarType::Int, {3, groups.size(1) == 0 ? 0 : loss.n_rows});
+  loss.groups = groups.size(1) == 0 ? nullptr : static_cast<const int32_t*>(groups.const_data_ptr());
+  loss.labels = nullptr;
+  if (labels) {
+    check("labels", *labels, ScalarType::Long, {loss.n_rows / n_views});
+    loss.labels = static_cast<const int64_t*>(labels->const_data_ptr());
+  }
+  loss.n_prototypes = 0;
+  loss.prototypes = nullptr;
+  if (prototypes) {
+    loss.n_prototypes = prototypes->size(0);
+    check("prototypes", *prototypes, precise, {loss.n_prototypes, loss.width});
+    loss.prototypes = prototypes->const_data_ptr();
+  }
+  loss.temperature = temperature;
+  loss.prototype_weight = prototype_weight;
+  loss.distance = Distance(distance);
+  loss.reduction = Reduction(reduction);
+  loss.tile_rows = tile_rows;
+  loss.n_threads = int(n_threads < 1024 ? n_threads : 1024);
+  // Values that index memory. clop_kernels checks them with a better message; here they are only kept from doing harm.
+  for (int64_t k = 0; loss.groups != nullptr && k < 3 * loss.n_rows; ++k)
+    if (loss.groups[k] < 0 || loss.groups[k] > loss.n_rows - (k < loss.n_rows))
+      throw std::runtime_error("clop_native: groups holds an index that is out of range");
+  for (int64_t k = 0; loss.labels != nullptr && loss.prototypes != nullptr && k < loss.n_rows / n_views; ++k)
+    if (loss.labels[k] >= loss.n_prototypes) throw std::runtime_error("clop_native: labels holds a value without a prototype");
+}
+
+}  // namespace
+
+const char* simd_level() { return level().name; }
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
+    Tensor embeddings, Tensor groups, std::optional<Tensor> labels, std::optional<Tensor> prototypes, double temperature,
+    int64_t n_views, double prototype_weight, int64_t distance, int64_t reduction, ScalarType compute_dtype, int64_t tile_rows,
+    int64_t n_threads) {
+  Forward f;
+  set_loss(f, embeddings, groups, labels, prototypes, temperature, n_views, prototype_weight, distance, reduction, compute_dtype,
+           tile_rows, n_threads);
+  const ScalarType precise = f.compute_dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float;
+  const auto per_row = [&] { return torch::stable::new_empty(embeddings, {f.n_rows}, precise); };
+  Tensor loss = f.reduction == Reduction::none ? per_row() : torch::stable::new_empty(embeddings, {}, precise);
+  Tensor normalized = torch::stable::new_empty(embeddings, {f.n_rows, f.width}, compute_dtype);
+  Tensor norms = per_row(), shift = per_row(), total = per_row(), negative = per_row();
+  Tensor counts = torch::stable::new_empty(embeddings, {2}, precise);
+  f.embeddings = embeddings.const_data_ptr();
+  f.row_stride = embeddings.stride(0);
+  f.column_stride = embeddings.stride(1);
+  f.loss = loss.mutable_data_ptr();
+  f.normalized = normalized.mutable_data_ptr();
+  f.norms = norms.mutable_data_ptr();
+  f.shift = shift.mutable_data_ptr();
+  f.total = total.mutable_data_ptr();
+  f.negative = negative.mutable_data_ptr();
+  f.counts = counts.mutable_data_ptr();
+  level().forward(f);
+  return {loss, normalized, norms, shift, total, negative, counts};
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_loss, Tensor embeddings, Tensor normalized, Tensor norms, Tensor shift,
+                                            Tensor total, Tensor negative, Tensor groups, Tensor counts,
+                                            std::optional<Tensor> labels, std::optional<Tensor> prototypes, bool needs_embeddings,
+                                            bool needs_temperature, bool needs_prototypes, double temperature, int64_t n_views,
+                                            double prototype_weight, int64_t distance, int64_t reduction,
+                                            ScalarType compute_dtype, int64_t tile_rows, int64_t n_threads) {
+  Backward b;
+  set_loss(b, embeddings, groups, labels, prototypes, temperature, n_views, prototype_weight, distance, reduction, compute_dtype,
+           tile_rows, n_threads);
+  const ScalarType precise = b.compute_dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float;
+  const bool per_row = b.reduction == Reduction::none;
+  if (per_row)
+    check("grad_loss", grad_loss, precise, {b.n_rows});
+  else
+    check("grad_loss", grad_loss, precise, {});
+  check("normalized", normalized, compute_dtype, {b.n_rows, b.width});
+  check("norms", norms, precise, {b.n_rows});
+  check("shift", shift, precise, {b.n_rows});
+  check("total", total, precise, {b.n_rows});
+  check("negative", negative, precise, {b.n_rows});
+  check("counts", counts, precise, {2});
+  if (needs_prototypes && !prototypes) throw std::runtime_error("clop_native: a gradient of prototypes that are not there");
+  b.grad_loss = grad_loss.const_data_ptr();
+  b.normalized = normalized.const_data_ptr();
+  b.norms = norms.const_data_ptr();
+  b.shift = shift.const_data_ptr();
+  b.total = total.const_data_ptr();
+  b.negative = negative.const_data_ptr();
+  b.counts = counts.const_data_ptr();
+  // What is not asked for has no elements.
+  Tensor grad_embeddings = needs_embeddings ? torch::stable::new_empty(embeddings, {b.n_rows, b.width})
+                                            : torch::stable::new_empty(embeddings, {0});
+  Tensor grad_temperature = needs_temperature ? torch::stable::new_empty(embeddings, {}, precise)
+                                              : torch::stable::new_empty(embeddings, {0}, precise);
+  Tensor grad_prototypes = needs_prototypes ? torch::stable::new_empty(embeddings, {b.n_prototypes, b.width}, precise)
+                                            : torch::stable::new_empty(embeddings, {0}, precise);
+  b.grad_embeddings = needs_embeddings ? grad_embeddings.mutable_data_ptr() : nullptr;
+  b.grad_temperature = needs_temperature ? grad_temperature.mutable_data_ptr() : nullptr;
+  b.grad_prototypes = needs_prototypes ? grad_prototypes.mutable_data_ptr() : nullptr;
+  level().backward(b);
+  return {grad_embeddings, grad_temperature, grad_prototypes};
+}
+
+Tensor exp2(Tensor x) {
+  const Dtype dtype = dtype_of("x", x.scalar_type());
+  if (!x.is_cpu() || !x.is_contiguous() || (dtype != Dtype::float32 && dtype != Dtype::float64))
+    throw std::runtime_error("clop_native: x: expected a contiguous float32 or float64 tensor on the CPU");
+  Tensor result = torch::stable::empty_like(x);
+  level().exp2(dtype, x.numel(), x.const_data_ptr(), result.mutable_data_ptr());
+  return result;
+}
+
+}  // namespace clop::cpu

@@ -1,0 +1,425 @@
+// The two passes over pairs of rows, O(N^2 D).
+//
+// Tile picture. The N x N matrix of similarities is symmetric, so only its tiles on and above the diagonal are visited, once in
+// each pass; a tile serves its rows and, transposed, its columns. Rows are sorted by group, so positives (P) lie at the diagonal::
+//
+//             j: 0    1    2    3
+//     i: 0     [ P    x    x    x ]    S_ij = zhat_i . zhat_j log2(e) / tau       in panels of kPairColumns columns
+//        1     [      P    x    x ]    forward:   sums of 2^S over rows and columns, a panel at a time; no tile is stored
+//        2     [           P    x ]    backward:  S becomes M, then grad_i += M zhat_j and grad_j += M^T zhat_i
+//        3     [                P ]
+//
+// With a_i = w_i / sum_j exp s_ij and q_i = w_i / n_i, M_ij = exp(s_ij) (a_i + a_j) - [j in P(i)] (q_i + q_j); where a row has one
+// positive the difference of the two, -w_i negative_i / total_i, is known without a subtraction (clop_kernels/backends/tiled.py
+// says why positives are subtracted here, inside the tile).
+//
+// Flops: forward N^2 D, backward 3 N^2 D, and N^2 exponentials in all. Bytes: for a tile of side T, T rows of zhat come in, in two
+// forms forward and four backward, and T rows of grad twice; all else stays in the L1 and L2 caches: 48 bytes of traffic for T / 2
+// multiply-adds. Memory: two further forms of zhat and grad, (N, D) each, and T^2 numbers a thread, 0.2 MB.
+//
+// Order. Tiles are handed out round by round; in round r those with i + j = r modulo an odd number of blocks, so that no two of a
+// round share a block. Every second round goes backwards, which puts a whole round between two tiles of one block. Sums of a
+// block are added in the order of rounds (Turns), so the result does not depend on the number of threads, to the last bit.
+#pragma once
+
+#include "product.h"
+#include "rows.h"
+
+namespace clop::cpu {
+namespace CLOP_LEVEL {
+
+// Room for sums over 2^38 rows: exp(60) 2^38 is below exp(88), the end of float; double ends at exp(709).
+template <class T>
+constexpr double kLargestUnshiftedLogit = sizeof(T) == 8 ? 600.0 : 60.0;
+
+constexpr double kLog2E = 1.4426950408889634;
+
+// A shift that no similarity reaches, and finite, so that no infinities are subtracted.
+template <class T>
+constexpr T kNoShift = sizeof(T) == 8 ? T(-1e300) : T(-1e38);
+
+// A side of about 240 KB of S, which with its panels stays in an L2 cache of 512 KB.
+template <class T>
+int64_t tile_side(int64_t n_rows, int64_t asked_for) {
+  constexpr int64_t kUnit = kPairColumns<T>, kFewestBlocks = 8;
+  const int64_t largest = asked_for > 0 ? asked_for : sizeof(T) == 8 ? 168 : 240;
+  const int64_t side = asked_for > 0 ? largest : n_rows / kFewestBlocks < largest ? n_rows / kFewestBlocks : largest;
+  return round_up(side > 0 ? side : 1, kUnit);
+}
+
+class Blocks {
+ public:
+  Blocks(int64_t n_rows, int64_t side)
+      : side(side), count((n_rows + side - 1) / side), n_rows_(n_rows), modulus_(count + 1 - count % 2) {}
+
+  int64_t begin(int64_t block) const { return block * side; }
+  int64_t end(int64_t block) const { return n_rows_ < (block + 1) * side ? n_rows_ : (block + 1) * side; }
+  int64_t rows(int64_t block) const { return end(block) - begin(block); }
+
+  int64_t n_tasks() const { return modulus_ * ((modulus_ + 1) / 2); }
+
+  struct Task {
+    int64_t i, j, round;
+  };
+
+  // i <= j; j == count, a block that is not there, makes an even number of blocks odd.
+  Task task(int64_t index) const {
+    const int64_t per_round = (modulus_ + 1) / 2, round = index / per_round;
+    const int64_t distance = round % 2 == 0 ? index % per_round : per_round - 1 - index % per_round;
+    const int64_t half = round * per_round % modulus_;  // twice this is `round`
+    const int64_t a = (half + distance) % modulus_, b = (half + modulus_ - distance) % modulus_;
+    return {a < b ? a : b, a < b ? b : a, round};
+  }
+
+  // How many tasks a block has before its task of this round.
+  int64_t turn(int64_t block, int64_t round) const {
+    return round - (modulus_ > count && round > (block + count) % modulus_ ? 1 : 0);
+  }
+
+  const int64_t side, count;
+
+ private:
+  int64_t n_rows_, modulus_;
+};
+
+// The rows, in the forms that the products read, and their groups. Positions past the last are padding.
+template <class T>
+struct Rows {
+  Rows(const Loss& loss, const T* zhat, bool with_panels)
+      : n_rows(loss.n_rows),
+        width(loss.width),
+        padded_width(round_up(width, kWidthColumns<T>)),
+        blocks(n_rows, tile_side<T>(n_rows, loss.tile_rows)),
+        padded_rows(round_up(n_rows, kPairColumns<T>)),
+        unshifted(1.0 / loss.temperature <= kLargestUnshiftedLogit<T>),
+        zhat(zhat),
+        starts(padded_rows),
+        ends(padded_rows),
+        transposed(padded_rows * width),
+        panels(with_panels ? padded_rows * padded_width : 0) {
+    const Positions positions(loss);
+    for_ranges(blocks.count, 20.0 * blocks.side * width, loss.n_threads, [&](int64_t first, int64_t last, int) {
+      for (int64_t b = first; b < last; ++b) {
+        const int64_t begin = blocks.begin(b), end = blocks.end(b);
+        for (int64_t i = begin; i < end; ++i) starts[i] = positions.start(i), ends[i] = positions.end(i);
+        pack_transposed<T>(begin, end, width, zhat, kLog2E / loss.temperature, transposed + begin * width);
+        if (with_panels) pack_panels<T>(begin, end, width, zhat, panel_size(b), panels + begin * padded_width);
+      }
+    });
+  }
+
+  // Rows of a block in the forms that are padded to whole panels of S.
+  int64_t padded_block(int64_t block) const { return round_up(blocks.rows(block), kPairColumns<T>); }
+  int64_t panel_size(int64_t block) const { return padded_block(block) * kWidthColumns<T>; }
+
+  // The block's panel of S with index `panel`, in a tile whose rows are block i: (rows of i, kPairColumns).
+  void similarities_of(int64_t i, int64_t column, T* s) {
+    similarities<T>(blocks.rows(i), width, zhat + blocks.begin(i) * width, transposed + column * width, s);
+  }
+
+  // Whether the tile holds positives, the diagonal or padding: pairs that are not like all others.
+  bool is_masked(int64_t i, int64_t j) {
+    return i == j || padded_block(j) > blocks.rows(j) || ends[blocks.end(i) - 1] > blocks.begin(j);
+  }
+
+  const int64_t n_rows, width, padded_width;
+  const Blocks blocks;
+  const int64_t padded_rows;
+  const bool unshifted;
+  const T* const zhat;
+  Buffer<int32_t> starts, ends;
+  Buffer<T> transposed, panels;
+};
+
+// The pairs of row i with the kLanes columns from `column` on, as masks: the pairs that count, and the positives among them.
+template <class T>
+struct Masks {
+  Vec<Int<T>> valid, positive;
+
+  Masks(Rows<T>& rows, int64_t i, int64_t column) {
+    // Relative to `column`, so that they fit the lanes for any N.
+    const Vec<Int<T>> lane = lane_numbers<T>();
+    const auto clamp = [&](int64_t position) {
+      const int64_t x = position - column;
+      return Int<T>(x < 0 ? 0 : x > kLanes<T> ? kLanes<T> : x);
+    };
+    const Vec<Int<T>> other = lane != Int<T>(i - column < 0 || i - column >= kLanes<T> ? kLanes<T> : i - column);
+    valid = (lane < clamp(rows.n_rows)) & other;
+    positive = (lane >= clamp(rows.starts[i])) & (lane < clamp(rows.ends[i])) & other;
+  }
+};
+
+// ---- forward ---------------------------------------------------------------------------------------------------------
+
+// Row statistics: sums of 2^(S_ij - shift_i) over the pairs that are not positives and over those that are, and of S_ip itself.
+template <class T>
+struct Softmax {
+  explicit Softmax(int64_t n_rows) : shift(n_rows), negative(n_rows), positive(n_rows), positive_logits(n_rows) {}
+  Buffer<T> shift;
+  Buffer<double> negative, positive, positive_logits;
+};
+
+// What one thread has of the tile at hand: partial sums, by lane for its rows, by column for its columns.
+template <class T>
+struct TileSums {
+  static constexpr int kL = kLanes<T>;
+  static int64_t size(int64_t side) { return side * (3 * kL + 1 + 3 + 1); }
+
+  TileSums(int64_t side, T* memory) {
+    std::memset(memory, 0, size(side) * sizeof(T));
+    const auto take = [&](int64_t n) { return memory += n, memory - n; };
+    for (T*& sum : row) sum = take(side * kL);
+    for (T*& sum : column) sum = take(side);
+    row_shift = take(side);
+    column_shift = take(side);
+  }
+
+  T *row[3], *column[3];  // negative, positive, positive_logits
+  T *row_shift, *column_shift;
+};
+
+// Adds a panel of S, its rows block i and its columns from `column` on (`local` of them before it in the tile).
+template <class T, bool kMasked, bool kShifted>
+void add_panel(Rows<T>& rows, int64_t i_block, int64_t column, int64_t local, const T* s, TileSums<T>& sums) {
+  constexpr int kL = kLanes<T>, kP = kPairColumns<T>;
+  const int64_t begin = rows.blocks.begin(i_block), count = rows.blocks.rows(i_block);
+  Vec<T> column_sum[3][kPairVectors];
+  for (int k = 0; k < 3; ++k)
+    for (int v = 0; v < kPairVectors; ++v) column_sum[k][v] = Vec<T>{};
+  for (int64_t i = 0; i < count; ++i) {
+    Vec<T> row_sum[3] = {};
+#pragma GCC unroll 4
+    for (int v = 0; v < kPairVectors; ++v) {
+      const Vec<T> logits = load(s + i * kP + v * kL);
+      Vec<T> of_row, of_column;
+      if (kShifted) {
+        of_row = exp2_or_zero<T>(logits - sums.row_shift[i]);
+        of_column = exp2_or_zero<T>(logits - load(sums.column_shift + local + v * kL));
+      } else {
+        of_row = of_column = exp2<T>(logits);
+      }
+      if (kMasked) {
+        const Masks<T> mask(rows, begin + i, column + v * kL);
+        const Vec<Int<T>> negative = mask.valid & ~mask.positive;
+        row_sum[0] += negative ? of_row : Vec<T>{};
+        row_sum[1] += mask.positive ? of_row : Vec<T>{};
+        row_sum[2] += mask.positive ? logits : Vec<T>{};
+        column_sum[0][v] += negative ? of_column : Vec<T>{};
+        column_sum[1][v] += mask.positive ? of_column : Vec<T>{};
+        column_sum[2][v] += mask.positive ? logits : Vec<T>{};
+      } else {
+        row_sum[0] += of_row;
+        column_sum[0][v] += of_column;
+      }
+    }
+    for (int k = 0; k < (kMasked ? 3 : 1); ++k) {
+      T* const sum = sums.row[k] + i * kL;
+      store(sum, load(sum) + row_sum[k]);
+    }
+  }
+  for (int k = 0; k < (kMasked ? 3 : 1); ++k)
+    for (int v = 0; v < kPairVectors; ++v) store(sums.column[k] + local + v * kL, column_sum[k][v]);
+}
+
+// The largest S of each row and column of a tile, into row_shift and column_shift.
+template <class T>
+void find_shifts(Rows<T>& rows, int64_t i_block, int64_t j_block, const T* tile, TileSums<T>& sums) {
+  constexpr int kL = kLanes<T>, kP = kPairColumns<T>;
+  const int64_t begin = rows.blocks.begin(i_block), count = rows.blocks.rows(i_block), columns = rows.padded_block(j_block);
+  const bool masked = rows.is_masked(i_block, j_block);
+  const Vec<T> none = broadcast(kNoShift<T>);
+  for (int64_t j = 0; j < columns; ++j) sums.column_shift[j] = kNoShift<T>;
+  for (int64_t i = 0; i < count; ++i) {
+    Vec<T> row_largest = none;
+    for (int64_t j = 0; j < columns; j += kL) {
+      Vec<T> logits = load(tile + j / kP * (count * kP) + i * kP + j % kP);
+      if (masked) logits = Masks<T>(rows, begin + i, rows.blocks.begin(j_block) + j).valid ? logits : none;
+      row_largest = maximum<T>(row_largest, logits);
+      store(sums.column_shift + j, maximum<T>(load(sums.column_shift + j), logits));
+    }
+    T largest = row_largest[0];
+    for (int lane = 1; lane < kL; ++lane)
+      if (!(row_largest[lane] <= largest) && largest == largest) largest = row_largest[lane];
+    sums.row_shift[i] = largest;
+  }
+}
+
+// Adds to the statistics of one row what a tile has of it.
+template <class T>
+void merge(Softmax<T>& softmax, int64_t row, bool unshifted, T tile_shift, const double (&tile)[3]) {
+  double keep = 1, scale = 1;
+  if (!unshifted) {
+    const T before = softmax.shift[row], shift = tile_shift <= before ? before : tile_shift;
+    keep = __builtin_exp2(double(before) - double(shift));
+    scale = __builtin_exp2(double(tile_shift) - double(shift));
+    softmax.shift[row] = shift;
+  }
+  softmax.negative[row] = softmax.negative[row] * keep + tile[0] * scale;
+  softmax.positive[row] = softmax.positive[row] * keep + tile[1] * scale;
+  softmax.positive_logits[row] += tile[2];
+}
+
+template <class T>
+void softmax_tile(Rows<T>& rows, Blocks::Task task, Turns& turns, T* s, TileSums<T> sums, Softmax<T>& softmax) {
+  constexpr int kL = kLanes<T>, kP = kPairColumns<T>;
+  const Blocks& blocks = rows.blocks;
+  const auto [i, j, round] = task;
+  const int64_t count = blocks.rows(i), first = blocks.begin(j), columns = rows.padded_block(j);
+  const bool masked = rows.is_masked(i, j);
+  if (rows.unshifted) {
+    for (int64_t local = 0; local < columns; local += kP) {
+      rows.similarities_of(i, first + local, s);
+      const auto add = masked ? add_panel<T, true, false> : add_panel<T, false, false>;
+      add(rows, i, first + local, local, s, sums);
+    }
+  } else {
+    for (int64_t local = 0; local < columns; local += kP) rows.similarities_of(i, first + local, s + local * count);
+    find_shifts(rows, i, j, s, sums);
+    const auto add = masked ? add_panel<T, true, true> : add_panel<T, false, true>;
+    for (int64_t local = 0; local < columns; local += kP) add(rows, i, first + local, local, s + local * count, sums);
+  }
+
+  turns.wait(i, blocks.turn(i, round));
+  for (int64_t row = 0; row < count; ++row) {
+    double tile[3];
+    for (int k = 0; k < 3; ++k) tile[k] = sum_of_lanes<T>(load(sums.row[k] + row * kL));
+    merge(softmax, blocks.begin(i) + row, rows.unshifted, sums.row_shift[row], tile);
+  }
+  turns.pass(i);
+  if (i == j) return;
+  turns.wait(j, blocks.turn(j, round));
+  for (int64_t column = 0; column < blocks.rows(j); ++column) {
+    const double tile[3] = {sums.column[0][column], sums.column[1][column], sums.column[2][column]};
+    merge(softmax, first + column, rows.unshifted, sums.column_shift[column], tile);
+  }
+  turns.pass(j);
+}
+
+// body(task, thread) for every tile, in the order of the rounds.
+template <class T, class F>
+void for_tiles(Rows<T>& rows, int n_threads, F&& body) {
+  Counter counter;
+  const Blocks& blocks = rows.blocks;
+  for_each_thread(n_threads, [&](int thread) {
+    for (int64_t index = counter.next(); index < blocks.n_tasks(); index = counter.next()) {
+      const Blocks::Task task = blocks.task(index);
+      if (task.j < blocks.count) body(task, thread);
+    }
+  });
+}
+
+// One scratch of `size` numbers a thread, on cache lines of its own.
+template <class T>
+struct Scratch {
+  Scratch(int n_threads, int64_t size) : stride(round_up(size, 64 / sizeof(T))), memory(n_threads * stride) {}
+  T* of(int thread) { return memory + thread * stride; }
+  int64_t stride;
+  Buffer<T> memory;
+};
+
+// The forward pass over pairs.
+template <class T>
+void softmax_of_pairs(Rows<T>& rows, int n_threads, Softmax<T>& softmax) {
+  for (int64_t row = 0; row < rows.n_rows; ++row) {
+    softmax.shift[row] = rows.unshifted ? 0 : kNoShift<T>;
+    softmax.negative[row] = softmax.positive[row] = softmax.positive_logits[row] = 0;
+  }
+  const int64_t side = rows.blocks.side, columns = rows.unshifted ? int64_t(kPairColumns<T>) : side;
+  n_threads = threads_for(double(rows.n_rows) * rows.n_rows * (rows.width + 16), n_threads);
+  Scratch<T> tiles(n_threads, side * columns), sums(n_threads, TileSums<T>::size(side));
+  Turns turns(rows.blocks.count);
+  for_tiles(rows, n_threads, [&](Blocks::Task task, int thread) {
+    softmax_tile(rows, task, turns, tiles.of(thread), TileSums<T>(side, sums.of(thread)), softmax);
+  });
+}
+
+// ---- backward --------------------------------------------------------------------------------------------------------
+
+// What M is made of, a number a row, padded with zeros: of a positive pair it is 2^S (b_i + b_j) - (c_i + c_j), of any other
+// 2^S (a_i + a_j).
+template <class T>
+struct Weights {
+  explicit Weights(int64_t padded_rows) : a(padded_rows), b(padded_rows), c(padded_rows), shift(padded_rows) {
+    for (int64_t row = 0; row < padded_rows; ++row) a[row] = b[row] = c[row] = shift[row] = 0;
+  }
+  Buffer<T> a, b, c, shift;
+};
+
+// A panel of S, in place, becomes one of M.
+template <class T, bool kMasked, bool kShifted>
+void weigh_panel(Rows<T>& rows, int64_t i_block, int64_t column, Weights<T>& weights, T* s) {
+  constexpr int kL = kLanes<T>, kP = kPairColumns<T>;
+  const int64_t begin = rows.blocks.begin(i_block), count = rows.blocks.rows(i_block);
+  Vec<T> a[kPairVectors], b[kPairVectors], c[kPairVectors], shift[kPairVectors];
+  for (int v = 0; v < kPairVectors; ++v) {
+    a[v] = load(weights.a + column + v * kL);
+    if (kMasked) b[v] = load(weights.b + column + v * kL), c[v] = load(weights.c + column + v * kL);
+    if (kShifted) shift[v] = load(weights.shift + column + v * kL);
+  }
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t row = begin + i;
+#pragma GCC unroll 4
+    for (int v = 0; v < kPairVectors; ++v) {
+      T* const at = s + i * kP + v * kL;
+      const Vec<T> logits = load(at);
+      Vec<T> m, of_positive;
+      if (kShifted) {
+        const Vec<T> of_row = exp2_or_zero<T>(logits - weights.shift[row]), of_column = exp2_or_zero<T>(logits - shift[v]);
+        m = of_row * weights.a[row] + of_column * a[v];
+        if (kMasked) of_positive = of_row * weights.b[row] + of_column * b[v];
+      } else {
+        const Vec<T> power = exp2<T>(logits);
+        m = power * (weights.a[row] + a[v]);
+        if (kMasked) of_positive = power * (weights.b[row] + b[v]);
+      }
+      if (kMasked) {
+        const Masks<T> mask(rows, row, column + v * kL);
+        m = mask.positive ? of_positive - (weights.c[row] + c[v]) : m;
+        m = mask.valid ? m : Vec<T>{};
+      }
+      store(at, m);
+    }
+  }
+}
+
+template <class T>
+void gradient_tile(Rows<T>& rows, Blocks::Task task, Turns& turns, Weights<T>& weights, T* m, T* grad) {
+  constexpr int kP = kPairColumns<T>;
+  const Blocks& blocks = rows.blocks;
+  const auto [i, j, round] = task;
+  const int64_t count = blocks.rows(i), columns = rows.padded_block(j), m_panel = count * kP;
+  const bool masked = rows.is_masked(i, j);
+  const auto weigh = rows.unshifted ? (masked ? weigh_panel<T, true, false> : weigh_panel<T, false, false>)
+                                    : (masked ? weigh_panel<T, true, true> : weigh_panel<T, false, true>);
+  for (int64_t local = 0; local < columns; local += kP) {
+    T* const panel = m + local * count;
+    rows.similarities_of(i, blocks.begin(j) + local, panel);
+    weigh(rows, i, blocks.begin(j) + local, weights, panel);
+  }
+
+  const int64_t width = rows.padded_width;
+  turns.wait(i, blocks.turn(i, round));
+  add_to_rows<T>(count, columns / kP, m_panel, m, width, rows.panel_size(j), rows.panels + blocks.begin(j) * width,
+                 grad + blocks.begin(i) * width);
+  turns.pass(i);
+  if (i == j) return;
+  turns.wait(j, blocks.turn(j, round));
+  add_to_columns<T>(count, blocks.rows(j), m_panel, m, width, rows.panel_size(i), rows.panels + blocks.begin(i) * width,
+                    grad + blocks.begin(j) * width);
+  turns.pass(j);
+}
+
+// The backward pass over pairs: grad = sum_{j != i} M_ij zhat_j, (N, padded_width).
+template <class T>
+void gradient_of_pairs(Rows<T>& rows, int n_threads, Weights<T>& weights, T* grad) {
+  std::memset(grad, 0, rows.n_rows * rows.padded_width * sizeof(T));
+  const int64_t side = rows.blocks.side;
+  n_threads = threads_for(3.0 * rows.n_rows * rows.n_rows * (rows.width + 8), n_threads);
+  Scratch<T> tiles(n_threads, side * side);
+  Turns turns(rows.blocks.count);
+  for_tiles(rows, n_threads,
+            [&](Blocks::Task task, int thread) { gradient_tile(rows, task, turns, weights, tiles.of(thread), grad); });
+}
+
+}  // namespace CLOP_LEVEL
+}  // namespace clop::cpu

@@ -1,0 +1,61 @@
+#include "parallel.h"
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <cstdlib>
+#include <stdexcept>
+#include <string>
+#include <system_error>
+#include <thread>
+
+namespace clop::cpu {
+
+void run_parallel(int n_threads, void (*body)(void*, int), void* context) {
+  std::vector<std::thread> threads;
+  threads.reserve(n_threads);
+  int thread = 1;
+  try {
+    for (; thread < n_threads; ++thread) threads.emplace_back(body, context, thread);
+  } catch (const std::system_error&) {
+    // No more threads to be had: the caller does their part.
+  }
+  body(context, 0);
+  for (; thread < n_threads; ++thread) body(context, thread);
+  for (std::thread& t : threads) t.join();
+}
+
+void Turns::wait(int64_t owner, int64_t turn) {
+  std::unique_lock<std::mutex> lock(mutex_);
+  passed_.wait(lock, [&] { return turns_[owner] == turn; });
+}
+
+void Turns::pass(int64_t owner) {
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    ++turns_[owner];
+  }
+  passed_.notify_all();
+}
+
+void* allocate(std::size_t bytes) {
+  // Large memory in large pages, where the system leaves that to the program: a tile and what it reads are more pages of 4 KB
+  // than a core translates without a miss.
+  constexpr std::size_t kCacheLine = 64, kLargePage = std::size_t(2) << 20;
+  const std::size_t alignment = bytes >= kLargePage ? kLargePage : kCacheLine;
+  const std::size_t rounded = (bytes / alignment + 1) * alignment;
+  void* memory = rounded > bytes ? std::aligned_alloc(alignment, rounded) : nullptr;
+  if (memory == nullptr) {
+    throw std::runtime_error("clop_kernels: out of memory: the loss on the CPU could not get " + std::to_string(bytes) +
+                             " bytes of working memory");
+  }
+#if defined(__linux__)
+  if (alignment == kLargePage) madvise(memory, rounded, MADV_HUGEPAGE);  // advice: nothing depends on it
+#endif
+  return memory;
+}
+
+void release(void* memory) { std::free(memory); }
+
+}  // namespace clop::cpu

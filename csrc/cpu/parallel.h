@@ -1,0 +1,44 @@
+// Threads, turns and memory. Compiled once, for any CPU of the architecture: what a SIMD level may call but not contain.
+#pragma once
+
+#include <condition_variable>
+#include <cstddef>
+#include <cstdint>
+#include <mutex>
+#include <vector>
+
+namespace clop::cpu {
+
+// Runs body(context, thread) for thread 0 (the caller) to n_threads - 1, and returns when all have. The threads live as long
+// as the call: none is left to spin against others, or to be missing after a fork. Where the system gives fewer, the bodies
+// that are left run on those there are. `body` must not throw.
+void run_parallel(int n_threads, void (*body)(void* context, int thread), void* context);
+
+// Each of n owners is taken by tasks in an order that is known before; so what they add to it is added in that order, and the
+// sum is the same bits for any number of threads. A task waits only for tasks that were handed out before it: no deadlock.
+class Turns {
+ public:
+  explicit Turns(int64_t n) : turns_(n) {}
+  void wait(int64_t owner, int64_t turn);
+  void pass(int64_t owner);
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable passed_;
+  std::vector<int64_t> turns_;
+};
+
+// Hands out 0, 1, 2, ...
+class Counter {
+ public:
+  int64_t next() { return __atomic_fetch_add(&value_, 1, __ATOMIC_RELAXED); }
+
+ private:
+  int64_t value_ = 0;
+};
+
+// 64-byte aligned; throws std::runtime_error that says how much was asked for. Never null.
+void* allocate(std::size_t bytes);
+void release(void* memory);
+
+}  // namespace clop::cpu

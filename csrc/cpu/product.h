@@ -1,0 +1,164 @@
+// The two matrix products of the pairs, as products of panels that stay in the L1 cache, and the packing of panels.
+//
+// A panel is a strip of columns, a whole number of vectors wide, stored row after row. With S the similarities of the rows
+// of block I to those of block J, and M what the gradient makes of them (pairs.h):
+//
+//     S   = Z_I Z_J^T    A: rows of zhat as they are       B: Z_J transposed, panels of kPairColumns rows of J, (D, columns)
+//     G_I += M Z_J       A: M                              B: Z_J, panels of kWidthColumns entries of the width, (J, columns)
+//     G_J += M^T Z_I     A: M, read down its columns       B: Z_I, the same panels
+//
+// S and M are in panels of kPairColumns too. A product keeps a block of its result in registers, kPairRows x kPairColumns or
+// kGradientRows x kWidthColumns, and for each k multiplies a vector row of B by broadcast entries of A: on AVX2 12
+// multiply-adds for 7 or 8 loads, so that loads are never what is waited for.
+#pragma once
+
+#include "simd.h"
+
+namespace clop::cpu {
+namespace CLOP_LEVEL {
+
+#if defined(__AVX512F__)
+constexpr int kPairRows = 8, kGradientRows = 12;  // 24 accumulators of 32 registers
+#else
+constexpr int kPairRows = 4, kGradientRows = 6;  // 12 of 16
+#endif
+constexpr int kPairVectors = 3, kWidthVectors = 2;
+
+template <class T>
+constexpr int kPairColumns = kPairVectors* kLanes<T>;
+template <class T>
+constexpr int kWidthColumns = kWidthVectors* kLanes<T>;
+
+inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// C[r][:] += sum_k A[r][k] B[k][:] for kRows rows and kVectors vectors; or = where not `accumulate`.
+//
+// k runs over n_panels panels of A, `depth` in each. A[r][k] is at a[r * a_row + k * a_depth], its next panel a_panel further
+// on; B is one panel of n_panels * depth rows.
+template <class T, int kRows, int kVectors>
+inline __attribute__((always_inline)) void multiply(int64_t n_panels, int64_t depth, const T* a, int64_t a_row, int64_t a_depth,
+                                                    int64_t a_panel, const T* b, T* c, int64_t c_row, bool accumulate) {
+  constexpr int kL = kLanes<T>;
+  Vec<T> sum[kRows][kVectors];
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      sum[r][v] = Vec<T>{};
+      __builtin_prefetch(c + r * c_row + v * kL, /*for writing=*/1);  // needed at the end, and far apart
+    }
+  for (int64_t panel = 0; panel < n_panels; ++panel) {
+    const T* a_k = a + panel * a_panel;
+    if (a_depth == 1) {
+      // The rows of A that the next block of the result will read: each is a stream too short for the hardware to foresee.
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r)
+        for (int64_t k = 0; k < depth; k += 64 / sizeof(T)) __builtin_prefetch(a_k + (kRows + r) * a_row + k);
+    }
+#pragma GCC unroll 4
+    for (int64_t k = 0; k < depth; ++k) {
+      Vec<T> b_k[kVectors];
+#pragma GCC unroll 4
+      for (int v = 0; v < kVectors; ++v) b_k[v] = load(b + v * kL);
+#pragma GCC unroll 16
+      for (int r = 0; r < kRows; ++r) {
+        const Vec<T> a_rk = broadcast(a_k[r * a_row]);
+#pragma GCC unroll 4
+        for (int v = 0; v < kVectors; ++v) sum[r][v] += a_rk * b_k[v];
+      }
+      a_k += a_depth;
+      b += kVectors * kL;
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kRows; ++r)
+#pragma GCC unroll 4
+    for (int v = 0; v < kVectors; ++v) {
+      T* to = c + r * c_row + v * kL;
+      store(to, accumulate ? load(to) + sum[r][v] : sum[r][v]);
+    }
+}
+
+// The largest depth whose panel of B leaves room for A in a 32 KB cache.
+constexpr int64_t kLargestDepth = 256;
+
+// A panel of S: similarities of n_rows rows of zhat, (n_rows, width), to the kPairColumns rows of a transposed panel.
+template <class T>
+void similarities(int64_t n_rows, int64_t width, const T* rows, const T* transposed, T* s) {
+  constexpr int kP = kPairColumns<T>;
+  for (int64_t begin = 0; begin < width; begin += kLargestDepth) {
+    const int64_t depth = width - begin < kLargestDepth ? width - begin : kLargestDepth;
+    const T* b = transposed + begin * kP;
+    int64_t i = 0;
+    for (; i + kPairRows <= n_rows; i += kPairRows)
+      multiply<T, kPairRows, kPairVectors>(1, depth, rows + i * width + begin, width, 1, 0, b, s + i * kP, kP, begin > 0);
+    for (; i < n_rows; ++i)
+      multiply<T, 1, kPairVectors>(1, depth, rows + i * width + begin, width, 1, 0, b, s + i * kP, kP, begin > 0);
+  }
+}
+
+// G_I += M Z_J for n_rows rows of I and the panels of J. grad: (n_rows, padded_width).
+template <class T>
+void add_to_rows(int64_t n_rows, int64_t n_panels, int64_t m_panel, const T* m, int64_t padded_width, int64_t z_panel, const T* z,
+                 T* grad) {
+  constexpr int kP = kPairColumns<T>, kW = kWidthColumns<T>;
+  for (int64_t column = 0; column < padded_width; column += kW, z += z_panel) {
+    int64_t i = 0;
+    for (; i + kGradientRows <= n_rows; i += kGradientRows)
+      multiply<T, kGradientRows, kWidthVectors>(n_panels, kP, m + i * kP, kP, 1, m_panel, z, grad + i * padded_width + column,
+                                                padded_width, true);
+    for (; i < n_rows; ++i)
+      multiply<T, 1, kWidthVectors>(n_panels, kP, m + i * kP, kP, 1, m_panel, z, grad + i * padded_width + column, padded_width,
+                                    true);
+  }
+}
+
+// G_J += M^T Z_I for the n_columns rows of J that the panels of M hold, and n_rows rows of I.
+template <class T>
+void add_to_columns(int64_t n_rows, int64_t n_columns, int64_t m_panel, const T* m, int64_t padded_width, int64_t z_panel,
+                    const T* z, T* grad) {
+  constexpr int kP = kPairColumns<T>, kW = kWidthColumns<T>;
+  static_assert(kP % kGradientRows == 0, "a block of rows of the gradient must not straddle panels of M");
+  for (int64_t column = 0; column < padded_width; column += kW, z += z_panel) {
+    int64_t j = 0;
+    for (; j + kGradientRows <= n_columns; j += kGradientRows)
+      multiply<T, kGradientRows, kWidthVectors>(1, n_rows, m + j / kP * m_panel + j % kP, 1, kP, 0, z,
+                                                grad + j * padded_width + column, padded_width, true);
+    for (; j < n_columns; ++j)
+      multiply<T, 1, kWidthVectors>(1, n_rows, m + j / kP * m_panel + j % kP, 1, kP, 0, z, grad + j * padded_width + column,
+                                    padded_width, true);
+  }
+}
+
+// Rows [begin, end) of zhat, (N, width), times `factor`, into transposed panels; rows past `end` fill the last panel with zeros.
+// The product is rounded once: a factor that were itself rounded to float would be an error of one sign in every similarity.
+template <class T>
+void pack_transposed(int64_t begin, int64_t end, int64_t width, const T* zhat, double factor, T* panels) {
+  constexpr int kP = kPairColumns<T>;
+  for (int64_t first = begin; first < end; first += kP, panels += kP * width) {
+    const int64_t count = end - first < kP ? end - first : kP;
+    for (int64_t k = 0; k < width; ++k) {
+      for (int64_t j = 0; j < count; ++j) panels[k * kP + j] = T(zhat[(first + j) * width + k] * factor);
+      for (int64_t j = count; j < kP; ++j) panels[k * kP + j] = 0;
+    }
+  }
+}
+
+// Rows [begin, end) of zhat into panels of kWidthColumns, z_panel / kWidthColumns rows each; what is past `end` and past the
+// width is zero, for M's zeros there must meet numbers.
+template <class T>
+void pack_panels(int64_t begin, int64_t end, int64_t width, const T* zhat, int64_t z_panel, T* panels) {
+  constexpr int kW = kWidthColumns<T>;
+  for (int64_t first = 0; first < width; first += kW, panels += z_panel) {
+    const int64_t count = width - first < kW ? width - first : kW;
+    T* to = panels;
+    for (int64_t row = begin; row < end; ++row, to += kW) {
+      std::memcpy(to, zhat + row * width + first, count * sizeof(T));
+      for (int64_t k = count; k < kW; ++k) to[k] = 0;
+    }
+    std::memset(to, 0, (panels + z_panel - to) * sizeof(T));
+  }
+}
+
+}  // namespace CLOP_LEVEL
+}  // namespace clop::cpu

@@ -1,0 +1,211 @@
+// What is done row by row, O(N D): reading and normalising embeddings, distances to prototypes, and the way back.
+#pragma once
+
+#include "loss.h"
+#include "parallel.h"
+#include "simd.h"
+
+namespace clop::cpu {
+namespace CLOP_LEVEL {
+
+constexpr double kEps = 1e-12;  // the smallest norm that a row is divided by
+
+// ---- dtypes ----------------------------------------------------------------------------------------------------------
+
+inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+inline float float_of(uint32_t bits) {
+  float x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
+
+inline float from_bfloat16(uint16_t half) { return float_of(uint32_t(half) << 16); }
+
+inline uint16_t to_bfloat16(float x) {
+  const uint32_t bits = bits_of(x);
+  if (x != x) return uint16_t(bits >> 16 | 0x40);                     // stays a NaN when its low bits go
+  return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);  // to nearest, ties to even
+}
+
+inline float from_float16(uint16_t half) {
+  const uint32_t magnitude = half & 0x7fff, sign = uint32_t(half & 0x8000) << 16;
+  if (magnitude >= 0x7c00) return float_of(sign | 0x7f800000 | magnitude << 13);               // infinite, NaN
+  if (magnitude < 0x0400) return float_of(sign | bits_of(float(magnitude) * 0x1p-24f));        // subnormal
+  return float_of(sign | ((magnitude << 13) + (uint32_t(127 - 15) << 23)));
+}
+
+inline uint16_t to_float16(float x) {
+  const uint32_t bits = bits_of(x), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+  if (magnitude > 0x7f800000) return uint16_t(sign | 0x7e00);   // NaN
+  if (magnitude >= 0x477ff000) return uint16_t(sign | 0x7c00);  // 65520 and above round to infinity
+  if (magnitude < 0x38800000)  // subnormal: a unit in the last place of 1/2 is 2^-24, so the addition rounds to those
+    return uint16_t(sign | (bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f)));
+  return uint16_t(sign | (magnitude - (uint32_t(127 - 15) << 23) + 0xfff + (magnitude >> 13 & 1)) >> 13);
+}
+
+template <class T>
+void read_row(Dtype dtype, const void* base, int64_t offset, int64_t stride, int64_t width, T* row) {
+  switch (dtype) {
+    case Dtype::float64:
+      for (int64_t k = 0; k < width; ++k) row[k] = T(static_cast<const double*>(base)[offset + k * stride]);
+      break;
+    case Dtype::float32:
+      for (int64_t k = 0; k < width; ++k) row[k] = T(static_cast<const float*>(base)[offset + k * stride]);
+      break;
+    case Dtype::float16:
+      for (int64_t k = 0; k < width; ++k) row[k] = T(from_float16(static_cast<const uint16_t*>(base)[offset + k * stride]));
+      break;
+    case Dtype::bfloat16:
+      for (int64_t k = 0; k < width; ++k) row[k] = T(from_bfloat16(static_cast<const uint16_t*>(base)[offset + k * stride]));
+      break;
+  }
+}
+
+template <class T>
+void write_row(Dtype dtype, void* base, int64_t offset, int64_t width, const T* row) {
+  switch (dtype) {
+    case Dtype::float64:
+      for (int64_t k = 0; k < width; ++k) static_cast<double*>(base)[offset + k] = double(row[k]);
+      break;
+    case Dtype::float32:
+      for (int64_t k = 0; k < width; ++k) static_cast<float*>(base)[offset + k] = float(row[k]);
+      break;
+    case Dtype::float16:
+      for (int64_t k = 0; k < width; ++k) static_cast<uint16_t*>(base)[offset + k] = to_float16(float(row[k]));
+      break;
+    case Dtype::bfloat16:
+      for (int64_t k = 0; k < width; ++k) static_cast<uint16_t*>(base)[offset + k] = to_bfloat16(float(row[k]));
+      break;
+  }
+}
+
+template <class T>
+constexpr Dtype kDtypeOf = sizeof(T) == 8 ? Dtype::float64 : Dtype::float32;
+
+// ---- memory and loops ------------------------------------------------------------------------------------------------
+
+// Working memory of one call. What it holds at first is undefined.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(int64_t size = 0) : data_(size > 0 ? static_cast<T*>(allocate(size * sizeof(T))) : nullptr) {}
+  ~Buffer() { release(data_); }
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  operator T*() { return data_; }
+
+ private:
+  T* data_;
+};
+
+// f(begin, end, thread) on equal parts of [0, n), no more of them than are worth a thread at `cost` flops an item.
+constexpr double kFlopsWorthAThread = 1e6;
+
+inline int threads_for(double flops, int n_threads) {
+  const double worth = flops / kFlopsWorthAThread;
+  return worth < 1 ? 1 : worth < n_threads ? int(worth) : n_threads;
+}
+
+template <class F>
+void for_each_thread(int n_threads, F&& f) {
+  run_parallel(n_threads, [](void* context, int thread) { (*static_cast<decltype(&f)>(context))(thread); }, &f);
+}
+
+template <class F>
+void for_ranges(int64_t n, double cost, int n_threads, F&& f) {
+  const int64_t parts = threads_for(cost * n, n_threads);
+  for_each_thread(parts, [&](int part) { f(n * part / parts, n * (part + 1) / parts, part); });
+}
+
+// ---- rows ------------------------------------------------------------------------------------------------------------
+
+template <class T>
+T dot(int64_t width, const T* a, const T* b) {
+  Vec<T> sum{};
+  int64_t k = 0;
+  for (; k + kLanes<T> <= width; k += kLanes<T>) sum += load(a + k) * load(b + k);
+  T rest = 0;
+  for (; k < width; ++k) rest += a[k] * b[k];
+  return sum_of_lanes<T>(sum) + rest;
+}
+
+// |.| as the largest entry; a NaN comes out.
+template <class T>
+T largest_entry(int64_t width, const T* row) {
+  T largest = 0;
+  for (int64_t k = 0; k < width; ++k) {
+    const T magnitude = row[k] < 0 ? -row[k] : row[k];
+    if (!(magnitude <= largest)) largest = magnitude;
+    if (largest != largest) break;
+  }
+  return largest;
+}
+
+// row -> row / max(|row|, kEps) in place; returns |row|. Scaled by the largest entry first, so that no square overflows: any
+// finite row has a finite direction.
+template <class T>
+T normalize(int64_t width, T* row) {
+  T largest = largest_entry(width, row);
+  if (largest < T(kEps)) largest = T(kEps);
+  for (int64_t k = 0; k < width; ++k) row[k] /= largest;
+  const T norm = __builtin_sqrt(dot(width, row, row));
+  const T floor = T(kEps) / largest, divisor = norm < floor ? floor : norm;
+  for (int64_t k = 0; k < width; ++k) row[k] /= divisor;
+  return norm * largest;
+}
+
+// From zhat to its prototype.
+template <class T>
+T distance_to(Distance distance, int64_t width, const T* zhat, const T* target) {
+  if (distance == Distance::cosine) return 1 - dot(width, zhat, target);
+  T sum = 0;
+  for (int64_t k = 0; k < width; ++k) {
+    const T offset = zhat[k] - target[k];
+    sum += distance == Distance::euclidean ? offset * offset : offset < 0 ? -offset : offset;
+  }
+  return distance == Distance::euclidean ? T(__builtin_sqrt(sum)) : sum;
+}
+
+// d distance / d zhat at k, of a row at `length` from its prototype; zero where a row lies on it.
+template <class T>
+T distance_gradient(Distance distance, T length, T zhat, T target) {
+  if (distance == Distance::cosine) return -target;
+  const T offset = zhat - target;
+  if (distance == Distance::euclidean) return length > 0 ? offset / length : offset;
+  return offset > 0 ? T(1) : offset < 0 ? T(-1) : offset;
+}
+
+// The rows as sorted by group: which input row each position holds, and the positions of its group.
+class Positions {
+ public:
+  explicit Positions(const Loss& loss) : loss_(loss), n_instances_(loss.n_rows / loss.n_views) {}
+
+  int64_t row(int64_t position) const {
+    if (loss_.groups != nullptr) return loss_.groups[position];
+    return position % loss_.n_views * n_instances_ + position / loss_.n_views;
+  }
+  int64_t start(int64_t position) const {
+    return loss_.groups != nullptr ? loss_.groups[loss_.n_rows + position] : position - position % loss_.n_views;
+  }
+  int64_t end(int64_t position) const {
+    return loss_.groups != nullptr ? loss_.groups[2 * loss_.n_rows + position] : start(position) + loss_.n_views;
+  }
+  int64_t n_positives(int64_t position) const { return end(position) - start(position) - 1; }
+  // -1 without a label, or where there are no prototypes that a label could name.
+  int64_t label(int64_t position) const {
+    if (loss_.labels == nullptr || loss_.prototypes == nullptr) return -1;
+    return loss_.labels[row(position) % n_instances_];
+  }
+
+ private:
+  const Loss& loss_;
+  int64_t n_instances_;
+};
+
+}  // namespace CLOP_LEVEL
+}  // namespace clop::cpu

@@ -1,0 +1,92 @@
+// The only file that registers: the operators clop_native::*, and the Python module whose import loads them.
+//
+// Everything here is torch's stable ABI and Python's limited API, so that one build serves every Python >= 3.10 and every
+// torch >= 2.11. Operators are called by clop_kernels/backends/native.py, below autograd and autocast.
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <torch/csrc/stable/library.h>
+
+#include <string>
+
+#include "cpu/ops.h"
+#ifdef CLOP_CUDA_VERSION
+#include "cuda/ops.h"
+#endif
+
+namespace {
+
+#ifdef CLOP_CUDA_VERSION
+constexpr const char* kCudaVersion = "\"" CLOP_CUDA_VERSION "\"";
+constexpr const char* kCudaArchs = "\"" CLOP_CUDA_ARCHS "\"";
+#else
+constexpr const char* kCudaVersion = "null";
+constexpr const char* kCudaArchs = "null";
+#endif
+
+#if defined(__clang__)
+constexpr const char* kCompiler = "clang " __clang_version__;
+#else
+constexpr const char* kCompiler = "gcc " __VERSION__;
+#endif
+
+// How the extension was built, and the SIMD level that it takes on this CPU, as JSON.
+std::string build_info() {
+  return std::string("{\"cuda\": ") + kCudaVersion + ", \"cuda_archs\": " + kCudaArchs + ", \"simd\": \"" +
+         clop::cpu::simd_level() + "\", \"compiler\": \"" + kCompiler + "\"}";
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(clop_native, m) {
+  m.def("build_info() -> str");
+
+  // The two passes of the loss. Residuals, and `needs`, as in clop_kernels/backends/contract.py; groups is (3, N) int32, or (3, 0)
+  // for the views of instances; distance and reduction are indices into DISTANCES and REDUCTIONS; tile_rows 0: the kernel's choice.
+  m.def(
+      "cpu_forward(Tensor embeddings, Tensor groups, Tensor? labels, Tensor? prototypes, float temperature, int n_views, "
+      "float prototype_weight, int distance, int reduction, ScalarType compute_dtype, int tile_rows, int n_threads) -> "
+      "(Tensor loss, Tensor normalized, Tensor norms, Tensor shift, Tensor total, Tensor negative, Tensor counts)");
+  m.def(
+      "cpu_backward(Tensor grad_loss, Tensor embeddings, Tensor normalized, Tensor norms, Tensor shift, Tensor total, "
+      "Tensor negative, Tensor groups, Tensor counts, Tensor? labels, Tensor? prototypes, bool needs_embeddings, "
+      "bool needs_temperature, bool needs_prototypes, float temperature, int n_views, float prototype_weight, int distance, "
+      "int reduction, ScalarType compute_dtype, int tile_rows, int n_threads) -> "
+      "(Tensor grad_embeddings, Tensor grad_temperature, Tensor grad_prototypes)");
+  m.def("cpu_exp2(Tensor x) -> Tensor");  // the kernels' own 2^x, for the test of its accuracy
+
+#ifdef CLOP_CUDA_VERSION
+  m.def("cuda_obstacle(int device) -> str?");
+  // (N, D) embeddings, (N,) int32 order of the rows or None for groups of instances, (B,) int64 labels, (K, D) float32
+  // prototypes -> by position: (N, D) zhat, (N,) norms, (N,) distances to the prototypes.
+  m.def(
+      "cuda_prologue(Tensor embeddings, Tensor? order, Tensor? labels, Tensor? prototypes, int n_views, int distance, "
+      "ScalarType compute_dtype) -> (Tensor normalized, Tensor norms, Tensor distances)");
+#endif
+}
+
+// Operators without tensor arguments, on any device.
+STABLE_TORCH_LIBRARY_IMPL(clop_native, CompositeExplicitAutograd, m) {
+  m.impl("build_info", TORCH_BOX(&build_info));
+#ifdef CLOP_CUDA_VERSION
+  m.impl("cuda_obstacle", TORCH_BOX(&clop::cuda::obstacle));
+#endif
+}
+
+STABLE_TORCH_LIBRARY_IMPL(clop_native, CPU, m) {
+  m.impl("cpu_forward", TORCH_BOX(&clop::cpu::forward));
+  m.impl("cpu_backward", TORCH_BOX(&clop::cpu::backward));
+  m.impl("cpu_exp2", TORCH_BOX(&clop::cpu::exp2));
+}
+
+#ifdef CLOP_CUDA_VERSION
+STABLE_TORCH_LIBRARY_IMPL(clop_native, CUDA, m) { m.impl("cuda_prologue", TORCH_BOX(&clop::cuda::prologue)); }
+#endif
+
+// An empty module: that it is imported is what registers the operators. PyMODINIT_FUNC exports it from a library that
+// otherwise exports nothing.
+PyMODINIT_FUNC PyInit__native(void) {
+  static PyModuleDef definition = {
+      PyModuleDef_HEAD_INIT, "_native", "The operators of clop_kernels.", 0, nullptr, nullptr, nullptr, nullptr, nullptr};
+  return PyModuleDef_Init(&definition);
+}

@@ -1,0 +1,167 @@
+"""The compiled extension: its SIMD levels, the accuracy of its exponential, threads, memory, wrong calls."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import clop_kernels
+from clop_kernels.backends import native
+
+from .oracle import assert_accurate, random_problem, relative_error
+
+pytestmark = pytest.mark.skipif(native.obstacle() is not None, reason=f"no compiled extension: {native.obstacle()}")
+
+LEVELS = ("portable", "avx2", "avx512")
+
+
+@pytest.fixture(params=LEVELS)
+def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("CLOP_SIMD", request.param)
+    try:
+        torch.ops.clop_native.build_info()
+    except RuntimeError as error:
+        pytest.skip(f"this CPU has no {request.param}: {error}")
+    return str(request.param)
+
+
+@pytest.mark.parametrize("positives", ["instance", "label"])
+@pytest.mark.parametrize("shape", [(2, 1, 4), (1, 70, 5), (3, 43, 37), (2, 333, 130), (2, 40, 600)], ids=str)
+def test_every_level_is_right(shape: tuple[int, int, int], positives: str, level: str) -> None:
+    for temperature in (0.01, 0.1):
+        for distance in ("cosine", "euclidean", "manhattan"):
+            problem = random_problem(*shape, temperature=temperature, positives=positives, distance=distance)
+            assert_accurate(problem, "cpu")
+            exact, expected = problem.solve("cpu", torch.float64), problem.solve("reference", torch.float64)
+            for name, value in expected.items():
+                assert relative_error(exact[name], value, 1.0) < 1e-10, name
+
+
+@pytest.mark.parametrize(("dtype", "lowest", "highest"), [(torch.float32, -126, 127.49), (torch.float64, -1022, 1023.49)])
+def test_exp2_to_its_stated_accuracy(dtype: torch.dtype, lowest: float, highest: float, level: str) -> None:
+    """Over the range whose result is a normal number, against float64 (and for float64, against the integer part split off)."""
+    x = torch.cat([torch.linspace(lowest, highest, 2_000_001), torch.linspace(-1, 1, 200_001)]).to(dtype)
+    whole = x.double().round()
+    mantissa = torch.exp2(x.double() - whole)  # in [0.7, 1.42]
+    actual = torch.ldexp(torch.ops.clop_native.cpu_exp2(x).double(), -whole)  # exact
+    ulp = torch.finfo(dtype).eps * torch.where(mantissa < 1, 0.5, 1.0)
+    allowed = 1.5 if level == "portable" else 1.0  # without fused multiply-adds each step rounds twice
+    assert float(((actual - mantissa).abs() / ulp).max()) <= allowed + (dtype == torch.float64)  # the reference's own ulp
+    assert torch.ops.clop_native.cpu_exp2(torch.tensor([torch.nan], dtype=dtype)).isnan()
+
+
+@pytest.mark.parametrize("positives", ["instance", "label"])
+@pytest.mark.parametrize("temperature", [0.01, 0.1])
+def test_any_number_of_threads_gives_the_same_bits(positives: str, temperature: float) -> None:
+    problem = random_problem(2, 1000, 40, positives=positives, temperature=temperature)
+    results = []
+    for threads in (1, 2, 7):
+        torch.set_num_threads(threads)
+        try:
+            results += [problem.solve("cpu", torch.float32), problem.solve("cpu", torch.float32)]
+        finally:
+            torch.set_num_threads(1)
+    for name, value in results[0].items():
+        assert all(torch.equal(other[name], value) for other in results[1:]), name
+
+
+def test_half_precision_conversions_are_those_of_torch() -> None:
+    """zhat is rounded as torch rounds it: one row per float16 and bfloat16 number, its direction +-1."""
+    for dtype in (torch.float16, torch.bfloat16):
+        every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
+        z = torch.stack([every, torch.ones_like(every)], dim=1)[every.isfinite()].unsqueeze(1).flatten(0, 1)[:4000]
+        loss, residuals = _forward(z)
+        assert loss.isfinite()
+        expected = z.float() / z.float().norm(dim=1, keepdim=True)
+        torch.testing.assert_close(residuals, expected.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-7)
+
+
+def _forward(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    empty = torch.empty((3, 0), dtype=torch.int32)
+    loss, normalized, *_ = torch.ops.clop_native.cpu_forward(z, empty, None, None, 0.1, 1, 1.0, 0, 0, z.dtype, 0, 1)
+    return loss, normalized
+
+
+WRONG_CALLS = [
+    ({"n_views": 3}, "expected \\(n_views \\* B, D\\)"),
+    ({"temperature": 0.0}, "out of its range"),
+    ({"distance": 3}, "out of its range"),
+    ({"n_threads": 0}, "out of its range"),
+    ({"compute_dtype": torch.int32}, "compute_dtype: expected float64"),
+    ({"groups": torch.full((3, 8), 9, dtype=torch.int32)}, "groups holds an index"),
+    ({"groups": torch.zeros((3, 7), dtype=torch.int32)}, "groups has the wrong"),
+    ({"labels": torch.full((4,), 2), "prototypes": torch.eye(2, 4)}, "a value without a prototype"),
+    ({"labels": torch.zeros(3, dtype=torch.int64)}, "labels has the wrong"),
+    ({"prototypes": torch.eye(2, 3)}, "prototypes has the wrong"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "message"), WRONG_CALLS)
+def test_a_wrong_call_of_the_operator_is_an_exception(wrong: dict[str, object], message: str) -> None:
+    right = {
+        "embeddings": torch.randn(8, 4), "groups": torch.empty((3, 0), dtype=torch.int32), "labels": None, "prototypes": None,
+        "temperature": 0.1, "n_views": 2, "prototype_weight": 1.0, "distance": 0, "reduction": 0, "compute_dtype": torch.float32,
+        "tile_rows": 0, "n_threads": 1,
+    }  # fmt: skip
+    torch.ops.clop_native.cpu_forward(*right.values())
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.clop_native.cpu_forward(*(right | wrong).values())
+
+
+def test_an_unknown_level_is_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLOP_SIMD", "sse9")
+    with pytest.raises(RuntimeError, match=r"CLOP_SIMD='sse9' in the environment: expected one of .*portable"):
+        clop_kernels.ntxent_loss(torch.randn(4, 3), backend="cpu")
+
+
+OUT_OF_MEMORY = """
+import resource, torch, clop_kernels
+z = torch.randn(400_000, 128)
+clop_kernels.ntxent_loss(torch.randn(4, 3), backend="cpu")
+used = int(open("/proc/self/statm").read().split()[0]) * 4096
+resource.setrlimit(resource.RLIMIT_AS, (used + 300_000_000, used + 300_000_000))
+try:
+    clop_kernels.ntxent_loss(z, backend="cpu")
+except RuntimeError as error:
+    print(error)
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the address space as Linux does")
+def test_memory_that_is_not_to_be_had_is_an_exception() -> None:
+    command = [sys.executable, "-W", "ignore", "-c", OUT_OF_MEMORY]
+    done = subprocess.run(command, cwd=Path(__file__).parents[1], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "out of memory" in done.stdout
+
+
+BROKEN = """
+import sys, warnings
+import torch, importlib.util
+import clop_kernels.backends.native as native
+native._EXTENSION = "broken_extension"
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import clop_kernels
+    a, b = clop_kernels.ntxent_loss(torch.ones(4, 3)), clop_kernels.ntxent_loss(torch.ones(4, 3))
+print(float(a), len([w for w in caught if "does not load" in str(w.message)]), native.obstacle())
+"""
+
+
+def test_an_extension_that_does_not_load_warns_once_and_breaks_nothing(tmp_path: Path) -> None:
+    (tmp_path / "broken_extension.py").write_text("raise ImportError('GLIBC_2.99 not found')")
+    command = [
+        sys.executable,
+        "-c",
+        f"import sys; sys.path[:0] = [{str(Path(__file__).parents[1])!r}, {str(tmp_path)!r}]" + BROKEN,
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    value, n_warnings, reason = done.stdout.split(maxsplit=2)
+    assert float(value) == pytest.approx(1.0986123)  # log 3
+    assert n_warnings == "1"
+    assert "GLIBC_2.99 not found" in reason

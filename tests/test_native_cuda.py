@@ -1,0 +1,307 @@
+"""The extension's CUDA kernels: their numbers on a GPU, and without one what the binary holds and how a call fails.
+
+The numbers have not yet been checked on a GPU: there, everything here runs.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from clop_kernels.backends import native
+from clop_kernels.backends.contract import DISTANCES, EPS
+from clop_kernels.groups import instance_groups, label_groups
+
+INFO = native.build_info()
+if INFO is None:
+    pytest.skip(f"{native.obstacle()}", allow_module_level=True)
+if INFO["cuda"] is None:
+    pytest.skip("the extension was built without its CUDA half", allow_module_level=True)
+
+CUDA_OBSTACLE: str | None = torch.ops.clop_native.cuda_obstacle(0)
+on_gpu = pytest.mark.skipif(CUDA_OBSTACLE is not None, reason=f"the CUDA kernels cannot run here: {CUDA_OBSTACLE}")
+without_gpu = pytest.mark.skipif(CUDA_OBSTACLE is None, reason="there is a GPU")
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+SHAPES = (
+    # (V, B, D): a row in the registers of 8, of 32 and of 256 threads, and beyond; aligned and not
+    *((2, 33, width) for width in (1, 7, 8, 16, 31, 64, 65, 128, 129, 264, 520, 1000, 1024, 2048, 4096, 4100, 9000)),
+    *((v, b, 40) for v, b in ((1, 1), (1, 257), (3, 5), (2, 1000))),
+)
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda z: z,
+    "rows apart": lambda z: torch.cat([z, torch.zeros_like(z)], 1)[:, : z.shape[1]],
+    "rows apart by one": lambda z: torch.cat([z, torch.zeros_like(z[:, :1])], 1)[:, :-1],
+    "transposed": lambda z: z.T.contiguous().T,
+    "every other column": lambda z: z.repeat_interleave(2, 1)[:, ::2],
+    "misaligned": lambda z: torch.cat([z.new_zeros(1), z.flatten()])[1:].view(z.shape),
+    "one row repeated": lambda z: z[:1].expand_as(z),
+}
+
+Prologue = tuple[Tensor, Tensor, Tensor]
+
+
+def prologue(z: Tensor, order: Tensor | None, labels: Tensor | None, prototypes: Tensor | None, *options: object) -> Prologue:
+    return torch.ops.clop_native.cuda_prologue(z, order, labels, prototypes, *options)
+
+
+def assert_right(
+    actual: Prologue,
+    z: Tensor,
+    order: Tensor,
+    labels: Tensor | None,
+    prototypes: Tensor | None,
+    distance: str,
+    compute_dtype: torch.dtype,
+) -> None:
+    """The definition in float64. ``order`` is (N,) int64; distances are held to those of the rows as they were rounded."""
+    normalized, norms, distances = (result.cpu() for result in actual)
+    assert normalized.dtype == compute_dtype
+    assert normalized.is_contiguous()
+    assert norms.dtype == distances.dtype == torch.float32
+    rows = z.cpu().double()[order.cpu()]
+    expected_norms = rows.norm(dim=1)
+    torch.testing.assert_close(norms.double(), expected_norms, rtol=1e-6, atol=1e-30)  # squares below that underflow
+    unit = rows / expected_norms.clamp(min=EPS).unsqueeze(1)
+    limits = torch.finfo(compute_dtype)
+    ulp = 4 * limits.eps if compute_dtype == torch.float32 else 0.51 * limits.eps
+    allowed = ulp * unit.abs() + limits.smallest_normal * limits.eps
+    assert ((normalized.double() - unit).abs() <= allowed).all()
+
+    expected = torch.zeros_like(expected_norms)
+    if labels is not None and prototypes is not None:
+        label = labels.cpu()[order.cpu() % labels.shape[0]]
+        zhat, target = normalized.double(), prototypes.cpu().double()[label.clamp(min=0)]
+        if distance == "cosine":
+            expected = 1 - (zhat * target).sum(1)
+        else:
+            expected = torch.linalg.vector_norm(zhat - target, ord=2 if distance == "euclidean" else 1, dim=1)
+        expected = torch.where(label >= 0, expected, 0.0)
+    torch.testing.assert_close(distances.double(), expected, rtol=1e-5, atol=2e-6)
+
+
+def check(
+    z: Tensor, n_views: int, *, ordered: bool = False, distance: str = "cosine", compute_dtype: torch.dtype | None = None
+) -> None:
+    """Random labels, a third of them absent, and prototypes; the rows in the order of instances or of labels."""
+    n_instances = z.shape[0] // n_views
+    generator = torch.Generator().manual_seed(z.shape[1])
+    labels = torch.randint(-2, 4, (n_instances,), generator=generator).clamp(min=-1).to(z.device)
+    prototypes = (torch.randn(4, z.shape[1], generator=generator) / z.shape[1] ** 0.5).to(z.device)
+    groups = label_groups(labels, n_views) if ordered else instance_groups(n_instances, n_views, z.device)
+    order = groups.order.int() if ordered else None
+    compute_dtype = compute_dtype or z.dtype
+    actual = prologue(z, order, labels, prototypes, n_views, DISTANCES.index(distance), compute_dtype)
+    assert_right(actual, z, groups.order, labels, prototypes, distance, compute_dtype)
+
+
+def random_rows(n_rows: int, width: int, dtype: torch.dtype = torch.float32, device: str = "cuda") -> Tensor:
+    return torch.randn(n_rows, width).mul(torch.rand(n_rows, 1) + 0.2).to(device, dtype)
+
+
+# ---- numbers: on a GPU ---------------------------------------------------------------------------------------------
+
+
+@on_gpu
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("ordered", [False, True])
+def test_shapes(shape: tuple[int, int, int], dtype: torch.dtype, ordered: bool) -> None:
+    n_views, n_instances, width = shape
+    check(random_rows(n_views * n_instances, width, dtype), n_views, ordered=ordered, distance=DISTANCES[sum(shape) % 3])
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("compute_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_dtypes(dtype: torch.dtype, compute_dtype: torch.dtype, distance: str) -> None:
+    for width in (100, 128):
+        check(random_rows(66, width, dtype), 2, distance=distance, compute_dtype=compute_dtype)
+
+
+@on_gpu
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("width", [64, 520])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_layouts(layout: str, width: int, dtype: torch.dtype) -> None:
+    check(LAYOUTS[layout](random_rows(66, width, dtype)), 2)
+
+
+@on_gpu
+def test_without_labels_or_prototypes() -> None:
+    z = random_rows(66, 24)
+    order = instance_groups(33, 2, z.device).order
+    labels = torch.zeros(33, dtype=torch.int64, device="cuda")
+    for given in (None, labels):
+        assert_right(prologue(z, None, given, None, 2, 0, z.dtype), z, order, given, None, "cosine", z.dtype)
+
+
+@on_gpu
+@pytest.mark.parametrize("scale", [0.0, 1e-44, 1e-39, 1e-30, 1e-13, 1e-11, 1e18, 1e30, 1e37])
+def test_norms_near_the_ends_of_the_range(scale: float) -> None:
+    z = random_rows(66, 40)
+    z[::3] *= scale
+    check(z, 2)
+
+
+@on_gpu
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("width", [40, 41])
+def test_what_is_not_finite_stays_visible(value: float, width: int) -> None:
+    z = random_rows(8, width)
+    z[5, 3] = value
+    labels = torch.full((8,), -1, device="cuda")
+    for prototypes in (None, torch.ones(2, width, device="cuda")):
+        normalized, norms, distances = prologue(z, None, labels, prototypes, 1, 0, z.dtype)
+        assert normalized.isnan().any(1).nonzero().flatten().tolist() == [5]
+        assert distances.isnan().nonzero().flatten().tolist() == [5]
+        assert (~norms.isfinite()).nonzero().flatten().tolist() == [5]
+
+
+@on_gpu
+def test_empty() -> None:
+    normalized, norms, distances = prologue(torch.empty(0, 5, device="cuda"), None, None, None, 2, 0, torch.float16)
+    assert normalized.shape == (0, 5)
+    assert norms.shape == distances.shape == (0,)
+
+
+@on_gpu
+def test_offsets_beyond_31_bits() -> None:
+    n_rows, width = 2**20 + 8, 2048
+    if torch.cuda.mem_get_info()[0] < 10 * 2**30:
+        pytest.skip("10 GB of GPU memory are not free")
+    z = torch.empty(n_rows, width, dtype=torch.float16, device="cuda").normal_()
+    normalized, norms, _ = prologue(z, None, None, None, 1, 0, z.dtype)
+    last = slice(n_rows - 8, n_rows)
+    assert_right((normalized[last], norms[last], norms.new_zeros(8)), z[last], torch.arange(8), None, None, "cosine", z.dtype)
+
+
+@on_gpu
+def test_same_bits_from_run_to_run() -> None:
+    z = random_rows(1000, 300)
+    labels = torch.zeros(500, dtype=torch.int64, device="cuda")
+    runs = [prologue(z, None, labels, z[:1].contiguous(), 2, 1, torch.bfloat16) for _ in range(3)]
+    for run in runs[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
+
+
+@on_gpu
+def test_current_stream() -> None:
+    """On a stream of its own behind much work, it must read what that work leaves, and must not wait for the host."""
+    z = random_rows(4096, 256)
+    work = torch.randn(4096, 4096, device="cuda")
+    torch.cuda.synchronize()
+    with torch.cuda.stream(torch.cuda.Stream()):
+        for _ in range(20):
+            work = (work @ work).clamp(-1, 1)
+        written = z + 0 * work[:, :256]
+        actual = prologue(written, None, None, None, 1, 0, z.dtype)
+        torch.cuda.current_stream().synchronize()
+    assert_right(actual, z, torch.arange(4096), None, None, "cosine", z.dtype)
+
+
+@on_gpu
+def test_cuda_graph() -> None:
+    z = random_rows(66, 40)
+    prologue(z, None, None, None, 2, 0, z.dtype)  # loads the kernel
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        actual = prologue(z, None, None, None, 2, 0, z.dtype)
+    z.copy_(random_rows(66, 40))
+    graph.replay()
+    assert_right(actual, z, instance_groups(33, 2, z.device).order, None, None, "cosine", z.dtype)
+
+
+@on_gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is no second GPU")
+def test_second_device() -> None:
+    check(random_rows(66, 40, device="cuda:1"), 2)
+    assert torch.cuda.current_device() == 0
+    z, labels = random_rows(66, 40, device="cuda:1"), torch.zeros(33, dtype=torch.int64, device="cuda:0")
+    with pytest.raises(RuntimeError, match=r"labels: expected .* on the GPU of the embeddings"):
+        prologue(z, None, labels, None, 2, 0, z.dtype)
+
+
+@on_gpu
+def test_bad_input() -> None:
+    z = random_rows(6, 4)
+    labels, prototypes = torch.zeros(3, dtype=torch.int64, device="cuda"), torch.ones(2, 4, device="cuda")
+    order = torch.arange(6, dtype=torch.int32, device="cuda")
+    wrong: list[tuple[str, tuple[object, ...]]] = [
+        ("embeddings", (z[0], None, None, None, 1, 0, z.dtype)),
+        ("embeddings", (z, None, None, None, 4, 0, z.dtype)),
+        ("embeddings", (z.double(), None, None, None, 2, 0, z.dtype)),
+        ("n_views", (z, None, None, None, 0, 0, z.dtype)),
+        ("compute_dtype", (z, None, None, None, 2, 0, torch.float64)),
+        ("distance", (z, None, None, None, 2, 3, z.dtype)),
+        ("order", (z, order.long(), None, None, 2, 0, z.dtype)),
+        ("order", (z, order.cpu(), None, None, 2, 0, z.dtype)),
+        ("labels", (z, None, labels[:2], prototypes, 2, 0, z.dtype)),
+        ("labels", (z, None, None, prototypes, 2, 0, z.dtype)),
+        ("prototypes", (z, None, labels, prototypes.T.contiguous().T, 2, 0, z.dtype)),
+        ("prototypes", (z, None, labels, prototypes[:0], 2, 0, z.dtype)),
+    ]
+    for name, arguments in wrong:
+        with pytest.raises(RuntimeError, match=f"clop_native: {name}: expected"):
+            torch.ops.clop_native.cuda_prologue(*arguments)
+
+
+@on_gpu
+def test_obstacle_of_a_device_that_is_not_there() -> None:
+    assert "no GPU 99" in torch.ops.clop_native.cuda_obstacle(99)
+
+
+# ---- the binary: no GPU needed ---------------------------------------------------------------------------------------
+
+
+@without_gpu
+def test_obstacle_names_what_is_missing() -> None:
+    assert CUDA_OBSTACLE is not None
+    assert re.search("NVIDIA driver|NVIDIA GPU|has no CUDA", CUDA_OBSTACLE)
+
+
+def test_a_call_with_cpu_tensors_is_an_exception() -> None:
+    with pytest.raises(NotImplementedError, match="'clop_native::cuda_prologue' with arguments from the 'CPU' backend"):
+        prologue(torch.ones(4, 8), None, None, None, 2, 0, torch.float32)
+
+
+def cuobjdump(*options: str) -> str:
+    """What the CUDA toolkit, or Triton, which brings one, says of the extension."""
+    places = [str(Path(home) / "bin") for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")) if home]
+    triton = importlib.util.find_spec("triton")
+    if triton is not None and triton.origin is not None:
+        places.append(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
+    program = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=os.pathsep.join(places))
+    if program is None:
+        pytest.skip("there is no cuobjdump")
+    extension = importlib.util.find_spec("clop_kernels._native")
+    assert extension is not None
+    assert extension.origin is not None
+    return subprocess.run([program, *options, extension.origin], check=True, capture_output=True, text=True).stdout
+
+
+def test_every_architecture_is_in_the_binary() -> None:
+    assert INFO is not None
+    archs = INFO["cuda_archs"].split(";")
+    compiled = set(re.findall(r"\.sm_(\d+[af]?)\.cubin", cuobjdump("--list-elf")))
+    assert compiled == {arch.removesuffix("+PTX") for arch in archs}
+    portable = set(re.findall(r"\.sm_(\d+[af]?)\.ptx", cuobjdump("--list-ptx")))
+    assert portable == {arch.removesuffix("+PTX") for arch in archs if arch.endswith("+PTX")}
+
+
+def test_no_kernel_spills_registers() -> None:
+    usage = re.findall(r"Function (\S+):\n\s*REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", cuobjdump("-res-usage"))
+    assert any("prologue_kernel" in name for name, *_ in usage)
+    assert [name for name, _, stack, local in usage if int(stack) or int(local)] == []

