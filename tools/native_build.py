@@ -264,7 +264,7 @@ def ninja_file(plan: Plan, jobs: int, strip: bool) -> str:
     instrument = []
     if plan.sanitize:
         instrument = [f"-fsanitize={plan.sanitize}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-g"]
-    host = [*common, "-O1" if plan.sanitize else "-O3", *instrument]
+    host = [*common, "-O2" if plan.sanitize else "-O3", *instrument]
     host += ["-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*OLDEST_TORCH)]
     host += ["-DPy_LIMITED_API=0x{:02x}{:02x}0000".format(*OLDEST_PYTHON)]
     # Headers of others are not held to our warnings.

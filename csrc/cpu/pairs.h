@@ -412,6 +412,7 @@ void gradient_tile(Rows<T>& rows, Blocks::Task task, Turns& turns, Weights<T>& w
 // The backward pass over pairs: grad = sum_{j != i} M_ij zhat_j, (N, padded_width).
 template <class T>
 void gradient_of_pairs(Rows<T>& rows, int n_threads, Weights<T>& weights, T* grad) {
+  if (rows.n_rows == 0) return;
   std::memset(grad, 0, rows.n_rows * rows.padded_width * sizeof(T));
   const int64_t side = rows.blocks.side;
   n_threads = threads_for(3.0 * rows.n_rows * rows.n_rows * (rows.width + 8), n_threads);

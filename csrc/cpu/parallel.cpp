@@ -27,16 +27,16 @@ void run_parallel(int n_threads, void (*body)(void*, int), void* context) {
 }
 
 void Turns::wait(int64_t owner, int64_t turn) {
-  std::unique_lock<std::mutex> lock(mutex_);
-  passed_.wait(lock, [&] { return turns_[owner] == turn; });
+  pthread_mutex_lock(&mutex_);
+  while (turns_[owner] != turn) pthread_cond_wait(&passed_, &mutex_);
+  pthread_mutex_unlock(&mutex_);
 }
 
 void Turns::pass(int64_t owner) {
-  {
-    std::lock_guard<std::mutex> lock(mutex_);
-    ++turns_[owner];
-  }
-  passed_.notify_all();
+  pthread_mutex_lock(&mutex_);
+  ++turns_[owner];
+  pthread_mutex_unlock(&mutex_);
+  pthread_cond_broadcast(&passed_);
 }
 
 void* allocate(std::size_t bytes) {

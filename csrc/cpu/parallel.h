@@ -1,10 +1,10 @@
 // Threads, turns and memory. Compiled once, for any CPU of the architecture: what a SIMD level may call but not contain.
 #pragma once
 
-#include <condition_variable>
+#include <pthread.h>
+
 #include <cstddef>
 #include <cstdint>
-#include <mutex>
 #include <vector>
 
 namespace clop::cpu {
@@ -19,12 +19,15 @@ void run_parallel(int n_threads, void (*body)(void* context, int thread), void* 
 class Turns {
  public:
   explicit Turns(int64_t n) : turns_(n) {}
+  Turns(const Turns&) = delete;
+  Turns& operator=(const Turns&) = delete;
   void wait(int64_t owner, int64_t turn);
   void pass(int64_t owner);
 
  private:
-  std::mutex mutex_;
-  std::condition_variable passed_;
+  // Not std::condition_variable, whose wait() needs a newer libstdc++ than the wheels promise to do with.
+  pthread_mutex_t mutex_ = PTHREAD_MUTEX_INITIALIZER;
+  pthread_cond_t passed_ = PTHREAD_COND_INITIALIZER;
   std::vector<int64_t> turns_;
 };
 

@@ -36,15 +36,19 @@ struct IntegerOf;
 template <>
 struct IntegerOf<float> {
   using type = int32_t;
+  using unsigned_type = uint32_t;
 };
 template <>
 struct IntegerOf<double> {
   using type = int64_t;
+  using unsigned_type = uint64_t;
 };
 
 // Integers as wide as T: a comparison of two Vec<T> gives them, -1 for true.
 template <class T>
 using Int = typename IntegerOf<T>::type;
+template <class T>
+using Unsigned = typename IntegerOf<T>::unsigned_type;
 
 template <class T>
 inline Vec<T> load(const T* from) {
@@ -126,7 +130,8 @@ inline Vec<T> exp2(Vec<T> x) {
   Vec<T> power = broadcast<T>(E::kCoefficients[E::kDegree]);
 #pragma GCC unroll 16
   for (int k = E::kDegree - 1; k >= 0; --k) power = power * f + E::kCoefficients[k];
-  return (Vec<T>)((Vec<Int<T>>)power + ((Vec<Int<T>>)shifted << E::kMantissaBits));
+  // Unsigned: of pairs that a mask takes out again x may be anything, and must not overflow.
+  return (Vec<T>)((Vec<Unsigned<T>>)power + ((Vec<Unsigned<T>>)shifted << E::kMantissaBits));
 }
 
 // The same for x that may be far below: 0 where the result would not be a normal number.
