@@ -4,26 +4,20 @@
 #include <sys/mman.h>
 #endif
 
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+
 #include <cstdlib>
 #include <stdexcept>
 #include <string>
-#include <system_error>
-#include <thread>
 
 namespace clop::cpu {
 
 void run_parallel(int n_threads, void (*body)(void*, int), void* context) {
-  std::vector<std::thread> threads;
-  threads.reserve(n_threads);
-  int thread = 1;
-  try {
-    for (; thread < n_threads; ++thread) threads.emplace_back(body, context, thread);
-  } catch (const std::system_error&) {
-    // No more threads to be had: the caller does their part.
-  }
-  body(context, 0);
-  for (; thread < n_threads; ++thread) body(context, thread);
-  for (std::thread& t : threads) t.join();
+  if (n_threads == 1) return body(context, 0);
+  torch::stable::parallel_for(0, n_threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t thread = begin; thread < end; ++thread) body(context, int(thread));
+  });
 }
 
 void Turns::wait(int64_t owner, int64_t turn) {
