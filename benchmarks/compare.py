@@ -71,12 +71,16 @@ class Settings:
 
 @dataclass
 class Result:
-    """One provider at one N. ``seconds`` fills as it is timed; ``note`` says why it is not, or not all of it."""
+    """One provider at one N. ``seconds`` fills as it is timed; ``note`` says why it is not, or not all of it.
+
+    ``matrix_tflops`` is the rate of torch's matrix product before and after, in 10^12 flops a second.
+    """
 
     provider: str
     n_rows: int
     seconds: list[float] = field(default_factory=list)
     peak_extra_mb: float | None = None
+    matrix_tflops: list[float] = field(default_factory=list)
     note: str = ""
 
     def quantile_ms(self, share: float) -> float | None:
@@ -122,7 +126,12 @@ class Comparison:
         show("same losses and gradients?")
         check_equal([provider for provider, _ in runnable], embeddings, s.temperature)
         seconds = {provider.name: result.seconds for provider, result in runnable}
+        rates: list[float] = []
+        for _, result in runnable:
+            result.matrix_tflops = rates
+        rates.append(measure.matrix_tflops(s.device, s.dtype))
         measure.alternate(steps, repeats, seconds, before_each=lambda name: show(f"time of {name}"))
+        rates.append(measure.matrix_tflops(s.device, s.dtype))
         show("done")
 
     def find(self, provider: str, n_rows: int) -> Result | None:
@@ -137,18 +146,31 @@ def ratio(slow: Result | None, fast: Result | None) -> float | None:
     return statistics.median(rounds) if rounds else None
 
 
+FLOPS_PER_PAIR = {"forward": 2, "backward": 4, "forward+backward": 6}
+"""Times N^2 D: of the textbook's products, whatever a provider does. The symmetry of the matrix saves a third of them."""
+
+
+def share_of_matrix_rate(comparison: Comparison, result: Result) -> float | None:
+    """The rate of a provider over that of torch's matrix product; above 1 where symmetry saves more than all else costs."""
+    if not result.seconds or not result.matrix_tflops:
+        return None
+    s = comparison.settings
+    flops = FLOPS_PER_PAIR[s.mode] * result.n_rows**2 * s.width
+    return flops / statistics.median(result.seconds) / 1e12 / statistics.mean(result.matrix_tflops)
+
+
 # ---- reporting -------------------------------------------------------------------------------------------------------
 
 
 def results_table(comparison: Comparison, default: str) -> Table:
     s = comparison.settings
     table = Table(title=f"{s.mode}, D={s.width}, {s.dtype}, temperature {s.temperature}, {device_name(s.device)}")
-    for header in ("N", "provider", "median ms", "q25", "q75", f"x {default}", "peak extra MB", "note"):
+    for header in ("N", "provider", "median ms", "q25", "q75", f"x {default}", "share of matrix rate", "peak extra MB", "note"):
         table.add_column(header, justify="left" if header in ("provider", "note") else "right")
     for r in comparison.results:
         times = (r.quantile_ms(share) for share in (0.5, 0.25, 0.75))
-        numbers = (*times, ratio(r, comparison.find(default, r.n_rows)), r.peak_extra_mb)
-        cells = ("" if x is None else f"{x:,.{digits}f}" for x, digits in zip(numbers, (1, 1, 1, 2, 1), strict=True))
+        numbers = (*times, ratio(r, comparison.find(default, r.n_rows)), share_of_matrix_rate(comparison, r), r.peak_extra_mb)
+        cells = ("" if x is None else f"{x:,.{digits}f}" for x, digits in zip(numbers, (1, 1, 1, 2, 2, 1), strict=True))
         table.add_row(str(r.n_rows), r.provider, *cells, r.note)
     return table
 
@@ -187,6 +209,8 @@ def csv_rows(comparison: Comparison, commit: str, date: str) -> list[dict[str, o
             "temperature": s.temperature,
             **{f"{name}_ms": _rounded(r.quantile_ms(q)) for name, q in (("median", 0.5), ("q25", 0.25), ("q75", 0.75))},
             "n_repeats": len(r.seconds),
+            "share_of_matrix_rate": _rounded(share_of_matrix_rate(comparison, r)),
+            "matrix_tflops": _rounded(statistics.mean(r.matrix_tflops) if r.matrix_tflops else None),
             "peak_extra_mb": _rounded(r.peak_extra_mb),
             **environment(s.device, commit, date),
             "note": r.note,
@@ -323,9 +347,10 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--rows",
         type=_rows,
-        default=8192,
+        nargs="+",
+        default=[8192],
         metavar="N",
-        help="rows of the embeddings, of all views together (%(default)s)",
+        help="rows of the embeddings, of all views together; several are measured one after the other (8192)",
     )
     add(
         "--large-rows",
@@ -334,7 +359,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="then one timing at this size of the providers that hold no N x N array; 0 leaves it out (%(default)s)",
     )
-    add("--dim", type=_positive, default=WIDTH, metavar="D", help="width of the embeddings (%(default)s)")
+    add("--dim", type=_positive, nargs="+", default=[WIDTH], metavar="D", help=f"width of the embeddings, or several ({WIDTH})")
     add("--repeats", type=_positive, default=5, metavar="R", help="how often each provider is timed (%(default)s)")
     add(
         "--temperature",
@@ -368,17 +393,19 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _chosen_providers(arguments: argparse.Namespace, settings: Settings, console: Console) -> list[Provider]:
+def _chosen_providers(
+    arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype, console: Console
+) -> list[Provider]:
     """In the order of PROVIDERS; raises SystemExit if one was asked for by name and cannot run."""
     chosen = []
     for name, provider in PROVIDERS.items():
-        reason = provider.obstacle(settings.device, settings.dtype)
+        reason = provider.obstacle(device, dtype)
         if arguments.providers is not None and name not in arguments.providers:
             continue
         if reason is None:
             chosen.append(provider)
         elif arguments.providers is not None:
-            raise SystemExit(f"--providers {name}: expected one that can run on {settings.device}: {reason}")
+            raise SystemExit(f"--providers {name}: expected one that can run on {device}: {reason}")
         else:
             console.print(f"without {name}: {reason}", style="dim")
     return chosen
@@ -387,34 +414,40 @@ def _chosen_providers(arguments: argparse.Namespace, settings: Settings, console
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parser().parse_args(argv)
     console = Console()
-    settings = Settings(arguments.dim, DTYPES[arguments.dtype], arguments.device, arguments.mode, arguments.temperature)
-    providers = _chosen_providers(arguments, settings, console)
-    default = backends.select(None, settings.device, settings.dtype).name
+    dtype, device = DTYPES[arguments.dtype], arguments.device
+    providers = _chosen_providers(arguments, device, dtype, console)
+    default = backends.select(None, device, dtype).name
     commit, now = commit_name(), datetime.now(timezone.utc)
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    comparisons = []
     interrupted = False
     # Drawn between the timings only: a thread that redraws the bar would take part of what is timed.
     with Progress(*columns, console=console, auto_refresh=False) as progress:
-        comparison = Comparison(settings, progress)
         try:
-            comparison.run(providers, arguments.rows, arguments.repeats)
-            if arguments.large_rows:
-                comparison.run([p for p in providers if p.pair_arrays == 0], arguments.large_rows, repeats=1)
+            for width in arguments.dim:
+                settings = Settings(width, dtype, device, arguments.mode, arguments.temperature)
+                comparison = Comparison(settings, progress)
+                comparisons.append(comparison)
+                for n_rows in arguments.rows:
+                    comparison.run(providers, n_rows, arguments.repeats)
+                if arguments.large_rows:
+                    comparison.run([p for p in providers if p.pair_arrays == 0], arguments.large_rows, repeats=1)
         except KeyboardInterrupt:
             interrupted = True
-    if interrupted:
-        for result in comparison.results:
+    if interrupted and comparisons:
+        for result in comparisons[-1].results:
             result.note = result.note or "interrupted"
 
-    console.print(results_table(comparison, default))
-    for line in target_lines(comparison):
-        console.print(line)
-    if comparison.results:
-        directory = arguments.output or default_directory(settings.device)
-        path = directory / f"{now:%Y-%m-%d}-{commit.removesuffix('-dirty')}-compare.csv"
-        write_csv(csv_rows(comparison, commit, now.isoformat(timespec="seconds")), path)
-        console.print(f"rows added to {path}")
+    directory = arguments.output or default_directory(device)
+    path = directory / f"{now:%Y-%m-%d}-{commit.removesuffix('-dirty')}-compare.csv"
+    for comparison in comparisons:
+        console.print(results_table(comparison, default))
+        for line in target_lines(comparison):
+            console.print(line)
+        if comparison.results:
+            write_csv(csv_rows(comparison, commit, now.isoformat(timespec="seconds")), path)
+            console.print(f"rows added to {path}")
     return 130 if interrupted else 0
 
 

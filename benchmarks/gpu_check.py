@@ -5,7 +5,7 @@ Planned for under 8 minutes, and not yet timed on a GPU.
 1. The tests that need a GPU, as pytest runs them: every backend against the float64 reference, determinism, CUDA graphs,
    streams, no host synchronisation, memory, compute-sanitizer.
 2. Speed and peak memory beside the plain loss and torch.compile of it, timed in turn.
-3. The rate of a plain matrix product, measured before and after, and each loss's share of it, by 6 N^2 D.
+3. The rate of a plain matrix product, measured before and after each size, and each loss's share of it, by 6 N^2 D.
 
 Leaves checks.csv, speed.csv and report.md in a folder; each row carries device, versions, commit and date. On a CPU it runs
 a small version of all of it, to be tested itself.
@@ -17,7 +17,6 @@ import argparse
 import csv
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -32,8 +31,18 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from .compare import DTYPES, Comparison, Settings, commit_name, csv_rows, default_directory, device_name, environment, ratio
-from .measure import synchronize
+from .compare import (
+    DTYPES,
+    Comparison,
+    Settings,
+    commit_name,
+    csv_rows,
+    default_directory,
+    device_name,
+    environment,
+    ratio,
+    share_of_matrix_rate,
+)  # fmt: skip
 from .providers import PROVIDERS, TEMPERATURE
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -104,7 +113,6 @@ class Check:
 class Findings:
     checks: list[Check] = field(default_factory=list)
     comparisons: list[tuple[Size, Comparison]] = field(default_factory=list)
-    matrix_tflops: dict[str, list[float]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
 
@@ -152,32 +160,8 @@ def parse_junit(xml: str) -> list[Check]:
 # ---- speed -----------------------------------------------------------------------------------------------------------
 
 
-def matrix_tflops(device: torch.device, dtype: torch.dtype) -> float:
-    """The rate of a square matrix product in ``dtype``, in 10^12 flops a second: the median of several."""
-    side = 8192 if device.type == "cuda" else 1024
-    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
-    out = torch.empty_like(a)
-    seconds = []
-    for _ in range(12):
-        synchronize(device)
-        start = time.perf_counter()
-        for _ in range(5):
-            torch.mm(a, b, out=out)
-        synchronize(device)
-        seconds.append((time.perf_counter() - start) / 5)
-    return 2 * side**3 / statistics.median(seconds[2:]) / 1e12
-
-
-def share_of_matrix_rate(size: Size, seconds: float, tflops: Sequence[float]) -> float:
-    """By 6 N^2 D flops, whatever the kernels do."""
-    return 6 * size.n_rows**2 * size.width / seconds / 1e12 / statistics.mean(tflops)
-
-
 def measure_speed(sizes: Sequence[Size], device: torch.device, findings: Findings, progress: Progress) -> None:
     start = time.perf_counter()
-    names = {size.dtype for size in sizes}
-    for name in names:
-        findings.matrix_tflops[name] = [matrix_tflops(device, DTYPES[name])]
     for size in sizes:
         if time.perf_counter() - start > SECONDS_FOR_SPEED:
             findings.notes.append(f"out of time: N={size.n_rows}, D={size.width}, {size.dtype} not measured")
@@ -190,8 +174,6 @@ def measure_speed(sizes: Sequence[Size], device: torch.device, findings: Finding
             )
         except Exception as error:  # a failure is a finding, and the other sizes are still worth their time
             findings.notes.append(f"failed: N={size.n_rows}, D={size.width}, {size.dtype}: {type(error).__name__}: {error}")
-    for name in names:
-        findings.matrix_tflops[name].append(matrix_tflops(device, DTYPES[name]))
 
 
 def target_lines(findings: Findings) -> list[str]:
@@ -200,7 +182,7 @@ def target_lines(findings: Findings) -> list[str]:
         key = (target.size.n_rows, target.size.width, target.size.dtype)
         for size, comparison in findings.comparisons:
             if (size.n_rows, size.width, size.dtype) == key:
-                value = _target_value(target, size, comparison, findings)
+                value = _target_value(target, size, comparison)
                 where = f"N={size.n_rows}, D={size.width}, {size.dtype}: triton, {target.what}"
                 if value is None:
                     lines.append(f"{where}: not measured (target {target.bound:g})")
@@ -210,12 +192,12 @@ def target_lines(findings: Findings) -> list[str]:
     return lines
 
 
-def _target_value(target: Target, size: Size, comparison: Comparison, findings: Findings) -> float | None:
+def _target_value(target: Target, size: Size, comparison: Comparison) -> float | None:
     ours, eager = (comparison.find(name, size.n_rows) for name in ("triton", "eager"))
     if ours is None or not ours.seconds:
         return None
     if target.what == "share":
-        return share_of_matrix_rate(size, statistics.median(ours.seconds), findings.matrix_tflops[size.dtype])
+        return share_of_matrix_rate(comparison, ours)
     if target.what == "memory":
         peaks = (ours.peak_extra_mb, None if eager is None else eager.peak_extra_mb)
         return None if peaks[0] is None or peaks[1] is None else peaks[1] / peaks[0]
@@ -229,15 +211,8 @@ def speed_rows(findings: Findings, commit: str, date: str) -> list[dict[str, obj
     rows = []
     for size, comparison in findings.comparisons:
         for row, result in zip(csv_rows(comparison, commit, date), comparison.results, strict=True):
-            tflops = findings.matrix_tflops[size.dtype]
-            share = share_of_matrix_rate(size, statistics.median(result.seconds), tflops) if result.seconds else None
             eager = ratio(comparison.find("eager", size.n_rows), result)
-            extra = {
-                "times_faster_than_eager": "" if eager is None else round(eager, 3),
-                "share_of_matrix_rate": "" if share is None else round(share, 4),
-                "matrix_tflops": round(statistics.mean(tflops), 2),
-            }
-            rows.append({**row, **extra})
+            rows.append({**row, "times_faster_than_eager": "" if eager is None else round(eager, 3)})
     return rows
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import statistics
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -99,6 +100,22 @@ def alternate(
             timed()
             seconds[name].append(time.perf_counter() - start)
     return seconds
+
+
+def matrix_tflops(device: torch.device, dtype: torch.dtype) -> float:
+    """The rate of torch's square matrix product in ``dtype``, in 10^12 flops a second: the median of several."""
+    side = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
+    out = torch.empty_like(a)
+    seconds = []
+    for _ in range(12):
+        synchronize(device)
+        start = time.perf_counter()
+        for _ in range(5):
+            torch.mm(a, b, out=out)
+        synchronize(device)
+        seconds.append((time.perf_counter() - start) / 5)
+    return 2 * side**3 / statistics.median(seconds[2:]) / 1e12
 
 
 def peak_extra_mb(measured: Step) -> float | None:
