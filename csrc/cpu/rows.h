@@ -135,26 +135,38 @@ T dot(int64_t width, const T* a, const T* b) {
 }
 
 // |.| as the largest entry; a NaN comes out.
-template <class T>
-T largest_entry(int64_t width, const T* row) {
-  T largest = 0;
+inline double largest_entry(int64_t width, const double* row) {
+  double largest = 0;
   for (int64_t k = 0; k < width; ++k) {
-    const T magnitude = row[k] < 0 ? -row[k] : row[k];
+    const double magnitude = row[k] < 0 ? -row[k] : row[k];
     if (!(magnitude <= largest)) largest = magnitude;
     if (largest != largest) break;
   }
   return largest;
 }
 
-// row -> row / max(|row|, kEps) in place; returns |row|. Scaled by the largest entry first, so that no square overflows: any
-// finite row has a finite direction.
-template <class T>
-T normalize(int64_t width, T* row) {
-  T largest = largest_entry(width, row);
-  if (largest < T(kEps)) largest = T(kEps);
+// row -> row / max(|row|, kEps) in place; returns |row|. The squares of a float are summed in double, where none overflows, and
+// the quotient is rounded once: an error of the norm would be one of the same sign in all similarities of the row.
+inline float normalize(int64_t width, float* row) {
+  constexpr int kSums = 8;
+  double sum[kSums] = {};
+  int64_t k = 0;
+  for (; k + kSums <= width; k += kSums)
+    for (int lane = 0; lane < kSums; ++lane) sum[lane] += double(row[k + lane]) * double(row[k + lane]);
+  for (; k < width; ++k) sum[0] += double(row[k]) * double(row[k]);
+  for (int lane = 1; lane < kSums; ++lane) sum[0] += sum[lane];
+  const double norm = __builtin_sqrt(sum[0]), scale = 1 / (norm < kEps ? kEps : norm);
+  for (k = 0; k < width; ++k) row[k] = float(row[k] * scale);
+  return float(norm);
+}
+
+// A double is scaled by the row's largest entry first: any finite row has a finite direction.
+inline double normalize(int64_t width, double* row) {
+  double largest = largest_entry(width, row);
+  if (largest < kEps) largest = kEps;
   for (int64_t k = 0; k < width; ++k) row[k] /= largest;
-  const T norm = __builtin_sqrt(dot(width, row, row));
-  const T floor = T(kEps) / largest, divisor = norm < floor ? floor : norm;
+  const double norm = __builtin_sqrt(dot(width, row, row));
+  const double floor = kEps / largest, divisor = norm < floor ? floor : norm;
   for (int64_t k = 0; k < width; ++k) row[k] /= divisor;
   return norm * largest;
 }
