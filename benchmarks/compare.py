@@ -104,6 +104,7 @@ class Comparison:
     def run(self, providers: Iterable[Provider], n_rows: int, repeats: int) -> None:
         """Memory first, before larger calls leave memory with the allocator; then all must agree; then time."""
         s = self.settings
+        torch.compiler.reset()  # its code for the sizes before counts towards a limit
         embeddings = make_embeddings(n_rows, s.width, s.dtype, s.device)
         runnable: list[tuple[Provider, Result]] = []
         for provider in providers:
@@ -419,36 +420,32 @@ def main(argv: Sequence[str] | None = None) -> int:
     default = backends.select(None, device, dtype).name
     commit, now = commit_name(), datetime.now(timezone.utc)
 
+    directory = arguments.output or default_directory(device)
+    path = directory / f"{now:%Y-%m-%d}-{commit.removesuffix('-dirty')}-compare.csv"
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    comparisons = []
-    interrupted = False
-    # Drawn between the timings only: a thread that redraws the bar would take part of what is timed.
-    with Progress(*columns, console=console, auto_refresh=False) as progress:
-        try:
-            for width in arguments.dim:
-                settings = Settings(width, dtype, device, arguments.mode, arguments.temperature)
-                comparison = Comparison(settings, progress)
-                comparisons.append(comparison)
+    for width in arguments.dim:
+        interrupted = False
+        # Drawn between the timings only: a thread that redraws the bar would take part of what is timed.
+        with Progress(*columns, console=console, auto_refresh=False) as progress:
+            comparison = Comparison(Settings(width, dtype, device, arguments.mode, arguments.temperature), progress)
+            try:
                 for n_rows in arguments.rows:
                     comparison.run(providers, n_rows, arguments.repeats)
                 if arguments.large_rows:
                     comparison.run([p for p in providers if p.pair_arrays == 0], arguments.large_rows, repeats=1)
-        except KeyboardInterrupt:
-            interrupted = True
-    if interrupted and comparisons:
-        for result in comparisons[-1].results:
-            result.note = result.note or "interrupted"
-
-    directory = arguments.output or default_directory(device)
-    path = directory / f"{now:%Y-%m-%d}-{commit.removesuffix('-dirty')}-compare.csv"
-    for comparison in comparisons:
+            except KeyboardInterrupt:
+                interrupted = True
+                for result in comparison.results:
+                    result.note = result.note or "interrupted"
         console.print(results_table(comparison, default))
         for line in target_lines(comparison):
             console.print(line)
         if comparison.results:
             write_csv(csv_rows(comparison, commit, now.isoformat(timespec="seconds")), path)
             console.print(f"rows added to {path}")
-    return 130 if interrupted else 0
+        if interrupted:
+            return 130
+    return 0
 
 
 if __name__ == "__main__":

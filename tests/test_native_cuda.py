@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -270,6 +271,48 @@ def test_obstacle_of_a_device_that_is_not_there() -> None:
 def test_obstacle_names_what_is_missing() -> None:
     assert CUDA_OBSTACLE is not None
     assert re.search("NVIDIA driver|NVIDIA GPU|has no CUDA", CUDA_OBSTACLE)
+
+
+DRIVER = """
+#include <string.h>
+
+int cuInit(unsigned flags) { return INIT; }
+int cuDriverGetVersion(int* version) { return *version = VERSION, 0; }
+static int missing() { return 999; }
+
+int cuGetProcAddress_v2(const char* name, void** function, int version, unsigned long long flags, void* status) {
+  if (strcmp(name, "cuInit") == 0) *function = cuInit;
+  else if (strcmp(name, "cuDriverGetVersion") == 0) *function = cuDriverGetVersion;
+  else if (strcmp(name, "cuGetProcAddress") == 0) *function = cuGetProcAddress_v2;
+  else *function = missing;
+  return 0;
+}
+"""
+"""All of a driver that the CUDA runtime asks before it gives up."""
+
+
+@without_gpu
+@pytest.mark.parametrize(
+    ("version", "init", "expected"),
+    [
+        (12020, 0, r"the NVIDIA driver supports CUDA 12\.2 and these kernels need CUDA \d+\.\d+: update the driver"),
+        (99000, 100, "there is no NVIDIA GPU that this process can see"),
+    ],
+    ids=["driver too old", "no GPU"],
+)
+def test_what_a_driver_refuses_is_explained(version: int, init: int, expected: str, tmp_path: Path) -> None:
+    """A stand-in for the driver says so, in a process of its own."""
+    compiler = shutil.which(os.environ.get("CC", "cc"))
+    if compiler is None:
+        pytest.skip("there is no C compiler")
+    (tmp_path / "driver.c").write_text(DRIVER)
+    driver = tmp_path / "libcuda.so.1"
+    macros = [f"-DVERSION={version}", f"-DINIT={init}"]
+    subprocess.run([compiler, "-w", "-shared", "-fPIC", *macros, str(tmp_path / "driver.c"), "-o", str(driver)], check=True)
+    call = "import clop_kernels, torch; print(torch.ops.clop_native.cuda_obstacle(0))"
+    environment = os.environ | {"LD_LIBRARY_PATH": str(tmp_path)}
+    printed = subprocess.run([sys.executable, "-c", call], env=environment, check=True, capture_output=True, text=True).stdout
+    assert re.match(expected, printed), printed
 
 
 def test_a_call_with_cpu_tensors_is_an_exception() -> None:
