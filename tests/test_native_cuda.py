@@ -309,7 +309,7 @@ def test_what_a_driver_refuses_is_explained(version: int, init: int, expected: s
     driver = tmp_path / "libcuda.so.1"
     macros = [f"-DVERSION={version}", f"-DINIT={init}"]
     subprocess.run([compiler, "-w", "-shared", "-fPIC", *macros, str(tmp_path / "driver.c"), "-o", str(driver)], check=True)
-    call = "import clop_kernels, torch; print(torch.ops.clop_native.cuda_obstacle(0))"
+    call = "import torch, clop_kernels._native; print(torch.ops.clop_native.cuda_obstacle(0))"
     environment = os.environ | {"LD_LIBRARY_PATH": str(tmp_path)}
     printed = subprocess.run([sys.executable, "-c", call], env=environment, check=True, capture_output=True, text=True).stdout
     assert re.match(expected, printed), printed
