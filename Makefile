@@ -9,7 +9,7 @@ NATIVE := $(wildcard csrc/*.cpp csrc/*/*) tools/native_build.py
 
 help:
 	@echo "make test    the test suite"
-	@echo "make sanitize    the tests of the compiled CPU kernels again, under AddressSanitizer and UBSan"
+	@echo "make sanitize    the tests of the CPU kernels, and of the CUDA kernels on a CPU, again under AddressSanitizer and UBSan"
 	@echo "make demo    train an encoder on real digits, with the plain loss and with the fused one; writes train_digits.png"
 	@echo "make bench   time and memory beside the plain loss and torch.compile of it"
 	@echo "make resources    compile every Triton kernel for four GPUs: registers, shared memory, matrix instructions; 10 minutes"
@@ -29,12 +29,16 @@ test: $(READY)
 
 # The interpreter is not instrumented: the runtimes of the sanitizers come in first, and leaks, all of them its own, are not asked for.
 BUILD := $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
-RUNTIMES = $(foreach library,libasan.so libubsan.so libstdc++.so.6,$(shell $(CXX) -print-file-name=$(library)))
+RUNTIMES := $(foreach library,libasan.so libubsan.so libstdc++.so.6,$(shell $(CXX) -print-file-name=$(library)))
+
+SANITIZED := LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 CLOP_HOST_SANITIZE=address,undefined \
+	$(BIN)/python -m pytest
 
 sanitize: $(READY)
+	$(SANITIZED) tests/test_host.py
 	CLOP_CUDA=0 CLOP_NATIVE=1 CLOP_SANITIZE=address,undefined $(BUILD)
-	LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 $(BIN)/python -m pytest \
-		tests/test_native.py tests/test_backends.py -k "(cpu or native) and not memory_that and not does_not_load"; \
+	$(SANITIZED) tests/test_native.py tests/test_backends.py \
+		-k "(cpu or native) and not memory_that and not does_not_load"; \
 		status=$$?; $(BUILD); exit $$status
 
 demo: $(READY)

@@ -27,6 +27,7 @@ from rich.table import Table
 from torch import Tensor
 
 from clop_kernels.backends.contract import LossOptions, Residuals
+from clop_kernels.backends.positions import Upstream
 
 SHARED_MEMORY_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """What one program can have, by compute capability (CUDA C++ programming guide, table of technical specifications)."""
@@ -137,7 +138,7 @@ def launches(case: Case) -> Iterator[Any]:
     scratch = plan.ForwardScratch.like(zhat, target)
     loss = empty(n) if case.general else empty()
     yield from plan.forward(z, labels, prototypes, options, loss, residuals, scratch, target)
-    upstream = plan.Upstream(empty(), empty(n) if case.general else None)
+    upstream = Upstream(empty(), empty(n) if case.general else None)
     yield from plan.backward(
         upstream,
         residuals,

@@ -176,6 +176,7 @@ std::tuple<Tensor, Tensor, Tensor> prologue(Tensor embeddings, std::optional<Ten
   p.zhat = normalized.mutable_data_ptr();
   p.norms = static_cast<float*>(norms.mutable_data_ptr());
   p.distances = static_cast<float*>(distances.mutable_data_ptr());
+  p.n_finished = nullptr;
   check("cannot launch the kernel 'prologue'", launch_prologue(p, current_stream(device)), device);
   return {normalized, norms, distances};
 }

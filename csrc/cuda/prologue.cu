@@ -1,7 +1,5 @@
 // The launcher of the prologue: which instance of the kernel a call takes.
 
-#include <cuda_runtime_api.h>
-
 #include "prologue.cuh"
 
 namespace clop::cuda {
@@ -12,36 +10,35 @@ constexpr int64_t kLargestInt = 0x7fffffff;  // positions are int32 in `order`, 
 bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
 template <class In, class Out, int kVec, int kThreads>
-cudaError_t launch(const Prologue& p, cudaStream_t stream) {
+cudaError_t launch_as(const Prologue& p, cudaStream_t stream) {
   constexpr int kRows = kBlockThreads<kThreads> / kThreads;
   const auto n_blocks = static_cast<unsigned>((p.n_rows + kRows - 1) / kRows);
-  prologue_kernel<In, Out, kVec, kThreads><<<n_blocks, kBlockThreads<kThreads>, 0, stream>>>(p);
-  return cudaGetLastError();
+  return launch(prologue_kernel<In, Out, kVec, kThreads>, n_blocks, kBlockThreads<kThreads>, kSharedBytes<kThreads>, stream, p);
 }
 
 template <class In, class Out>
-cudaError_t launch(const Prologue& p, cudaStream_t stream) {
+cudaError_t launch_as(const Prologue& p, cudaStream_t stream) {
   constexpr int kVec = 16 / sizeof(In);
   const bool has_aligned_rows = p.stride_z_column == 1 && p.stride_z_row % kVec == 0 && p.width % kVec == 0 &&
                                 is_aligned(p.embeddings) && is_aligned(p.zhat) && is_aligned(p.prototypes);
   if (!has_aligned_rows) {
-    if (p.width <= 32 * kHeld) return launch<In, Out, 1, 32>(p, stream);
-    return launch<In, Out, 1, 256>(p, stream);
+    if (p.width <= 32 * kHeld) return launch_as<In, Out, 1, 32>(p, stream);
+    return launch_as<In, Out, 1, 256>(p, stream);
   }
-  if (p.width <= 8 * kHeld * kVec) return launch<In, Out, kVec, 8>(p, stream);
-  if (p.width <= 32 * kHeld * kVec) return launch<In, Out, kVec, 32>(p, stream);
-  return launch<In, Out, kVec, 256>(p, stream);
+  if (p.width <= 8 * kHeld * kVec) return launch_as<In, Out, kVec, 8>(p, stream);
+  if (p.width <= 32 * kHeld * kVec) return launch_as<In, Out, kVec, 32>(p, stream);
+  return launch_as<In, Out, kVec, 256>(p, stream);
 }
 
 template <class In>
-cudaError_t launch(const Prologue& p, cudaStream_t stream) {
+cudaError_t launch_as(const Prologue& p, cudaStream_t stream) {
   switch (p.compute_dtype) {
     case Dtype::float32:
-      return launch<In, float>(p, stream);
+      return launch_as<In, float>(p, stream);
     case Dtype::float16:
-      return launch<In, __half>(p, stream);
+      return launch_as<In, __half>(p, stream);
     case Dtype::bfloat16:
-      return launch<In, __nv_bfloat16>(p, stream);
+      return launch_as<In, __nv_bfloat16>(p, stream);
   }
   return cudaErrorInvalidValue;
 }
@@ -55,18 +52,15 @@ int launch_prologue(const Prologue& p, CUstream_st* stream) {
   if (p.n_rows == 0) return cudaSuccess;  // a grid of no blocks is an error
   switch (p.dtype) {
     case Dtype::float32:
-      return launch<float>(p, stream);
+      return launch_as<float>(p, stream);
     case Dtype::float16:
-      return launch<__half>(p, stream);
+      return launch_as<__half>(p, stream);
     case Dtype::bfloat16:
-      return launch<__nv_bfloat16>(p, stream);
+      return launch_as<__nv_bfloat16>(p, stream);
   }
   return cudaErrorInvalidValue;
 }
 
-int find_prologue() {
-  cudaFuncAttributes attributes;
-  return cudaFuncGetAttributes(&attributes, prologue_kernel<float, float, 1, 32>);
-}
+int find_prologue() { return find(prologue_kernel<float, float, 1, 32>); }
 
 }  // namespace clop::cuda

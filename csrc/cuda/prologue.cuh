@@ -15,16 +15,11 @@
 // Bytes: N D of input and N D of zhat; a row's prototype comes from cache. Flops: O(N D).
 #pragma once
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-
-#include <cstdint>
-
+#include "numbers.cuh"
 #include "prologue.h"
 
 namespace clop::cuda {
 
-constexpr float kEps = 1e-12f;  // as in clop_kernels/reference.py
 constexpr int kHeld = 2;        // chunks a thread keeps in registers
 
 // A team is a block, or a part of a warp.
@@ -36,14 +31,6 @@ template <class T, int kVec>
 struct alignas(sizeof(T) * kVec < 16 ? sizeof(T) * kVec : 16) Pack {
   T at[kVec];
 };
-
-__device__ inline float to_float(float x) { return x; }
-__device__ inline float to_float(__half x) { return __half2float(x); }
-__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
-
-__device__ inline void round_to(float& rounded, float x) { rounded = x; }
-__device__ inline void round_to(__half& rounded, float x) { rounded = __float2half_rn(x); }
-__device__ inline void round_to(__nv_bfloat16& rounded, float x) { rounded = __float2bfloat16_rn(x); }
 
 struct Sum {
   __device__ float operator()(float a, float b) const { return a + b; }
@@ -61,7 +48,7 @@ __device__ float combine(float x, Op op) {
 #pragma unroll
   for (int apart = (kThreads < 32 ? kThreads : 32) / 2; apart > 0; apart /= 2) x = op(x, __shfl_xor_sync(0xffffffffu, x, apart));
   if constexpr (kThreads > 32) {
-    __shared__ float of_warps[kThreads / 32];
+    auto* const of_warps = reinterpret_cast<float*>(shared_memory());
     __syncthreads();  // what was combined before may not yet have been read by all
     if (threadIdx.x % 32 == 0) of_warps[threadIdx.x / 32] = x;
     __syncthreads();
@@ -95,8 +82,12 @@ __device__ inline float distance_of_terms(Distance distance, float sum) {
   }
 }
 
+// Shared memory that `combine` takes.
+template <int kThreads>
+constexpr int kSharedBytes = kThreads > 32 ? kThreads / 32 * int(sizeof(float)) : 0;
+
 template <class In, class Out, int kVec, int kThreads>
-__global__ void __launch_bounds__(kBlockThreads<kThreads>) prologue_kernel(const Prologue p) {
+__global__ void __launch_bounds__(kBlockThreads<kThreads>, 1) prologue_kernel(const Prologue p) {
   // Positions and rows are below 2^31, and 32-bit divisions take a fraction of the registers; what they address is not.
   const unsigned index = blockIdx.x * (kBlockThreads<kThreads> / kThreads) + threadIdx.x / kThreads;
   const bool is_row = index < p.n_rows;
@@ -164,7 +155,7 @@ __global__ void __launch_bounds__(kBlockThreads<kThreads>) prologue_kernel(const
   });
   const float norm = sqrtf(combine<kThreads>(squares, Sum()));
   const float smallest = kEps * shrink;
-  const float inverse = 1.0f / (norm < smallest ? smallest : norm);  // a NaN stays one
+  const float divisor = norm < smallest ? smallest : norm, inverse = 1.0f / divisor;  // a NaN stays one
 
   const int64_t label = p.prototypes != nullptr ? p.labels[row % n_instances] : -1;
   const float* const target = label < 0 ? nullptr : p.prototypes + (label < p.n_classes ? label : p.n_classes - 1) * p.width;
@@ -175,7 +166,9 @@ __global__ void __launch_bounds__(kBlockThreads<kThreads>) prologue_kernel(const
     Pack<Out, kVec> rounded;
 #pragma unroll
     for (int v = 0; v < kVec; ++v) {
-      round_to(rounded.at[v], x[v] * inverse);
+      // The remainder makes the quotient that of a division, but for rare last bits: zhat of one column is 1 or -1.
+      const float quotient = x[v] * inverse;
+      round_to(rounded.at[v], fmaf(fmaf(-quotient, divisor, x[v]), inverse, quotient));
       const float unit = to_float(rounded.at[v]);
       terms += target != nullptr ? distance_term(p.distance, unit, c.at[v]) : 0.0f * unit;
     }
@@ -186,6 +179,7 @@ __global__ void __launch_bounds__(kBlockThreads<kThreads>) prologue_kernel(const
     p.norms[position] = norm * scale;
     p.distances[position] = target != nullptr ? distance_of_terms(p.distance, terms) : terms;
   }
+  if (p.n_finished != nullptr && blockIdx.x == 0 && threadIdx.x == 0) *p.n_finished = 0;
 }
 
 }  // namespace clop::cuda

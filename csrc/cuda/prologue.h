@@ -1,16 +1,9 @@
 // First launch of the CUDA loss: what host code needs to call it. Knows neither torch nor CUDA's headers.
 #pragma once
 
-#include <cstdint>
-
-struct CUstream_st;  // what cudaStream_t points to
+#include "loss.h"
 
 namespace clop::cuda {
-
-enum class Dtype { float32, float16, bfloat16 };
-
-// In the order of DISTANCES in clop_kernels/backends/contract.py.
-enum class Distance { cosine, euclidean, manhattan };
 
 // N rows, D wide; B = N / n_views instances; K prototypes. A position is an index into the rows as sorted by group. The
 // values of `order` are trusted; labels are cut to the prototypes that there are.
@@ -23,6 +16,7 @@ struct Prologue {
   void* zhat;                             // (N, D) compute_dtype, contiguous, by position
   float* norms;                           // (N,), by position, not clamped
   float* distances;                       // (N,), by position: 0 for a row without label, NaN for one that is not finite
+  unsigned* n_finished;                   // set to zero, for the launch that follows; or null
   int64_t n_rows, n_views, n_classes, width;
   Dtype dtype, compute_dtype;
   Distance distance;

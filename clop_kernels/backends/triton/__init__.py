@@ -24,6 +24,7 @@ from torch import Tensor
 
 from ...groups import label_groups
 from ..contract import Gradients, LossOptions, Needs, Residuals
+from ..positions import sorted_by_class, upstream_of, used_prototypes
 from . import launches, tiles
 
 CHECKS_VALUES = True
@@ -56,7 +57,9 @@ def forward(
     target = tiles.target_of(embeddings.device)
     scratch = launches.ForwardScratch.like(zhat, target)
     with tiles.device_guard(embeddings.device):
-        for launch in launches.forward(embeddings, labels, _used(prototypes, labels), options, loss, residuals, scratch, target):
+        for launch in launches.forward(
+            embeddings, labels, used_prototypes(prototypes, labels), options, loss, residuals, scratch, target
+        ):
             launch.run()
     return loss, residuals
 
@@ -73,7 +76,7 @@ def backward(
     """The upstream gradient, () or (N,), to the gradients of the raw embeddings, the temperature and the prototypes."""
     n_rows = embeddings.shape[0]
     target = tiles.target_of(embeddings.device)
-    used = _used(prototypes, labels)
+    used = used_prototypes(prototypes, labels)
     grad_embeddings = grad_temperature = grad_prototypes = None
     if n_rows == 0:
         grad_embeddings = torch.zeros_like(embeddings)
@@ -83,7 +86,7 @@ def backward(
     if n_rows == 0:
         return Gradients(grad_embeddings, grad_temperature, grad_prototypes)
 
-    upstream = _upstream(grad_loss, residuals, options)
+    upstream = upstream_of(grad_loss, residuals, options)
     with tiles.device_guard(embeddings.device):
         if needs.embeddings or needs.temperature:
             grad_embeddings = torch.empty_like(embeddings, memory_format=torch.contiguous_format)
@@ -95,36 +98,8 @@ def backward(
         if needs.prototypes and used is not None:
             assert labels is not None
             n_classes, width = used.shape
-            by_class, bounds = _sorted_by_class(labels, residuals.groups, options, n_classes)
+            by_class, bounds = sorted_by_class(labels, residuals.groups, options, n_classes)
             parts = embeddings.new_empty((launches.prototype_parts(n_classes, target), n_classes, width), dtype=torch.float32)
             launches.prototypes_backward(upstream, residuals, by_class, bounds, used, options, parts, target).run()
             grad_prototypes = parts.sum(0)
     return Gradients(grad_embeddings if needs.embeddings else None, grad_temperature, grad_prototypes)
-
-
-def _used(prototypes: Tensor | None, labels: Tensor | None) -> Tensor | None:
-    """The prototypes as kernels take them; None where no row has a label."""
-    return None if prototypes is None or labels is None else prototypes.contiguous()
-
-
-def _by_position(of_rows: Tensor, groups: Tensor, options: LossOptions) -> Tensor:
-    """(N,) by row of the user's tensor -> (N,) in the order of the groups."""
-    if options.positives == "label":
-        return of_rows.index_select(0, groups[0])
-    return of_rows.reshape(options.n_views, -1).T.reshape(-1)
-
-
-def _upstream(grad_loss: Tensor, residuals: Residuals, options: LossOptions) -> launches.Upstream:
-    """A scalar is the unit itself; of one gradient a row the largest is, so that no weight is beyond 1."""
-    grad_loss = grad_loss.to(torch.float32)
-    if options.reduction != "none":
-        return launches.Upstream(grad_loss, None)
-    by_position = _by_position(grad_loss, residuals.groups, options)
-    unit = by_position.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
-    return launches.Upstream(unit, by_position / unit)
-
-
-def _sorted_by_class(labels: Tensor, groups: Tensor, options: LossOptions, n_classes: int) -> tuple[Tensor, Tensor]:
-    """Positions sorted by label, (N,), and where each class begins and ends among them, (K + 1,)."""
-    key, by_class = torch.sort(_by_position(labels.repeat(options.n_views), groups, options), stable=True)
-    return by_class, torch.searchsorted(key, torch.arange(n_classes + 1, device=labels.device))

@@ -6,8 +6,6 @@ for GPUs that need not be there.
 
 from __future__ import annotations
 
-import ctypes
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -16,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..contract import LossOptions, Residuals
+from ..positions import Upstream, logit_scale
 from . import tiles
 from .device import LARGEST_UNSHIFTED_LOGIT
 from .finish import finish_kernel
@@ -29,7 +28,6 @@ from .wide import pair_kernel, product_kernel
 RANKED_INSTANCES = 4096
 """Up to so many labels the prologue orders the rows itself: B^2 comparisons, against the several launches of a sort."""
 
-_LOG2_E = math.log2(math.e)
 _F16_SCALE = 2.0**14  # M <= 2 and float16 ends at 65504
 
 
@@ -82,13 +80,6 @@ class BackwardScratch(NamedTuple):
         return BackwardScratch(
             zhat.new_empty((n_rows, width), dtype=torch.float32), zhat.new_empty(n_programs, dtype=torch.float32)
         )
-
-
-class Upstream(NamedTuple):
-    """The upstream gradient as the kernels take it: w_i = unit * weights[i], weights None where they are all 1."""
-
-    unit: Tensor  # () float32
-    weights: Tensor | None  # (N,) float32, by position
 
 
 def precision(dtype: torch.dtype, target: Target) -> str:
@@ -225,11 +216,8 @@ def _shared(
 ) -> dict[str, Any]:
     """The arguments that several kernels have in common, under the names that all of them use."""
     n_rows, width = residuals.normalized.shape
-    tau = options.temperature
-    if isinstance(tau, Tensor):
-        scale, path = 0.0, "device"
-    else:
-        scale, path = _LOG2_E / tau, "unshifted" if 1.0 / tau <= LARGEST_UNSHIFTED_LOGIT.value else "online"
+    scale, scale_rest = logit_scale(options.temperature)
+    path = _softmax_path(options.temperature)
     return {
         "zhat": residuals.normalized,
         "norms": residuals.norms,
@@ -240,9 +228,9 @@ def _shared(
         "counts": residuals.counts,
         "labels": labels,
         "prototypes": prototypes,
-        "temperature": tau if path == "device" else None,
-        "scale": _float32(scale),
-        "scale_rest": scale - _float32(scale),
+        "temperature": options.temperature if path == "device" else None,
+        "scale": scale,
+        "scale_rest": scale_rest,
         "prototype_weight": options.prototype_weight,
         "n_rows": n_rows,
         "n_instances": n_rows // options.n_views,
@@ -259,9 +247,10 @@ def _shared(
     }
 
 
-def _float32(value: float) -> float:
-    """Rounded to float32."""
-    return ctypes.c_float(value).value
+def _softmax_path(temperature: float | Tensor) -> str:
+    if isinstance(temperature, Tensor):
+        return "device"
+    return "unshifted" if 1.0 / temperature <= LARGEST_UNSHIFTED_LOGIT.value else "online"
 
 
 def _programs(n_rows: int, tile: Tile) -> int:

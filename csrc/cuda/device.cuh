@@ -1,0 +1,124 @@
+// The instructions that kernels are made of. On a GPU they are PTX for sm_80 and newer; where a C++ compiler that knows nothing
+// of CUDA compiles a kernel, tests/host/simt.h has the same functions, and runs the kernel on a CPU.
+#pragma once
+
+#ifndef __CUDACC__
+#include "simt.h"
+#else
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <cuda_runtime_api.h>
+
+#include <cassert>
+#include <cstdint>
+
+namespace clop::cuda {
+
+// What the launch gave the block.
+__device__ inline unsigned char* shared_memory() {
+  extern __shared__ __align__(128) unsigned char memory[];
+  return memory;
+}
+
+__device__ inline uint32_t shared_address(const void* pointer) { return static_cast<uint32_t>(__cvta_generic_to_shared(pointer)); }
+
+// 2^x to 2 ulp; 0 where that is not a normal number.
+__device__ inline float exp2_approx(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// Past L1, which does not see what other blocks write.
+__device__ inline float load_from_l2(const float* pointer) { return __ldcg(pointer); }
+
+#define device_assert(condition, message) assert((condition) && message)
+
+// To nearest, in the bits of a float.
+__device__ inline uint32_t round_to_tf32(float x) {
+  uint32_t y;
+  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+  return y;
+}
+
+// Two numbers rounded into one word, the first in its low half.
+__device__ inline uint32_t pack_bf16(float low, float high) {
+  uint32_t word;
+  asm("cvt.rn.bf16x2.f32 %0, %2, %1;" : "=r"(word) : "f"(low), "f"(high));
+  return word;
+}
+__device__ inline uint32_t pack_f16(float low, float high) {
+  uint32_t word;
+  asm("cvt.rn.f16x2.f32 %0, %2, %1;" : "=r"(word) : "f"(low), "f"(high));
+  return word;
+}
+
+// Begins to copy 16 bytes, of which what is past the first `bytes` is zero and not read. Both addresses are multiples of 16.
+__device__ inline void copy_async(void* shared, const void* global, int bytes) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes) : "memory");
+}
+
+// Ends a group of copies. Every thread must call it as often, with copies or without, for groups are counted.
+__device__ inline void commit_copies() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits for this thread's copies, but for those of its last kGroupsLeft groups; a barrier makes those of others visible.
+template <int kGroupsLeft>
+__device__ inline void wait_for_copies() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroupsLeft) : "memory");
+}
+
+// Four 8 x 8 matrices of 16-bit numbers, or 8 x 4 of 32-bit ones: lanes 8 m to 8 m + 7 name the rows of matrix m, 16 bytes each.
+// With g = lane / 4, t = lane % 4 a lane gets word t of row g of each.
+__device__ inline void load_matrices(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+// The same of 16-bit numbers, transposed: numbers g of rows 2 t and 2 t + 1.
+__device__ inline void load_matrices_transposed(uint32_t (&r)[4], const void* row) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
+               : "r"(shared_address(row))
+               : "memory");
+}
+
+#define CLOP_MMA(name, instruction)                                                                           \
+  __device__ inline void name(float(&c)[4], const uint32_t(&a)[4], uint32_t b0, uint32_t b1) {                \
+    asm(instruction " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                        \
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                      \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                                      \
+  }
+
+// c += a b for 16 x 8 numbers of c, and a depth of 16, or 8 of TF32. Layouts: see multiply() in tests/host/simt.cpp, or the PTX ISA.
+CLOP_MMA(mma_bf16, "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32")
+CLOP_MMA(mma_f16, "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32")
+CLOP_MMA(mma_tf32, "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32")
+#undef CLOP_MMA
+
+// Why a kernel has no code for the current device, or cudaSuccess.
+template <class Params>
+cudaError_t find(void (*kernel)(Params)) {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(kernel));
+}
+
+template <class Params>
+cudaError_t launch(void (*kernel)(Params), unsigned n_blocks, unsigned n_threads, size_t shared_bytes, cudaStream_t stream,
+                   const Params& params) {
+  const void* const function = reinterpret_cast<const void*>(kernel);
+  constexpr size_t kNeedsNoPermission = 48 * 1024;
+  if (shared_bytes > kNeedsNoPermission) {
+    const cudaError_t error =
+        cudaFuncSetAttribute(function, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes));
+    if (error != cudaSuccess) return error;
+  }
+  void* arguments[] = {const_cast<Params*>(&params)};
+  return cudaLaunchKernel(function, dim3(n_blocks), dim3(n_threads), arguments, shared_bytes, stream);
+}
+
+}  // namespace clop::cuda
+
+#endif

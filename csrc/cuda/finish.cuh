@@ -1,0 +1,99 @@
+// The O(N D) end of the backward pass: a row's sum over pairs becomes the gradient of the raw row.
+//
+//     dz_i = (g_i - (zhat_i . g_i) zhat_i) / |z_i|,    g_i = dL_contrastive/dzhat_i + w_i lambda dd(zhat_i, c)/dzhat_i
+//
+// and the temperature's gradient, which needs the same dot products: S is linear in 1/tau and in each of its two rows, so
+// dL/dtau = -1/(2 tau) sum_i zhat_i . dL_contrastive/dzhat_i.
+//
+// A warp takes a row, which is what holds it: registers (gradient.cuh). It has
+//     for_each(visit)       visit(column, g, zhat) for the numbers of this lane, g to be changed
+//     sum(x)                over the lanes
+#pragma once
+
+#include "pairs.cuh"
+
+namespace clop::cuda {
+
+constexpr float kLargestFloat16 = 65504.0f;
+
+// float16 ends at 6e-8 and 65504, and M is at most 2.
+__device__ inline float scale_of_m(Dtype compute_dtype) { return compute_dtype == Dtype::float16 ? 16384.0f : 1.0f; }
+
+// d distance / d zhat in one column, for the distance that is not linear in it.
+__device__ inline float manhattan_gradient(float unit, float target) {
+  const float offset = unit - target;
+  return offset > 0.0f ? 1.0f : offset < 0.0f ? -1.0f : offset;
+}
+
+template <class T, class Row>
+__device__ void store_row(void* to, int64_t offset, Row& row) {
+  row.for_each([&](int column, float& g, float) { round_to(static_cast<T*>(to)[offset + column], g); });
+}
+
+// Stores the row's gradient, and returns its share of the temperature's.
+template <class Row>
+__device__ float finish_row(const Backward& p, const Scale& scale, int position, Row& row) {
+  const float inverse_temperature = (scale.value + scale.rest) * kLn2, upstream = *p.upstream;
+  float of_contrastive = upstream * inverse_temperature / scale_of_m(p.compute_dtype), pull = upstream * p.prototype_weight;
+  if (p.reduction == Reduction::mean) {
+    of_contrastive /= fmaxf(p.counts[0], 1.0f);
+    pull /= fmaxf(p.counts[1], 1.0f);
+  }
+  float dot = 0.0f;
+  row.for_each([&](int, float& g, float zhat) {
+    g *= of_contrastive;
+    dot += g * zhat;
+  });
+  dot = row.sum(dot);
+  const float share = -0.5f * inverse_temperature * dot;
+
+  const int64_t row_index = row_of(p, position);
+  const int64_t label = p.prototypes != nullptr ? p.labels[row_index % (p.n_rows / p.n_views)] : -1;
+  if (label >= 0) {
+    const float* const target = p.prototypes + (label < p.n_classes ? label : p.n_classes - 1) * p.width;
+    if (p.weights != nullptr) pull *= p.weights[position];
+    if (p.distance == Distance::manhattan) {
+      row.for_each([&](int column, float& g, float zhat) { g += pull * manhattan_gradient(zhat, target[column]); });
+    } else {  // of the others the gradient is of_unit zhat - of_target c
+      float of_unit = 0.0f, of_target = pull;
+      if (p.distance == Distance::euclidean) {
+        float length = 0.0f;
+        row.for_each([&](int column, float&, float zhat) { length += (zhat - target[column]) * (zhat - target[column]); });
+        length = sqrtf(row.sum(length));
+        of_unit = of_target = length == 0.0f ? 0.0f : pull / length;  // zero where a row lies on its prototype
+      }
+      row.for_each([&](int column, float& g, float zhat) { g += of_unit * zhat - of_target * target[column]; });
+    }
+  }
+
+  // zhat = z / max(|z|, kEps): the norm takes the radial part out of the gradient, where it is not below kEps.
+  const float norm = p.norms[position];
+  const bool is_tiny = norm < kEps;
+  float radial = 0.0f;
+  row.for_each([&](int, float& g, float zhat) { radial += g * zhat; });
+  radial = row.sum(radial);
+  radial = is_tiny ? 0.0f : radial;
+  // 1 / kEps is beyond float16. A row of zeros gets the largest gradient there is, not an infinity that would cost every step; any
+  // other row's overflow stays infinite, for a gradient scaler to see.
+  const float inverse = 1.0f / (is_tiny ? kEps : norm);
+  const float largest = is_tiny && p.dtype == Dtype::float16 ? kLargestFloat16 : __int_as_float(0x7f800000);
+  row.for_each([&](int, float& g, float zhat) {
+    g = (g - radial * zhat) * inverse;
+    g = g > largest ? largest : g < -largest ? -largest : g;
+  });
+  const int64_t offset = row_index * p.width;
+  switch (p.dtype) {
+    case Dtype::float32:
+      store_row<float>(p.grad_z, offset, row);
+      break;
+    case Dtype::float16:
+      store_row<__half>(p.grad_z, offset, row);
+      break;
+    case Dtype::bfloat16:
+      store_row<__nv_bfloat16>(p.grad_z, offset, row);
+      break;
+  }
+  return share;
+}
+
+}  // namespace clop::cuda

@@ -1,0 +1,225 @@
+// Last launch of the backward pass: the gradient of the raw rows, and of the temperature.
+//
+// With e_ij = 2^(S_ij - shift), w_i the upstream gradient of row i's term, a_i = w_i / total_i and n_i its number of positives,
+//
+//     dL/dzhat_i = 1/tau sum_{j != i} M_ij zhat_j        M_ij = e_ij (a_i + a_j)                      j not a positive
+//                                                        M_ij = e_ij (b_i + b_j) - (c_i + c_j)        j a positive of i
+//     n_i > 1:  b_i = a_i,  c_i = w_i / n_i              n_i = 1:  b_i = 0,  c_i = w_i negative_i / total_i
+//
+// which for n_i = 1 is the same number, found without a subtraction. M is symmetric and needs no sum over other rows: a block that
+// owns rows i makes their whole gradient. No atomics on it, the same bits from run to run.
+//
+// Tile picture: pairs.cuh. It is attention with K = V = zhat; one column tile k in shared memory serves both products, and S turns
+// into the A operand of the second where it is, in registers:
+//
+//     S = q k^T  ->  M, rounded to the operands' type  ->  G += M k   (kRows, D) floats in registers, 64 to 128 a thread
+//
+// then warps take whole rows of G, by way of shared memory, and finish.cuh makes of each the gradient of the raw row.
+//
+// Units. w_i is 1 for an anchor, or the upstream gradient over its largest, so that M <= 2 whatever the loss is scaled by.
+//
+// Flops 4 N^2 D, exponentials N^2 (twice that for tau < 0.026). A pair costs a multiply-add, ex2, add, multiply and half a
+// conversion besides. Bytes: zhat once a block from L2, N^2 D itemsize / kRows, 256 flops a byte at 16 bits; device memory O(N D).
+// Predicted for H200, 16 bits, N = 65536: D = 128, 2.2 Tflop at the 620 Tflop/s that mma.sync reaches are 3.5 ms, D = 256 7.1 ms;
+// exponentials 1.1 ms of another unit. With the forward pass 5.3 and 10.6 ms: 63% of wgmma's 990 Tflop/s at best. Not measured.
+#pragma once
+
+#include "finish.cuh"
+
+namespace clop::cuda {
+
+// First launch of the backward pass: a, shift, b, c and the group by position; zero past the end.
+// Addresses are made where they are needed: six pointers would be twelve registers.
+struct Coefficients {
+  const Backward& p;
+
+  __device__ float& a(int position) const { return p.coefficients[position]; }
+  __device__ float& shift(int position) const { return p.coefficients[p.n_padded + position]; }
+  __device__ float& b(int position) const { return p.coefficients[2 * p.n_padded + position]; }
+  __device__ float& c(int position) const { return p.coefficients[3 * p.n_padded + position]; }
+  __device__ int& start(int position) const { return reinterpret_cast<int*>(p.coefficients)[4 * p.n_padded + position]; }
+  __device__ int& end(int position) const { return reinterpret_cast<int*>(p.coefficients)[5 * p.n_padded + position]; }
+};
+
+constexpr int kCoefficientThreads = 128;
+
+__global__ void __launch_bounds__(kCoefficientThreads) coefficients_kernel(const Backward p) {
+  const int position = int(blockIdx.x) * kCoefficientThreads + int(threadIdx.x);
+  const Coefficients to{p};
+  const Group group = group_of(p, position);
+  const int n_positives = group.end - group.start - 1;
+  float a = 0.0f, shift = 0.0f, b = 0.0f, c = 0.0f;
+  if (position < p.n_rows) {
+    const float w = (p.weights != nullptr ? p.weights[position] : 1.0f) * scale_of_m(p.compute_dtype);
+    a = w / p.total[position];
+    shift = p.shift[position];
+    b = n_positives == 1 ? 0.0f : a;
+    c = n_positives == 1 ? a * p.negative[position] : n_positives > 1 ? w / float(n_positives) : 0.0f;
+  }
+  to.a(position) = a;
+  to.shift(position) = shift;
+  to.b(position) = b;
+  to.c(position) = c;
+  to.start(position) = group.start;
+  to.end(position) = group.end;
+  if (position == 0) *p.n_finished = 0;
+}
+
+// Tile of S -> tile of M, in place.
+template <class S>
+__device__ void weigh_tile(const Coefficients& of, const Scale& scale, bool is_fixed, bool is_near,
+                           int first_column, const float* a_columns, const float* shift_columns, const Place<S>& place,
+                           float (&s)[S::kRowTiles][S::kTiles][4]) {
+  using Product = typename S::Product;
+#pragma unroll
+  for (int r = 0; r < S::kRowTiles; ++r)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      const int position = place.first_row + place.row(r, h);
+      const float a = of.a(position), shift = is_fixed ? scale.value : of.shift(position);
+      if (!is_near && is_fixed) {
+#pragma unroll
+        for (int n = 0; n < S::kTiles; ++n)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            float& m = s[r][n][2 * h + e];
+            m = exp2_approx(scale.apply<Product>(m, shift)) * (a + a_columns[place.column(n, e)]);
+          }
+        continue;
+      }
+      if (!is_near) {
+#pragma unroll
+        for (int n = 0; n < S::kTiles; ++n)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            float& m = s[r][n][2 * h + e];
+            const int column = place.column(n, e);
+            m = exp2_approx(scale.apply<Product>(m, shift)) * a +
+                exp2_approx(scale.apply<Product>(m, shift_columns[column])) * a_columns[column];
+          }
+        continue;
+      }
+      const int start = of.start(position), end = of.end(position);
+      const float b = of.b(position), c = of.c(position);
+#pragma unroll
+      for (int n = 0; n < S::kTiles; ++n)
+#pragma unroll
+        for (int e = 0; e < 2; ++e) {
+          float& m = s[r][n][2 * h + e];
+          const int column = first_column + place.column(n, e);
+          const bool is_positive = column >= start && column < end;
+          const float shift_column = is_fixed ? scale.value : of.shift(column);
+          const float of_row = exp2_approx(scale.apply<Product>(m, shift)), of_column = exp2_approx(scale.apply<Product>(m, shift_column));
+          const float row = is_positive ? b : a, other = is_positive ? of.b(column) : of.a(column);
+          m = of_row * row + of_column * other - (is_positive ? c + of.c(column) : 0.0f);
+          if (column == position || column >= of.p.n_rows) m = 0.0f;
+        }
+    }
+}
+
+// A row of G in the registers of a warp, column lane + 32 k in g[k], with its zhat.
+template <int kWidth>
+struct WarpRow {
+  float g[kWidth / 32], zhat[kWidth / 32];
+  int lane, width;
+
+  template <class Visit>
+  __device__ void for_each(Visit&& visit) {
+#pragma unroll
+    for (int k = 0; k < kWidth / 32; ++k)
+      if (lane + 32 * k < width) visit(lane + 32 * k, g[k], zhat[k]);
+  }
+  __device__ float sum(float x) const { return sum_of_warp(x); }
+};
+
+template <class S>
+__global__ void __launch_bounds__(S::kThreads, 1) gradient_kernel(const Backward p) {
+  using Product = typename S::Product;
+  constexpr bool kHold = false;
+  constexpr int kWidthTiles = S::kWidth / 8, kResultTiles = Product::kResultTiles;
+  const Place<S> place;
+  const Memory<S> memory;
+  const Scale scale(p);
+  const bool is_fixed = scale.is_fixed();
+  const int last_row = min(place.first_row + S::kRows, int(p.n_rows)) - 1;
+  const Coefficients of{p};
+
+  float gradient[S::kRowTiles][kWidthTiles][4] = {};
+  walk<S, kHold>(p, p.zhat, p.coefficients, is_fixed ? 1 : 2, p.n_padded, place, [&](int first_column, int stage, auto& s) {
+    const int end = first_column + S::kColumns;
+    const bool is_near = (first_column < of.end(last_row) && end > of.start(place.first_row)) || end > p.n_rows;
+    weigh_tile<S>(of, scale, is_fixed, is_near, first_column, memory.numbers(stage, 0), memory.numbers(stage, 1), place, s);
+#pragma unroll
+    for (int n = 0; n < S::kTiles; n += kResultTiles) {
+      typename Product::A a[S::kRowTiles];
+#pragma unroll
+      for (int r = 0; r < S::kRowTiles; ++r) a[r] = Product::a_of_result(&s[r][n]);
+#pragma unroll
+      for (int d = 0; d < kWidthTiles; d += 2) {
+        typename Product::B b[2];
+        Product::load_transposed(b, memory.columns(stage), place.column(n, 0) - 2 * place.t, 8 * d, place.lane);
+#pragma unroll
+        for (int r = 0; r < S::kRowTiles; ++r) {
+          Product::multiply(gradient[r][d], a[r], b[0]);
+          Product::multiply(gradient[r][d + 1], a[r], b[1]);
+        }
+      }
+    }
+  });
+
+  // The fragments leave registers by way of the memory where the columns were, as many rows of 16 at a time as it holds of all
+  // warps, and warps take whole rows, the sum of the column warps' parts. Numbers are swizzled as chunks are.
+  constexpr int kPartBytes = S::kColumnWarps * S::kRowWarps * S::kWidth * int(sizeof(float));
+  constexpr int kPartRows = S::kStages * S::kColumnBytes >= 16 * kPartBytes  ? 16
+                            : S::kStages * S::kColumnBytes >= 8 * kPartBytes ? 8
+                                                                             : 4;
+  static_assert(S::kStages * S::kColumnBytes >= kPartRows * kPartBytes, "four rows of every warp fit where the columns were");
+  float* const parts = memory.scratch();
+  const auto part = [&](int column_warp, int row_warp, int row, int column) -> float& {
+    return parts[((column_warp * S::kRowWarps + row_warp) * kPartRows + row) * S::kWidth + (column ^ (row % 4 * 8))];
+  };
+  float share = 0.0f;
+#pragma unroll
+  for (int r = 0; r < S::kRowTiles; ++r)
+#pragma unroll
+    for (int first = 0; first < 16; first += kPartRows) {
+#pragma unroll
+      for (int h = 0; h < 2; ++h) {
+        const int row = 8 * h + place.g - first;
+        if (row < 0 || row >= kPartRows) continue;
+#pragma unroll
+        for (int n = 0; n < kWidthTiles; ++n) {
+          float* const to = &part(place.column_warp, place.row_warp, row, 8 * n + 2 * place.t);
+          to[0] = gradient[r][n][2 * h];
+          to[1] = gradient[r][n][2 * h + 1];
+        }
+      }
+      __syncthreads();
+#pragma unroll 1
+      for (int index = threadIdx.x / 32; index < S::kRowWarps * kPartRows; index += S::kThreads / 32) {
+        const int row_warp = index / kPartRows, row = index % kPartRows, of_block = (row_warp * S::kRowTiles + r) * 16 + first + row;
+        if (place.first_row + of_block >= p.n_rows) continue;
+        WarpRow<S::kWidth> of_warp{{}, {}, place.lane, int(p.width)};
+#pragma unroll
+        for (int k = 0; k < S::kWidth / 32; ++k) {
+          const int column = place.lane + 32 * k;
+          of_warp.zhat[k] = to_float(*memory.rows().template at<typename S::Element>(of_block, column));
+#pragma unroll
+          for (int warp = 0; warp < S::kColumnWarps; ++warp) of_warp.g[k] += part(warp, row_warp, row, column);
+        }
+        share += finish_row(p, scale, place.first_row + of_block, of_warp);
+      }
+      __syncthreads();
+    }
+  if (p.grad_temperature == nullptr) return;
+  float* const scratch = memory.scratch();
+  share = sum_of_block<S::kThreads>(place.lane == 0 ? share : 0.0f, scratch);
+  if (threadIdx.x == 0) p.partial_sums[blockIdx.x] = share;
+  if (!is_last_block(p.n_finished, scratch + 32)) return;
+  float sum = 0.0f;
+  for (unsigned block = threadIdx.x; block < gridDim.x; block += S::kThreads) sum += load_from_l2(p.partial_sums + block);
+  sum = sum_of_block<S::kThreads>(sum, scratch);
+  if (threadIdx.x == 0) *p.grad_temperature = sum;
+}
+
+}  // namespace clop::cuda

@@ -1,0 +1,99 @@
+// The launches of the two passes: which kernels, on how many blocks, in which shape.
+
+#include "gradient.cuh"
+#include "prologue.h"
+#include "prototype_gradient.cuh"
+#include "softmax.cuh"
+
+namespace clop::cuda {
+namespace {
+
+constexpr int64_t kTallRows = 128, kShortRows = 16;
+
+// Blocks of few rows where there are not enough rows to give three quarters of the processors a tall block.
+bool is_short(int64_t n_rows, int64_t n_processors) { return 4 * ((n_rows + kTallRows - 1) / kTallRows) < 3 * n_processors; }
+
+template <class S>
+struct Tag {
+  using Shape = S;
+};
+
+// Calls visit(Tag<Shape>) for the shape that the rows ask for.
+template <class Product, int kWidth, class Visit>
+cudaError_t with_shape(bool is_short, Visit&& visit) {
+  static_assert(Tall<Product, kWidth>::kRows == kTallRows && Short<Product, kWidth>::kRows == kShortRows, "heights");
+  return is_short ? visit(Tag<Short<Product, kWidth>>()) : visit(Tag<Tall<Product, kWidth>>());
+}
+
+template <class Visit>
+cudaError_t with_shape(const Loss& p, bool is_short, Visit&& visit) {
+  switch (p.compute_dtype) {
+    case Dtype::bfloat16:
+      if (p.width <= 64) return with_shape<Bf16, 64>(is_short, visit);
+      if (p.width <= 128) return with_shape<Bf16, 128>(is_short, visit);
+      return with_shape<Bf16, 256>(is_short, visit);
+    case Dtype::float16:
+      if (p.width <= 64) return with_shape<F16, 64>(is_short, visit);
+      if (p.width <= 128) return with_shape<F16, 128>(is_short, visit);
+      return with_shape<F16, 256>(is_short, visit);
+    case Dtype::float32:
+      if (p.is_tf32) return p.width <= 64 ? with_shape<Tf32<1>, 64>(is_short, visit) : with_shape<Tf32<1>, 128>(is_short, visit);
+      return p.width <= 64 ? with_shape<Tf32<2>, 64>(is_short, visit) : with_shape<Tf32<2>, 128>(is_short, visit);
+  }
+  return cudaErrorInvalidValue;
+}
+
+bool is_valid(const Loss& p) {
+  constexpr int64_t kLargestInt = 0x7fffffff;  // positions are int32 in `groups`
+  return p.n_rows > 0 && p.n_rows <= kLargestInt - kTallRows && p.width > 0 && !is_wide(p.width, p.compute_dtype) && p.n_views > 0 &&
+         p.n_views <= kLargestInt && p.n_rows % p.n_views == 0 && (p.prototypes == nullptr || (p.labels != nullptr && p.n_classes > 0));
+}
+
+}  // namespace
+
+int64_t n_blocks_of(int64_t n_rows, int64_t n_processors) {
+  const int64_t rows = is_short(n_rows, n_processors) ? kShortRows : kTallRows;
+  return (n_rows + rows - 1) / rows;
+}
+
+int forward(const Forward& p, int64_t n_processors, CUstream_st* stream) {
+  if (!is_valid(p)) return cudaErrorInvalidValue;
+  const Prologue prologue = {p.embeddings, p.stride_z_row, p.stride_z_column, p.groups,       p.labels,     p.prototypes,
+                             p.zhat,       p.norms,        p.distances,       p.n_finished,   p.n_rows,     p.n_views,
+                             p.n_classes,  p.width,        p.dtype,           p.compute_dtype, p.distance};
+  if (const int error = launch_prologue(prologue, stream); error != cudaSuccess) return error;
+  return with_shape(p, is_short(p.n_rows, n_processors), [&](auto tag) {
+    using S = typename decltype(tag)::Shape;
+    return launch(softmax_kernel<S>, unsigned(n_blocks_of(p.n_rows, n_processors)), S::kThreads, S::kSharedBytes, stream, p);
+  });
+}
+
+int backward(const Backward& p, int64_t n_processors, CUstream_st* stream) {
+  if (!is_valid(p) || p.n_padded != padded_rows(p.n_rows)) return cudaErrorInvalidValue;
+  const auto n_coefficient_blocks = unsigned(p.n_padded / kCoefficientThreads);
+  if (const cudaError_t error = launch(coefficients_kernel, n_coefficient_blocks, kCoefficientThreads, 0, stream, p); error != cudaSuccess)
+    return error;
+  return with_shape(p, is_short(p.n_rows, n_processors), [&](auto tag) {
+    using S = typename decltype(tag)::Shape;
+    return launch(gradient_kernel<S>, unsigned(n_blocks_of(p.n_rows, n_processors)), S::kThreads, S::kSharedBytes, stream, p);
+  });
+}
+
+int prototype_gradient(const PrototypeGradient& p, CUstream_st* stream) {
+  const int64_t n_blocks = (p.width + kPrototypeThreads - 1) / kPrototypeThreads * p.n_classes * p.n_parts;
+  if (p.prototypes == nullptr || p.n_parts < 1 || n_blocks > 0x7fffffff) return cudaErrorInvalidValue;
+  const auto run = [&](auto kernel) {
+    return launch(kernel, unsigned(n_blocks), kPrototypeThreads, kRowsAtOnce * sizeof(float), stream, p);
+  };
+  switch (p.compute_dtype) {
+    case Dtype::float32:
+      return run(prototype_kernel<float>);
+    case Dtype::float16:
+      return run(prototype_kernel<__half>);
+    case Dtype::bfloat16:
+      return run(prototype_kernel<__nv_bfloat16>);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace clop::cuda

@@ -1,0 +1,89 @@
+// What the two passes of the CUDA loss are given, for code that knows neither torch nor CUDA's headers.
+//
+// Tensors come as pointers to the memory of one GPU, contiguous where nothing else is said. N rows, D wide; B = N / n_views
+// instances; K prototypes. A position is an index into the rows as sorted by group; see clop_kernels/groups.py.
+#pragma once
+
+#include <cstdint>
+
+struct CUstream_st;  // what cudaStream_t points to
+
+namespace clop::cuda {
+
+enum class Dtype { float32, float16, bfloat16 };
+
+// In the order of DISTANCES and REDUCTIONS in clop_kernels/backends/contract.py.
+enum class Distance { cosine, euclidean, manhattan };
+enum class Reduction { mean, sum, none };
+
+struct Loss {
+  int64_t n_rows, width, n_views, n_classes;
+  Dtype dtype;                // of the embeddings and of their gradient
+  Dtype compute_dtype;        // what the rows zhat are rounded to
+  bool is_tf32;               // float32 zhat: products of operands rounded to TF32, else as accurate as float32's
+  const int32_t* groups;      // (3, N): order, starts, ends. Null: the views of an instance are a group
+  const int64_t* labels;      // (B,), or null
+  const float* prototypes;    // (K, D), or null
+  const float* temperature;   // (), or null: scale and scale_rest hold log2(e) / temperature, as the sum of two floats
+  float scale, scale_rest;
+  float prototype_weight;
+  Distance distance;
+  Reduction reduction;
+};
+
+struct Forward : Loss {
+  const void* embeddings;                 // (N, D) dtype; row v * B + b is view v of instance b
+  int64_t stride_z_row, stride_z_column;  // in elements
+  // Results; Residuals in clop_kernels/backends/contract.py says what they are. By position, but for `loss`.
+  float* loss;  // (), or with Reduction::none (N,), by row
+  void* zhat;   // (N, D) compute_dtype
+  float *norms, *shift, *total, *negative;  // (N,); total is infinite for a row without positives
+  float* counts;                            // (2,)
+  // Scratch.
+  float* distances;      // (N,)
+  float* partial_sums;   // (kPartialSums, n_blocks)
+  unsigned* n_finished;  // (1,), blocks of the pass over pairs that are done
+};
+
+constexpr int kPartialSums = 5;  // of contrastive terms, of distances, and how many anchors, labelled rows, labels without prototype
+
+struct Backward : Loss {
+  const float* upstream;  // (), the gradient of the loss; with Reduction::none the unit that `weights` are in
+  const float* weights;   // (N,) by position, at most 1, or null: 1 each
+  const void* zhat;       // as Forward left them
+  const float *norms, *shift, *total, *negative, *counts;
+  // Results.
+  void* grad_z;             // (N, D) dtype, by row
+  float* grad_temperature;  // (), or null
+  // Scratch.
+  float* coefficients;    // (6, n_padded): Coefficients in gradient.cuh
+  int64_t n_padded;       // padded_rows(N)
+  float* partial_sums;    // (n_blocks,)
+  unsigned* n_finished;   // (1,), written by coefficients_kernel first
+};
+
+struct PrototypeGradient : Loss {
+  const float *upstream, *weights;  // as in Backward
+  const void* zhat;                 // as Forward left it, and counts
+  const float* counts;
+  const int64_t* by_class;   // (N,), positions sorted by label
+  const int64_t* bounds;     // (K + 1,): class k is by_class[bounds[k]:bounds[k + 1]]
+  int64_t n_parts;
+  float* partial_gradients;  // (n_parts, K, D), the result as so many summands
+};
+
+// Rows of the coefficients: whole tiles.
+constexpr int64_t padded_rows(int64_t n_rows) { return (n_rows + 127) / 128 * 128; }
+
+// Whether the rows are too wide for the passes over pairs: more than stay on chip as operands of both products.
+constexpr bool is_wide(int64_t width, Dtype compute_dtype) { return width > (compute_dtype == Dtype::float32 ? 128 : 256); }
+
+// How many blocks a pass over pairs takes on a GPU with so many processors.
+int64_t n_blocks_of(int64_t n_rows, int64_t n_processors);
+
+// Launch a pass. They return a cudaError_t: 0, or why a kernel could not be launched.
+int forward(const Forward& pass, int64_t n_processors, CUstream_st* stream);
+int backward(const Backward& pass, int64_t n_processors, CUstream_st* stream);
+int prototype_gradient(const PrototypeGradient& pass, CUstream_st* stream);
+
+}  // namespace clop::cuda

@@ -1,0 +1,18 @@
+// Numbers in memory, of any dtype, and as floats.
+#pragma once
+
+#include "device.cuh"
+
+namespace clop::cuda {
+
+constexpr float kEps = 1e-12f;  // the smallest norm that a row is divided by; as in clop_kernels/reference.py
+
+__device__ inline float to_float(float x) { return x; }
+__device__ inline float to_float(__half x) { return __half2float(x); }
+__device__ inline float to_float(__nv_bfloat16 x) { return __bfloat162float(x); }
+
+__device__ inline void round_to(float& rounded, float x) { rounded = x; }
+__device__ inline void round_to(__half& rounded, float x) { rounded = __float2half_rn(x); }
+__device__ inline void round_to(__nv_bfloat16& rounded, float x) { rounded = __float2bfloat16_rn(x); }
+
+}  // namespace clop::cuda

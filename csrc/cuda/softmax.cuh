@@ -1,0 +1,209 @@
+// Second launch of the forward pass: the softmax statistics of every row of S, its term of the loss, and the loss.
+//
+// Tile picture: pairs.cuh. Of each row a thread keeps four numbers, over the columns it sees, a quarter of a tile's:
+//
+//     negative_i = sum_j 2^(S_ij - shift_i)       over pairs that are not positives
+//     positive_i, positive_logits_i               over positives: the same sum, and that of S_ip - log2(e) / tau, which is small where
+//                                                 they dominate, and keeps digits that S_ip has no room for
+//     shift_i                                     log2(e) / tau while tau >= 0.026, else the largest S_ij so far
+//
+// Positives are summed apart, from the very products that all other pairs have, because near-duplicate views need
+// log(1 + negative / positive) to the last digit; sums of zhat over a group would not do (clop_kernels/backends/tiled.py).
+//
+// Flops 2 N^2 D, exponentials N^2. A pair costs one multiply-add, one ex2 and one add besides. Bytes: each block reads zhat once,
+// from L2: N^2 D itemsize / kRows, 128 flops a byte at 16 bits. From shared memory each column tile is read once a row warp:
+// 32 rows a warp take 64 multiply-adds for each 2 bytes, half of what shared memory can give at the full rate of sm_80's units.
+// Predicted for H200, N = 65536, D = 128, 16 bits: 1.1 Tflop at the 620 Tflop/s that mma.sync reaches of wgmma's 990 are 1.8 ms;
+// 4.3e9 exponentials at 16 a cycle and processor, 132 processors, 1.8 GHz, are 1.1 ms of another unit. Not measured.
+//
+// The last block to finish adds the blocks' partial sums, in their order, to the loss: no launch of its own, and the same bits
+// from run to run.
+#pragma once
+
+#include "pairs.cuh"
+
+namespace clop::cuda {
+
+struct RowSums {
+  float shift, negative, positive, positive_logits;
+};
+
+__device__ inline RowSums merge(const RowSums& x, const RowSums& y) {
+  const float shift = fmaxf(x.shift, y.shift);
+  const float of_x = exp2_approx(x.shift - shift), of_y = exp2_approx(y.shift - shift);
+  return {shift, x.negative * of_x + y.negative * of_y, x.positive * of_x + y.positive * of_y,
+          x.positive_logits + y.positive_logits};
+}
+
+// log(1 + x) for -1/2 <= x <= 1 to the last digits of float, near 0 too: 2 artanh(r), r = x / (2 + x), |r| <= 1/3; the first term
+// left out is below r^18 / 19 = 1.4e-10 of the sum.
+__device__ inline float log1p_series(float x) {
+  const float r = x / (2.0f + x), square = r * r;
+  float series = square * (1.0f / 17) + 1.0f / 15;
+  series = series * square + 1.0f / 13;
+  series = series * square + 1.0f / 11;
+  series = series * square + 1.0f / 9;
+  series = series * square + 1.0f / 7;
+  series = series * square + 1.0f / 5;
+  series = series * square + 1.0f / 3;
+  return 2.0f * (r + r * square * series);
+}
+
+// lse_i - mean_p s_ip in a form that cancels only what the rounding of the inputs has left.
+__device__ inline float contrastive_term(const RowSums& row, int n_positives, const Scale& scale) {
+  if (n_positives == 1 && row.negative < row.positive) return log1p_series(row.negative / row.positive);
+  const float total = row.negative + row.positive;
+  if (!(total < __int_as_float(0x7f800000))) return total;  // the bits of a NaN or an infinity are not a number's
+  // log2(total) = exponent + log2(mantissa), mantissa in [1/2, 1): the large parts are subtracted first.
+  const int bits = __float_as_int(total);
+  const float exponent = float((bits >> 23) - 126), mantissa = __int_as_float((bits & 0x7fffff) | 0x3f000000);
+  const float mean_positive = row.positive_logits / float(n_positives);
+  return ((row.shift - scale.value) + exponent - mean_positive) * kLn2 + log1p_series(mantissa - 1.0f);
+}
+
+// Adds one tile of S to the sums of the thread's rows.
+template <class S>
+__device__ void add_tile(const Loss& p, const Scale& scale, bool is_fixed, bool is_near, int first_column,
+                         const Place<S>& place, const float (&s)[S::kRowTiles][S::kTiles][4], RowSums (&sums)[S::kRowTiles][2]) {
+  using Product = typename S::Product;
+#pragma unroll
+  for (int r = 0; r < S::kRowTiles; ++r)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      RowSums& row = sums[r][h];
+      const int position = place.first_row + place.row(r, h);
+      const Group group = is_near ? group_of(p, position) : Group{0, 0};
+      const auto is_pair = [&](int n, int e) {
+        const int column = first_column + place.column(n, e);
+        return !is_near || (column != position && column < p.n_rows);
+      };
+      if (!is_fixed) {
+        float largest = row.shift;
+#pragma unroll
+        for (int n = 0; n < S::kTiles; ++n)
+#pragma unroll
+          for (int e = 0; e < 2; ++e)
+            if (is_pair(n, e)) largest = fmaxf(largest, scale.apply<Product>(s[r][n][2 * h + e], 0.0f));
+        row = merge(row, {largest, 0.0f, 0.0f, 0.0f});
+      }
+      float of_tile = 0.0f;  // apart, so that a million columns are not a million roundings
+      if (!is_near) {
+#pragma unroll
+        for (int n = 0; n < S::kTiles; ++n)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) of_tile += exp2_approx(scale.apply<Product>(s[r][n][2 * h + e], row.shift));
+      } else {
+#pragma unroll
+        for (int n = 0; n < S::kTiles; ++n)
+#pragma unroll
+          for (int e = 0; e < 2; ++e) {
+            const int column = first_column + place.column(n, e);
+            const float power = is_pair(n, e) ? exp2_approx(scale.apply<Product>(s[r][n][2 * h + e], row.shift)) : 0.0f;
+            const bool is_positive = column >= group.start && column < group.end && column != position;
+            row.positive += is_positive ? power : 0.0f;
+            row.positive_logits += is_positive ? scale.apply<Product>(s[r][n][2 * h + e], scale.value) : 0.0f;
+            of_tile += is_positive ? 0.0f : power;
+          }
+      }
+      row.negative += of_tile;
+    }
+}
+
+// The blocks' partial sums to the loss; the last block calls it.
+template <int kThreads>
+__device__ void finish_loss(const Forward& p, float* scratch) {
+  float sums[kPartialSums];
+#pragma unroll
+  for (int k = 0; k < kPartialSums; ++k) {
+    float part = 0.0f;
+    for (unsigned block = threadIdx.x; block < gridDim.x; block += kThreads)
+      part += load_from_l2(p.partial_sums + int64_t(k) * gridDim.x + block);
+    sums[k] = sum_of_block<kThreads>(part, scratch);
+  }
+  if (threadIdx.x != 0) return;
+  const float n_anchors = sums[2], n_labelled = sums[3];
+  p.counts[0] = n_anchors;
+  p.counts[1] = n_labelled;
+  device_assert(sums[4] == 0.0f, "clop_kernels: labels holds a value below -1 or without a prototype");
+  if (p.temperature != nullptr)
+    device_assert(*p.temperature > 0.0f && *p.temperature < __int_as_float(0x7f800000),
+                  "clop_kernels: temperature is not a positive finite number");
+  if (p.reduction == Reduction::none) return;
+  const bool is_mean = p.reduction == Reduction::mean;
+  const float contrastive = sums[0] / (is_mean ? fmaxf(n_anchors, 1.0f) : 1.0f);
+  const float distance = sums[1] / (is_mean ? fmaxf(n_labelled, 1.0f) : 1.0f);
+  *p.loss = contrastive + p.prototype_weight * distance;
+}
+
+template <class S>
+__global__ void __launch_bounds__(S::kThreads, 1) softmax_kernel(const Forward p) {
+  constexpr bool kHold = S::kRowTiles * S::kSteps <= 16;  // at most 64 registers, of one-part operands
+  const Place<S> place;
+  const Scale scale(p);
+  const bool is_fixed = scale.is_fixed();
+  const Group near = near_columns(p, place);
+
+  RowSums sums[S::kRowTiles][2];
+#pragma unroll
+  for (int r = 0; r < S::kRowTiles; ++r)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) sums[r][h] = {is_fixed ? scale.value : kLeastShift, 0.0f, 0.0f, 0.0f};
+  walk<S, kHold>(p, p.zhat, nullptr, 0, 0, place, [&](int first_column, int, const auto& s) {
+    const int end = first_column + S::kColumns;
+    const bool is_near = (first_column < near.end && end > near.start) || end > p.n_rows;
+    add_tile<S>(p, scale, is_fixed, is_near, first_column, place, s, sums);
+  });
+
+  // The threads that share a row: four lanes, and the column warps.
+  const Memory<S> memory;
+  auto* const of_warps = reinterpret_cast<RowSums*>(memory.scratch());  // (kColumnWarps, kRows)
+#pragma unroll
+  for (int r = 0; r < S::kRowTiles; ++r)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      RowSums row = sums[r][h];
+#pragma unroll
+      for (int apart = 1; apart < 4; apart *= 2) {
+        const RowSums other = {__shfl_xor_sync(0xffffffffu, row.shift, apart), __shfl_xor_sync(0xffffffffu, row.negative, apart),
+                               __shfl_xor_sync(0xffffffffu, row.positive, apart),
+                               __shfl_xor_sync(0xffffffffu, row.positive_logits, apart)};
+        row = place.t & apart ? merge(other, row) : merge(row, other);  // the same bits in all four
+      }
+      if (place.t == 0) of_warps[place.column_warp * S::kRows + place.row(r, h)] = row;
+    }
+  __syncthreads();
+
+  float parts[kPartialSums] = {};
+  for (int local = threadIdx.x; local < S::kRows; local += S::kThreads) {
+    const int position = place.first_row + local;
+    if (position >= p.n_rows) break;
+    RowSums row = of_warps[local];
+#pragma unroll
+    for (int warp = 1; warp < S::kColumnWarps; ++warp) row = merge(row, of_warps[warp * S::kRows + local]);
+    const Group group = group_of(p, position);
+    const int n_positives = group.end - group.start - 1;
+    p.shift[position] = row.shift;
+    p.total[position] = n_positives > 0 ? row.negative + row.positive : __int_as_float(0x7f800000);
+    p.negative[position] = row.negative;
+
+    const float term = n_positives > 0 ? contrastive_term(row, n_positives, scale) : 0.0f, distance = p.distances[position];
+    const int64_t row_index = row_of(p, position);
+    const int64_t label = p.labels != nullptr ? p.labels[row_index % (p.n_rows / p.n_views)] : -1;
+    parts[0] += term;
+    parts[1] += distance;
+    parts[2] += n_positives > 0 ? 1.0f : 0.0f;
+    parts[3] += label >= 0 ? 1.0f : 0.0f;
+    parts[4] += label < -1 || (p.n_classes > 0 && label >= p.n_classes) ? 1.0f : 0.0f;
+    if (p.reduction == Reduction::none) p.loss[row_index] = term + p.prototype_weight * distance;
+  }
+  // A place that no part of of_warps is in: rows of the block, done with.
+  auto* const scratch = reinterpret_cast<float*>(memory.base);
+#pragma unroll
+  for (int k = 0; k < kPartialSums; ++k) {
+    const float sum = sum_of_block<S::kThreads>(parts[k], scratch);
+    if (threadIdx.x == 0) p.partial_sums[int64_t(k) * gridDim.x + blockIdx.x] = sum;
+  }
+  if (is_last_block(p.n_finished, scratch + 32)) finish_loss<S::kThreads>(p, scratch);
+}
+
+}  // namespace clop::cuda

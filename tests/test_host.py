@@ -1,0 +1,297 @@
+"""The CUDA kernels' own source on this CPU (tests/host/): first the harness, then every kernel against the float64 reference."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import clop_kernels
+from clop_kernels import backends
+from clop_kernels.backends import cuda
+from clop_kernels.backends.contract import DISTANCES, POSITIVES, REDUCTIONS, LossOptions, Needs
+
+from . import host
+from .oracle import Problem, assert_accurate, near_duplicates, random_problem, relative_error
+from .test_backends import assert_edge_case, edge_cases
+
+OBSTACLE = host.obstacle()
+pytestmark = pytest.mark.skipif(OBSTACLE is not None, reason=f"the CUDA kernels cannot be compiled for this CPU: {OBSTACLE}")
+
+ORDERS = ("forward", "reverse", "shuffled")
+TALL, SHORT = 1, 1000
+"""Processors of the GPU that the host stands for: few enough for tiles of 128 rows, or so many that rows are given out by 16."""
+
+
+@pytest.fixture(scope="module")
+def module() -> ModuleType:
+    return host.load()
+
+
+@pytest.fixture(params=ORDERS)
+def order(request: pytest.FixtureRequest, module: ModuleType) -> Iterator[str]:
+    module.set_order(request.param, 7)
+    yield request.param
+    module.set_order("forward", 0)
+
+
+@pytest.fixture(params=[TALL, SHORT], ids=["tall", "short"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> host.Kernels:
+    """The backend ``cuda`` on the CPU."""
+    kernels = host.Kernels(request.param)
+    here = tuple(
+        dataclasses.replace(b, obstacle=lambda device, dtype: None, module=".cuda") if b.name == "cuda" else b
+        for b in backends.BACKENDS
+    )
+    monkeypatch.setattr(cuda, "kernels", kernels)
+    monkeypatch.setattr(backends, "BACKENDS", here)
+    return kernels
+
+
+# ---- the harness -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("kind", "depth"), [("bf16", 16), ("f16", 16), ("tf32", 8)])
+def test_mma_is_a_product(kind: str, depth: int, order: str, module: ModuleType) -> None:
+    """On numbers that all three formats hold exactly."""
+    a, b = (torch.randn(*shape).bfloat16().float() for shape in ((16, depth), (depth, 8)))
+    c = torch.randn(16, 8)
+    actual = torch.from_numpy(module.mma(kind, a.numpy(), b.numpy(), c.clone().numpy()))
+    torch.testing.assert_close(actual, (a.double() @ b.double() + c.double()).float(), rtol=1e-6, atol=1e-6)
+
+
+def test_mma_rounds_as_the_unit_does(module: ModuleType) -> None:
+    """TF32 reads 10 bits behind the point and drops the rest; the others round when they are packed."""
+    a, b, c = torch.full((16, 8), 1 + 2.0**-10 + 2.0**-11), torch.eye(8), torch.zeros(16, 8)
+    assert (torch.from_numpy(module.mma("tf32", a.numpy(), b.numpy(), c.numpy())) == 1 + 2.0**-10).all()
+
+
+def test_shuffles_reach_every_lane(order: str, module: ModuleType) -> None:
+    assert module.sum_by_shuffles(torch.arange(32.0).numpy()) == 496
+
+
+def reversed_in_blocks(x: Tensor) -> Tensor:
+    padded = torch.nn.functional.pad(x, (0, -len(x) % 64))
+    return padded.view(-1, 64).flip(1).flatten()[: len(x)]
+
+
+def test_a_right_kernel_is_right(order: str, module: ModuleType) -> None:
+    x = torch.randn(150)
+    assert torch.equal(torch.from_numpy(module.reverse("none", x.numpy())), reversed_in_blocks(x))
+
+
+@pytest.mark.parametrize("bug", ["no wait", "no barrier", "mask off by one"])
+def test_a_planted_bug_changes_the_result(bug: str, order: str, module: ModuleType) -> None:
+    x = torch.randn(150)
+    assert not torch.equal(torch.from_numpy(module.reverse(bug, x.numpy())), reversed_in_blocks(x))
+
+
+@pytest.mark.parametrize(
+    ("bug", "message"),
+    [
+        ("misaligned copy", "cp.async of 16 bytes at an address that is not a multiple of 16"),
+        ("a lane that leaves", "threads wait at a barrier that others have passed by"),
+        ("a barrier that some pass by", "threads wait at a barrier that others have passed by"),
+        ("lanes apart", "lanes of a warp meet in different instructions"),
+    ],
+)
+def test_a_planted_bug_is_an_error(bug: str, message: str, order: str, module: ModuleType) -> None:
+    with pytest.raises(RuntimeError, match=message):
+        module.reverse(bug, torch.randn(150).numpy())
+    assert module.sum_by_shuffles(torch.arange(32.0).numpy()) == 496  # and the harness goes on
+
+
+@pytest.mark.skipif("address" not in host.SANITIZE, reason="needs AddressSanitizer: make sanitize")
+@pytest.mark.parametrize("bug", ["past the end of shared memory", "past the end of memory"])
+def test_a_planted_bug_is_seen_by_the_sanitizer(bug: str, module: ModuleType) -> None:
+    call = f"import torch; from tests import host; host.load().reverse({bug!r}, torch.randn(60).numpy())"
+    run = subprocess.run([sys.executable, "-c", call], cwd=host.ROOT, env=os.environ, capture_output=True, text=True)
+    assert run.returncode != 0
+    assert "AddressSanitizer: heap-buffer-overflow" in run.stderr
+
+
+# ---- numbers ---------------------------------------------------------------------------------------------------------
+
+N_ROWS = [(1, 1), (2, 1), (1, 63), (2, 32), (5, 13), (1, 127), (3, 43), (7, 43)]  # 1, 2, 63, 64, 65, 127, 129, 301 rows
+WIDTHS = [1, 8, 16, 37, 64, 100, 128, 200, 256]
+SHAPES = [*((shape, 37) for shape in N_ROWS), *(((5, 13), width) for width in WIDTHS), ((7, 43), 128)]
+
+
+def shaped_problem(shape: tuple[int, int], width: int, temperature: float = 0.1) -> Problem:
+    """The options vary with the shape: among them all are met."""
+    n = shape[0] * shape[1] + width
+    options: dict[str, Any] = {"positives": POSITIVES[n % 2], "distance": DISTANCES[n % 3], "reduction": REDUCTIONS[n // 3 % 3]}
+    return random_problem(*shape, width, temperature=temperature, **options)
+
+
+def assert_as_good_as_plain(problem: Problem, dtype: torch.dtype) -> None:
+    expected = problem.solve("reference", torch.float64)
+    plain, actual = problem.solve("reference", dtype), problem.solve("cuda", dtype)
+    for name, value in expected.items():
+        # The temperature's gradient is one number, which plain PyTorch may meet by luck: half a unit of the dtype is allowed.
+        slack = torch.finfo(dtype).eps / 2 if name == "temperature" else 1e-4
+        error, allowed = relative_error(actual[name], value), 2 * relative_error(plain[name], value) + slack
+        assert error <= allowed, f"{name}: {error:.2e}, plain PyTorch allows {allowed:.2e}"
+
+
+@pytest.mark.parametrize(("shape", "width"), [case for case in SHAPES if 1 < case[1] <= 128], ids=str)
+@pytest.mark.parametrize("temperature", [0.1, 0.01])
+def test_shapes_float32(shape: tuple[int, int], width: int, temperature: float, kernels: host.Kernels) -> None:
+    assert_accurate(shaped_problem(shape, width, temperature), "cuda")
+
+
+@pytest.mark.parametrize(("shape", "width"), SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_shapes_half_precision(shape: tuple[int, int], width: int, dtype: torch.dtype, kernels: host.Kernels) -> None:
+    assert_as_good_as_plain(shaped_problem(shape, width), dtype)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.01])
+def test_width_one(temperature: float, kernels: host.Kernels) -> None:
+    """Every cosine is 1 or -1, and every gradient zero."""
+    problem = shaped_problem((5, 13), 1, temperature)
+    expected, actual = problem.solve("reference", torch.float64), problem.solve("cuda", torch.float32)
+    assert relative_error(actual["loss"], expected["loss"]) < 1e-6
+    for name in ("embeddings", "temperature", "prototypes"):
+        torch.testing.assert_close(actual[name], expected[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("distance", "reduction"), [*itertools.product(DISTANCES, REDUCTIONS)])
+@pytest.mark.parametrize("positives", POSITIVES)
+def test_every_option(distance: str, reduction: str, positives: str, kernels: host.Kernels) -> None:
+    problem = random_problem(3, 50, 20, n_classes=3, distance=distance, reduction=reduction, positives=positives)
+    assert_accurate(problem, "cuda")
+
+
+@pytest.mark.parametrize("width", [40, 100])
+def test_tf32_is_as_good_as_its_ten_bits(width: int, kernels: host.Kernels) -> None:
+    """Between float32's own accuracy, which "highest" keeps, and float16's, which has as many bits."""
+    problem = random_problem(2, 65, width)
+    expected = problem.solve("reference", torch.float64)
+    half = problem.solve("reference", torch.float16)
+    torch.set_float32_matmul_precision("high")
+    try:
+        actual = problem.solve("cuda", torch.float32)
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    error = relative_error(actual["embeddings"], expected["embeddings"])
+    assert 1e-6 < error <= relative_error(half["embeddings"], expected["embeddings"])
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.02, 0.1])
+@pytest.mark.parametrize("noise", [1e-3, 1e-2, 0.3])
+@pytest.mark.parametrize("width", [8, 64])
+def test_near_duplicates_keep_their_gradient(temperature: float, noise: float, width: int, kernels: host.Kernels) -> None:
+    for n_views, n_instances in ((2, 40), (2, 101), (3, 40)):
+        problem = near_duplicates(n_views, n_instances, width, noise, temperature)
+        if problem.solve("reference", torch.float64)["loss"] > 1e-12:
+            assert_accurate(problem, "cuda", ill_conditioned=True)
+
+
+@pytest.mark.parametrize("case", edge_cases())
+@pytest.mark.parametrize("distance", DISTANCES)
+def test_edge_cases_are_finite_and_right(case: str, distance: str, kernels: host.Kernels) -> None:
+    assert_edge_case(case, distance, torch.float32, "cuda")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("n_views", [1, 2])
+def test_a_row_that_is_not_finite_shows(value: float, n_views: int, kernels: host.Kernels) -> None:
+    z = torch.randn(6, 4)
+    z[4, 2] = value
+    assert clop_kernels.ntxent_loss(z, n_views=n_views, backend="cuda").isnan()
+
+
+def test_float16_rows_of_zeros_saturate_and_overflow_shows(kernels: host.Kernels) -> None:
+    z = torch.randn(8, 4).half()
+    z[3] = 0.0
+    z.requires_grad_()
+    loss = clop_kernels.ntxent_loss(z, backend="cuda")
+    (grad,) = torch.autograd.grad(loss, z, retain_graph=True)
+    assert grad.isfinite().all()
+    assert grad[3].abs().max() == torch.finfo(torch.float16).max
+    (grad,) = torch.autograd.grad(loss * 1e7, z)
+    assert not grad[0].isfinite().all()  # for a gradient scaler to see
+
+
+def test_strides_and_prototype_dtypes(kernels: host.Kernels) -> None:
+    """Neither copies nor contiguous tensors are asked of the user."""
+    problem = random_problem(2, 9, 6)
+    assert problem.prototypes is not None
+    expected = problem.solve("cuda", torch.float32)
+    z = problem.embeddings.float()
+    prototypes = problem.prototypes.T.contiguous().T
+    for strided in (z.T.contiguous().T, torch.stack([z, z], dim=1).flatten(1)[:, :6]):
+        assert not strided.is_contiguous()
+        leaf = strided.detach().requires_grad_()
+        loss = clop_kernels.clop_loss(
+            leaf, problem.labels, prototypes, temperature=problem.temperature, backend="cuda", **problem.options
+        )
+        (grad,) = torch.autograd.grad(loss, leaf)
+        assert torch.equal(loss.detach().double(), expected["loss"])
+        assert torch.equal(grad.double(), expected["embeddings"])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_any_order_of_the_threads_gives_the_same_bits(dtype: torch.dtype, kernels: host.Kernels) -> None:
+    """A race, or a sum in the order of arrival, would show."""
+    for problem in (
+        random_problem(2, 70, 16, positives="label", reduction="none", distance="euclidean"),
+        random_problem(2, 70, 100, temperature=0.01, distance="manhattan"),
+    ):
+        results = []
+        for order in ORDERS:
+            kernels.module.set_order(order, 3)
+            results.append(problem.solve("cuda", dtype))
+        kernels.module.set_order("forward", 0)
+        for other in results[1:]:
+            assert all(torch.equal(results[0][name], other[name]) for name in other)
+
+
+@pytest.mark.parametrize("temperature", [0.01, 0.0262, 0.0263, 0.1])  # the softmax paths part at log2(e) / 55
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_kernels_read_the_temperature(temperature: float, reduction: str, kernels: host.Kernels) -> None:
+    """What a GPU gets: the operator hands a CPU's tensor over as a float."""
+    problem = random_problem(2, 17, 20, positives="label", temperature=temperature, reduction=reduction)
+    as_float = run(problem, problem.temperature)
+    as_tensor = run(problem, torch.tensor(problem.temperature))
+    for name, value in as_float.items():
+        assert relative_error(as_tensor[name], value) < 1e-6, name
+
+
+def run(problem: Problem, temperature: float | Tensor) -> dict[str, Tensor]:
+    """The backend itself, below the operator."""
+    assert problem.prototypes is not None
+    z, prototypes = problem.embeddings.float(), problem.prototypes.float()
+    defaults: dict[str, Any] = {"positives": "instance", "distance": "cosine", "reduction": "mean"}
+    options = LossOptions(temperature=temperature, compute_dtype=torch.float32, **defaults | problem.options)
+    loss, residuals = cuda.forward(z, problem.labels, prototypes, options)
+    upstream = torch.linspace(-1, 1, loss.numel()) if loss.dim() else torch.ones(())
+    grads = cuda.backward(upstream, z, residuals, problem.labels, prototypes, options, Needs(True, True, True))
+    return {"loss": loss, **grads._asdict()}
+
+
+@pytest.mark.parametrize(
+    ("labels", "temperature", "message"),
+    [
+        ([0, 1, 9], 0.1, "labels holds a value below -1 or without a prototype"),
+        ([0, -2, 1], 0.1, "labels holds a value below -1 or without a prototype"),
+        ([0, 1, -1], -1.0, "temperature is not a positive finite number"),
+        ([0, 1, -1], float("inf"), "temperature is not a positive finite number"),
+    ],
+)
+def test_wrong_values_are_asserted_on_the_device(
+    labels: list[int], temperature: float, message: str, kernels: host.Kernels
+) -> None:
+    problem = dataclasses.replace(random_problem(2, 3, 4), labels=torch.tensor(labels))
+    with pytest.raises(RuntimeError, match=message):
+        run(problem, torch.tensor(temperature))
