@@ -62,6 +62,38 @@ STABLE_TORCH_LIBRARY(clop_native, m) {
   m.def(
       "cuda_prologue(Tensor embeddings, Tensor? order, Tensor? labels, Tensor? prototypes, int n_views, int distance, "
       "ScalarType compute_dtype) -> (Tensor normalized, Tensor norms, Tensor distances)");
+
+  // The two passes; the residuals of clop_kernels/backends/contract.py, upstream gradients of clop_kernels/backends/positions.py.
+#define CLOP_LOSS                                                                                                           \
+  "Tensor groups, Tensor? labels, Tensor? prototypes, Tensor? temperature, float scale, float scale_rest, int n_views, "    \
+  "float prototype_weight, int distance, int reduction, ScalarType compute_dtype, bool is_tf32"
+#define CLOP_BACKWARD                                                                                                       \
+  "Tensor upstream, Tensor? weights, Tensor embeddings, Tensor normalized, Tensor norms, Tensor shift, Tensor total, "      \
+  "Tensor negative, Tensor counts, bool needs_temperature, " CLOP_LOSS
+  m.def(
+      "cuda_forward(Tensor embeddings, " CLOP_LOSS ") -> (Tensor loss, Tensor normalized, Tensor norms, Tensor shift, "
+      "Tensor total, Tensor negative, Tensor counts)");
+  m.def("cuda_backward(" CLOP_BACKWARD ") -> (Tensor grad_embeddings, Tensor grad_temperature)");
+  // (N,) positions sorted by label, (K + 1,) bounds of the classes among them -> (parts, K, D), whose sum is the gradient.
+  m.def(
+      "cuda_prototype_gradient(Tensor upstream, Tensor? weights, Tensor normalized, Tensor counts, Tensor by_class, "
+      "Tensor bounds, " CLOP_LOSS ") -> Tensor");
+  // Wide rows: what comes between the library's products, clop_kernels/backends/cuda.py.
+  m.def(
+      "cuda_panel_softmax(Tensor products, int first_row, int first_column, Tensor(a!) statistics, Tensor normalized, " CLOP_LOSS
+      ") -> ()");
+  m.def(
+      "cuda_panel_loss(Tensor statistics, Tensor distances, Tensor normalized, " CLOP_LOSS
+      ") -> (Tensor loss, Tensor shift, Tensor total, Tensor negative, Tensor counts)");
+  m.def("cuda_coefficients(" CLOP_BACKWARD ") -> (Tensor coefficients, Tensor n_finished)");
+  m.def(
+      "cuda_panel_pairs(Tensor products, int first_row, int first_column, Tensor coefficients, Tensor normalized, " CLOP_LOSS
+      ") -> Tensor");
+  m.def(
+      "cuda_panel_finish(Tensor(a!) sums, Tensor(b!) n_finished, " CLOP_BACKWARD
+      ") -> (Tensor grad_embeddings, Tensor grad_temperature)");
+#undef CLOP_LOSS
+#undef CLOP_BACKWARD
 #endif
 }
 
@@ -80,7 +112,17 @@ STABLE_TORCH_LIBRARY_IMPL(clop_native, CPU, m) {
 }
 
 #ifdef CLOP_CUDA_VERSION
-STABLE_TORCH_LIBRARY_IMPL(clop_native, CUDA, m) { m.impl("cuda_prologue", TORCH_BOX(&clop::cuda::prologue)); }
+STABLE_TORCH_LIBRARY_IMPL(clop_native, CUDA, m) {
+  m.impl("cuda_prologue", TORCH_BOX(&clop::cuda::prologue));
+  m.impl("cuda_forward", TORCH_BOX(&clop::cuda::forward));
+  m.impl("cuda_backward", TORCH_BOX(&clop::cuda::backward));
+  m.impl("cuda_prototype_gradient", TORCH_BOX(&clop::cuda::prototype_gradient));
+  m.impl("cuda_panel_softmax", TORCH_BOX(&clop::cuda::panel_softmax));
+  m.impl("cuda_panel_loss", TORCH_BOX(&clop::cuda::panel_loss));
+  m.impl("cuda_coefficients", TORCH_BOX(&clop::cuda::coefficients));
+  m.impl("cuda_panel_pairs", TORCH_BOX(&clop::cuda::panel_pairs));
+  m.impl("cuda_panel_finish", TORCH_BOX(&clop::cuda::panel_finish));
+}
 #endif
 
 // An empty module: that it is imported is what registers the operators. PyMODINIT_FUNC exports it from a library that

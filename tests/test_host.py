@@ -122,7 +122,7 @@ def test_a_planted_bug_is_seen_by_the_sanitizer(bug: str, module: ModuleType) ->
 # ---- numbers ---------------------------------------------------------------------------------------------------------
 
 N_ROWS = [(1, 1), (2, 1), (1, 63), (2, 32), (5, 13), (1, 127), (3, 43), (7, 43)]  # 1, 2, 63, 64, 65, 127, 129, 301 rows
-WIDTHS = [1, 8, 16, 37, 64, 100, 128, 200, 256]
+WIDTHS = [1, 8, 16, 37, 64, 100, 128, 200, 256, 300]
 SHAPES = [*((shape, 37) for shape in N_ROWS), *(((5, 13), width) for width in WIDTHS), ((7, 43), 128)]
 
 
@@ -143,7 +143,7 @@ def assert_as_good_as_plain(problem: Problem, dtype: torch.dtype) -> None:
         assert error <= allowed, f"{name}: {error:.2e}, plain PyTorch allows {allowed:.2e}"
 
 
-@pytest.mark.parametrize(("shape", "width"), [case for case in SHAPES if 1 < case[1] <= 128], ids=str)
+@pytest.mark.parametrize(("shape", "width"), [case for case in SHAPES if case[1] > 1], ids=str)
 @pytest.mark.parametrize("temperature", [0.1, 0.01])
 def test_shapes_float32(shape: tuple[int, int], width: int, temperature: float, kernels: host.Kernels) -> None:
     assert_accurate(shaped_problem(shape, width, temperature), "cuda")
@@ -163,6 +163,30 @@ def test_width_one(temperature: float, kernels: host.Kernels) -> None:
     assert relative_error(actual["loss"], expected["loss"]) < 1e-6
     for name in ("embeddings", "temperature", "prototypes"):
         torch.testing.assert_close(actual[name], expected[name], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.01])
+@pytest.mark.parametrize("positives", POSITIVES)
+@pytest.mark.parametrize(("distance", "reduction"), [*zip(DISTANCES, REDUCTIONS, strict=True)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_wide_rows_in_many_panels(
+    dtype: torch.dtype,
+    distance: str,
+    reduction: str,
+    positives: str,
+    temperature: float,
+    kernels: host.Kernels,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(cuda, "is_wide", lambda width, compute_dtype: True)
+    monkeypatch.setattr(cuda, "panel_rows", lambda compute_dtype: 32)
+    problem = random_problem(
+        3, 43, 20, n_classes=3, temperature=temperature, positives=positives, distance=distance, reduction=reduction
+    )
+    if dtype == torch.float32:
+        assert_accurate(problem, "cuda")
+    elif temperature == 0.1:
+        assert_as_good_as_plain(problem, dtype)
 
 
 @pytest.mark.parametrize(("distance", "reduction"), [*itertools.product(DISTANCES, REDUCTIONS)])

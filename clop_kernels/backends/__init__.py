@@ -1,7 +1,8 @@
 """The registry of backends: which exist, which can run on what, and which one a call gets.
 
 To add a backend, write a module with the two functions of :mod:`clop_kernels.backends.contract` and enter it in
-:data:`BACKENDS`, fastest first. Modules are imported when first used, so that nothing but torch is needed to import the package.
+:data:`BACKENDS`, fastest first; :func:`by_preference` has the exceptions. Modules are imported when first used, so that
+nothing but torch is needed to import the package.
 """
 
 from __future__ import annotations
@@ -47,10 +48,6 @@ class Backend:
         return importlib.import_module(self.module, __name__)
 
 
-def _not_in_this_version(what: str) -> Callable[[torch.device, torch.dtype], str | None]:
-    return lambda device, dtype: f"this version of clop_kernels has no {what} yet"
-
-
 _OLDEST_TRITON = (3, 6)
 _OLDEST_CAPABILITY = (8, 0)  # Triton compiles matrix products for sm_80 and newer
 
@@ -83,6 +80,15 @@ def _obstacle_of_version() -> str | None:
     return None
 
 
+def _obstacle_to_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return "CUDA kernels run on NVIDIA GPUs"
+    if dtype == torch.float64:
+        return "it takes float32, float16 and bfloat16"
+    reason: str | None = importlib.import_module(".cuda", __name__).obstacle(device.index or 0)
+    return reason
+
+
 def _obstacle_to_cpu(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cpu":
         return "it computes on the CPU"
@@ -93,22 +99,40 @@ def _obstacle_to_cpu(device: torch.device, dtype: torch.dtype) -> str | None:
 _GPUS = ("cuda", "xpu")
 
 BACKENDS: tuple[Backend, ...] = (
-    Backend("cuda", "compiled CUDA C++ kernels", _not_in_this_version("CUDA C++ kernels"), ".native"),
+    Backend("cuda", "compiled CUDA C++ kernels", _obstacle_to_cuda, ".cuda", ("cuda",)),
     Backend("triton", "Triton kernels", _obstacle_to_triton, ".triton", _GPUS),
     Backend("cpu", "compiled SIMD kernels", _obstacle_to_cpu, ".native"),
     Backend("tiled", "plain PyTorch, tile by tile; any device", lambda device, dtype: None, ".tiled"),
 )
 
+_WARPGROUP_CAPABILITIES = (9, 10)
+"""Major compute capabilities whose matrix units have instructions of their own, wgmma and tcgen05. Triton compiles to them;
+csrc/cuda/ has mma.sync, which NVIDIA's and others' figures put well below them there, and which is all there is elsewhere."""
+
+
+def by_preference(device: torch.device) -> tuple[Backend, ...]:
+    """:data:`BACKENDS`, the fastest on ``device`` first.
+
+    Where the two were not yet measured beside each other, which so far is everywhere, the architecture decides between
+    ``cuda`` and ``triton``: see :data:`_WARPGROUP_CAPABILITIES`.
+    """
+    if device.type != "cuda" or torch.version.hip is not None:
+        return BACKENDS
+    if torch.cuda.get_device_capability(device)[0] not in _WARPGROUP_CAPABILITIES:
+        return BACKENDS
+    return tuple(sorted(BACKENDS, key=lambda backend: backend.name != "triton"))  # stable
+
+
 NAMES = (*(backend.name for backend in BACKENDS), REFERENCE)
 
 
 def select(name: str | None, device: torch.device, dtype: torch.dtype) -> Backend:
-    """The backend called ``name``, or for None the first of :data:`BACKENDS` that can run.
+    """The backend called ``name``, or for None the first :func:`by_preference` that can run.
 
     Raises:
         BackendUnavailableError: if ``name`` cannot run on this device and dtype.
     """
-    for backend in BACKENDS:
+    for backend in by_preference(device):
         if name == backend.name or (name is None and (backend.devices is None or device.type in backend.devices)):
             obstacle = backend.obstacle(device, dtype)
             if obstacle is None:

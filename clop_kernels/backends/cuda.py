@@ -1,6 +1,7 @@
 """The compiled CUDA kernels, csrc/cuda/: the loss fused on tensor cores, with nothing compiled when it is first used.
 
-Launches: 2 forward and 2 backward. Labels as positives take a sort besides, the gradient of prototypes and
+Launches: 2 forward and 2 backward where a row fits on chip, D <= 256, float32 128. Wider rows take a library's matrix products
+and a kernel between them for each panel. Labels as positives take a sort besides, the gradient of prototypes and
 ``reduction="none"`` a few small operations.
 
 **Not yet run on a GPU**: the kernels' own source runs on a CPU (tests/host/), against the float64 reference.
@@ -8,12 +9,14 @@ Launches: 2 forward and 2 backward. Labels as positives take a sort besides, the
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..groups import label_groups
+from . import native
 from .contract import DISTANCES, REDUCTIONS, Gradients, LossOptions, Needs, Residuals
 from .positions import logit_scale, sorted_by_class, upstream_of, used_prototypes
 
@@ -22,6 +25,18 @@ CHECKS_VALUES = True
 
 kernels: Any = torch.ops.clop_native
 """Where the operators are; tests put ones that run on a CPU in their place."""
+
+
+@functools.cache  # a loss asks twice a step
+def obstacle(device_index: int) -> str | None:
+    """Why the kernels cannot run on this GPU, or None if they can."""
+    info = native.build_info()
+    if info is None:
+        return native.obstacle()
+    if info["cuda"] is None:
+        return "the compiled extension was built without its CUDA half: `pip install -v` says why"
+    reason: str | None = torch.ops.clop_native.cuda_obstacle(device_index)
+    return reason
 
 
 def forward(
@@ -35,9 +50,9 @@ def forward(
         groups = label_groups(labels, options.n_views).table()
     else:
         groups = embeddings.new_empty((3, 0), dtype=torch.int32)
-    loss, normalized, norms, shift, total, negative, counts = kernels.cuda_forward(
-        embeddings, *_arguments(groups, labels, prototypes, options)
-    )
+    arguments = _arguments(groups, labels, prototypes, options)
+    pass_over_pairs = _wide_forward if is_wide(embeddings.shape[1], options.compute_dtype) else kernels.cuda_forward
+    loss, normalized, norms, shift, total, negative, counts = pass_over_pairs(embeddings, *arguments)
     return loss, Residuals(normalized, norms, shift, total, negative, groups, counts)
 
 
@@ -58,7 +73,8 @@ def backward(
     upstream = upstream_of(grad_loss, residuals, options)
     grad_embeddings = grad_temperature = grad_prototypes = None
     if needs.embeddings or needs.temperature:
-        grad_embeddings, grad_temperature = kernels.cuda_backward(
+        pass_over_pairs = _wide_backward if is_wide(embeddings.shape[1], options.compute_dtype) else kernels.cuda_backward
+        grad_embeddings, grad_temperature = pass_over_pairs(
             upstream.unit, upstream.weights, embeddings, *_softmax(residuals), needs.temperature, *arguments
         )
     if needs.prototypes and prototypes is not None:
@@ -66,12 +82,67 @@ def backward(
             grad_prototypes = torch.zeros_like(prototypes, dtype=torch.float32)
         else:
             by_class, bounds = sorted_by_class(labels, residuals.groups, options, prototypes.shape[0])
-            grad_prototypes = kernels.cuda_prototype_gradient(
+            parts = kernels.cuda_prototype_gradient(
                 upstream.unit, upstream.weights, residuals.normalized, residuals.counts, by_class, bounds, *arguments
             )
+            grad_prototypes = parts.sum(0)
     return Gradients(
         grad_embeddings if needs.embeddings else None, grad_temperature if needs.temperature else None, grad_prototypes
     )
+
+
+# ---- wide rows, csrc/cuda/wide.cuh -------------------------------------------------------------------------------------
+
+
+def is_wide(width: int, compute_dtype: torch.dtype) -> bool:
+    """Whether rows do not fit on chip as operands of both products; is_wide in csrc/cuda/loss.h."""
+    return width > (128 if compute_dtype == torch.float32 else 256)
+
+
+def panel_rows(compute_dtype: torch.dtype) -> int:
+    """The side of a panel: as floats 64 MB, which an L2 of 50 MB all but holds; in float32, whose products are slower, 16 MB."""
+    return 2048 if compute_dtype == torch.float32 else 4096
+
+
+def _wide_forward(embeddings: Tensor, groups: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+    labels, prototypes, _, _, _, n_views, _, distance, _, compute_dtype, _ = rest
+    order = groups[0] if groups.numel() else None
+    normalized, norms, distances = kernels.cuda_prologue(embeddings, order, labels, prototypes, n_views, distance, compute_dtype)
+    n_rows, side = embeddings.shape[0], panel_rows(compute_dtype)
+    statistics = norms.new_empty((4, n_rows))
+    for i in range(0, n_rows, side):
+        for j in range(0, n_rows, side):
+            products = _product(normalized[i : i + side], normalized[j : j + side].T)
+            kernels.cuda_panel_softmax(products, i, j, statistics, normalized, groups, *rest)
+    loss, shift, total, negative, counts = kernels.cuda_panel_loss(statistics, distances, normalized, groups, *rest)
+    return loss, normalized, norms, shift, total, negative, counts
+
+
+def _wide_backward(
+    unit: Tensor, weights: Tensor | None, embeddings: Tensor, zhat: Tensor, *arguments: Any
+) -> tuple[Tensor, Tensor | None]:
+    loss = arguments[6:]  # after norms, shift, total, negative, counts and whether the temperature's gradient is needed
+    coefficients, n_finished = kernels.cuda_coefficients(unit, weights, embeddings, zhat, *arguments)
+    n_rows, side = embeddings.shape[0], panel_rows(zhat.dtype)
+    sums = zhat.new_zeros(zhat.shape, dtype=torch.float32)
+    for i in range(0, n_rows, side):
+        for j in range(i, n_rows, side):
+            products = _product(zhat[i : i + side], zhat[j : j + side].T)
+            pairs = kernels.cuda_panel_pairs(products, i, j, coefficients, zhat, *loss)
+            sums[i : i + side] += _product(pairs, zhat[j : j + side])
+            if j > i:
+                sums[j : j + side] += _product(pairs.T, zhat[i : i + side])
+    result: tuple[Tensor, Tensor | None] = kernels.cuda_panel_finish(
+        sums, n_finished, unit, weights, embeddings, zhat, *arguments
+    )
+    return result
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in float32, of operands as they are. Matrix units of a GPU take half precision; a CPU has none."""
+    if a.dtype != torch.float32 and a.device.type == "cuda":
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
 
 
 def _loss_of_no_rows(embeddings: Tensor, options: LossOptions) -> tuple[Tensor, Residuals]:

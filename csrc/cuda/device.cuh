@@ -98,6 +98,8 @@ CLOP_MMA(mma_f16, "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32")
 CLOP_MMA(mma_tf32, "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32")
 #undef CLOP_MMA
 
+inline cudaError_t set_to_zero(unsigned* number, cudaStream_t stream) { return cudaMemsetAsync(number, 0, sizeof *number, stream); }
+
 // Why a kernel has no code for the current device, or cudaSuccess.
 template <class Params>
 cudaError_t find(void (*kernel)(Params)) {

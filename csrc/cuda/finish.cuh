@@ -5,7 +5,7 @@
 // and the temperature's gradient, which needs the same dot products: S is linear in 1/tau and in each of its two rows, so
 // dL/dtau = -1/(2 tau) sum_i zhat_i . dL_contrastive/dzhat_i.
 //
-// A warp takes a row, which is what holds it: registers (gradient.cuh). It has
+// A warp takes a row, which is what holds it: registers (gradient.cuh), or memory (wide.cuh). It has
 //     for_each(visit)       visit(column, g, zhat) for the numbers of this lane, g to be changed
 //     sum(x)                over the lanes
 #pragma once
@@ -94,6 +94,20 @@ __device__ float finish_row(const Backward& p, const Scale& scale, int position,
       break;
   }
   return share;
+}
+
+// The warps' shares, the same in all lanes, to the block's, and in the last block all of them to the temperature's gradient.
+// scratch: 33 floats.
+template <int kThreads>
+__device__ void finish_temperature(const Backward& p, float share, float* scratch) {
+  if (p.grad_temperature == nullptr) return;
+  share = sum_of_block<kThreads>(threadIdx.x % 32 == 0 ? share : 0.0f, scratch);
+  if (threadIdx.x == 0) p.partial_sums[blockIdx.x] = share;
+  if (!is_last_block(p.n_finished, scratch + 32)) return;
+  float sum = 0.0f;
+  for (unsigned block = threadIdx.x; block < gridDim.x; block += kThreads) sum += load_from_l2(p.partial_sums + block);
+  sum = sum_of_block<kThreads>(sum, scratch);
+  if (threadIdx.x == 0) *p.grad_temperature = sum;
 }
 
 }  // namespace clop::cuda

@@ -19,9 +19,11 @@
 // Units. w_i is 1 for an anchor, or the upstream gradient over its largest, so that M <= 2 whatever the loss is scaled by.
 //
 // Flops 4 N^2 D, exponentials N^2 (twice that for tau < 0.026). A pair costs a multiply-add, ex2, add, multiply and half a
-// conversion besides. Bytes: zhat once a block from L2, N^2 D itemsize / kRows, 256 flops a byte at 16 bits; device memory O(N D).
-// Predicted for H200, 16 bits, N = 65536: D = 128, 2.2 Tflop at the 620 Tflop/s that mma.sync reaches are 3.5 ms, D = 256 7.1 ms;
-// exponentials 1.1 ms of another unit. With the forward pass 5.3 and 10.6 ms: 63% of wgmma's 990 Tflop/s at best. Not measured.
+// conversion besides. Bytes: zhat once a block from L2, N^2 D itemsize / kRows, 256 flops a byte at 16 bits; device memory O(N D). From
+// shared memory each warp reads a column tile twice, once for each product, and its rows of q once a tile.
+// Predicted for the H200 of softmax.cuh at N = 65536, 16 bits: D = 128, 2.2 Tflop, 3.5 ms of matrix units, 3.4 ms of shared memory, 1.1 ms
+// of ex2; D = 256 (16 rows a warp) 7.1 ms of matrix units, 11.3 ms of shared memory, which bounds it. With the forward pass 5.3 and 15.8 ms
+// at best: 63% and 42% of 990 Tflop/s by 6 N^2 D. Not measured.
 #pragma once
 
 #include "finish.cuh"
@@ -31,21 +33,22 @@ namespace clop::cuda {
 // First launch of the backward pass: a, shift, b, c and the group by position; zero past the end.
 // Addresses are made where they are needed: six pointers would be twelve registers.
 struct Coefficients {
-  const Backward& p;
+  float* const& memory;
+  const int64_t& n_padded;
 
-  __device__ float& a(int position) const { return p.coefficients[position]; }
-  __device__ float& shift(int position) const { return p.coefficients[p.n_padded + position]; }
-  __device__ float& b(int position) const { return p.coefficients[2 * p.n_padded + position]; }
-  __device__ float& c(int position) const { return p.coefficients[3 * p.n_padded + position]; }
-  __device__ int& start(int position) const { return reinterpret_cast<int*>(p.coefficients)[4 * p.n_padded + position]; }
-  __device__ int& end(int position) const { return reinterpret_cast<int*>(p.coefficients)[5 * p.n_padded + position]; }
+  __device__ float& a(int position) const { return memory[position]; }
+  __device__ float& shift(int position) const { return memory[n_padded + position]; }
+  __device__ float& b(int position) const { return memory[2 * n_padded + position]; }
+  __device__ float& c(int position) const { return memory[3 * n_padded + position]; }
+  __device__ int& start(int position) const { return reinterpret_cast<int*>(memory)[4 * n_padded + position]; }
+  __device__ int& end(int position) const { return reinterpret_cast<int*>(memory)[5 * n_padded + position]; }
 };
 
 constexpr int kCoefficientThreads = 128;
 
 __global__ void __launch_bounds__(kCoefficientThreads) coefficients_kernel(const Backward p) {
   const int position = int(blockIdx.x) * kCoefficientThreads + int(threadIdx.x);
-  const Coefficients to{p};
+  const Coefficients to{p.coefficients, p.n_padded};
   const Group group = group_of(p, position);
   const int n_positives = group.end - group.start - 1;
   float a = 0.0f, shift = 0.0f, b = 0.0f, c = 0.0f;
@@ -67,7 +70,7 @@ __global__ void __launch_bounds__(kCoefficientThreads) coefficients_kernel(const
 
 // Tile of S -> tile of M, in place.
 template <class S>
-__device__ void weigh_tile(const Coefficients& of, const Scale& scale, bool is_fixed, bool is_near,
+__device__ void weigh_tile(const Coefficients& of, const Scale& scale, int n_rows, bool is_fixed, bool is_near,
                            int first_column, const float* a_columns, const float* shift_columns, const Place<S>& place,
                            float (&s)[S::kRowTiles][S::kTiles][4]) {
   using Product = typename S::Product;
@@ -112,7 +115,7 @@ __device__ void weigh_tile(const Coefficients& of, const Scale& scale, bool is_f
           const float of_row = exp2_approx(scale.apply<Product>(m, shift)), of_column = exp2_approx(scale.apply<Product>(m, shift_column));
           const float row = is_positive ? b : a, other = is_positive ? of.b(column) : of.a(column);
           m = of_row * row + of_column * other - (is_positive ? c + of.c(column) : 0.0f);
-          if (column == position || column >= of.p.n_rows) m = 0.0f;
+          if (column == position || column >= n_rows) m = 0.0f;
         }
     }
 }
@@ -142,13 +145,13 @@ __global__ void __launch_bounds__(S::kThreads, 1) gradient_kernel(const Backward
   const Scale scale(p);
   const bool is_fixed = scale.is_fixed();
   const int last_row = min(place.first_row + S::kRows, int(p.n_rows)) - 1;
-  const Coefficients of{p};
+  const Coefficients of{p.coefficients, p.n_padded};
 
   float gradient[S::kRowTiles][kWidthTiles][4] = {};
   walk<S, kHold>(p, p.zhat, p.coefficients, is_fixed ? 1 : 2, p.n_padded, place, [&](int first_column, int stage, auto& s) {
     const int end = first_column + S::kColumns;
     const bool is_near = (first_column < of.end(last_row) && end > of.start(place.first_row)) || end > p.n_rows;
-    weigh_tile<S>(of, scale, is_fixed, is_near, first_column, memory.numbers(stage, 0), memory.numbers(stage, 1), place, s);
+    weigh_tile<S>(of, scale, int(p.n_rows), is_fixed, is_near, first_column, memory.numbers(stage, 0), memory.numbers(stage, 1), place, s);
 #pragma unroll
     for (int n = 0; n < S::kTiles; n += kResultTiles) {
       typename Product::A a[S::kRowTiles];
@@ -211,15 +214,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) gradient_kernel(const Backward
       }
       __syncthreads();
     }
-  if (p.grad_temperature == nullptr) return;
-  float* const scratch = memory.scratch();
-  share = sum_of_block<S::kThreads>(place.lane == 0 ? share : 0.0f, scratch);
-  if (threadIdx.x == 0) p.partial_sums[blockIdx.x] = share;
-  if (!is_last_block(p.n_finished, scratch + 32)) return;
-  float sum = 0.0f;
-  for (unsigned block = threadIdx.x; block < gridDim.x; block += S::kThreads) sum += load_from_l2(p.partial_sums + block);
-  sum = sum_of_block<S::kThreads>(sum, scratch);
-  if (threadIdx.x == 0) *p.grad_temperature = sum;
+  finish_temperature<S::kThreads>(p, share, memory.scratch());
 }
 
 }  // namespace clop::cuda

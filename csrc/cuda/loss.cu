@@ -4,6 +4,7 @@
 #include "prologue.h"
 #include "prototype_gradient.cuh"
 #include "softmax.cuh"
+#include "wide.cuh"
 
 namespace clop::cuda {
 namespace {
@@ -43,57 +44,88 @@ cudaError_t with_shape(const Loss& p, bool is_short, Visit&& visit) {
   return cudaErrorInvalidValue;
 }
 
+// Calls visit with a number of the type of zhat.
+template <class Visit>
+cudaError_t with_element(const Loss& p, Visit&& visit) {
+  switch (p.compute_dtype) {
+    case Dtype::float32:
+      return visit(float());
+    case Dtype::float16:
+      return visit(__half());
+    case Dtype::bfloat16:
+      return visit(__nv_bfloat16());
+  }
+  return cudaErrorInvalidValue;
+}
+
+unsigned n_blocks_for(int64_t n_rows, int64_t per_block) { return unsigned((n_rows + per_block - 1) / per_block); }
+
 bool is_valid(const Loss& p) {
   constexpr int64_t kLargestInt = 0x7fffffff;  // positions are int32 in `groups`
-  return p.n_rows > 0 && p.n_rows <= kLargestInt - kTallRows && p.width > 0 && !is_wide(p.width, p.compute_dtype) && p.n_views > 0 &&
+  return p.n_rows > 0 && p.n_rows <= kLargestInt - kTallRows && p.width > 0 && p.n_views > 0 &&
          p.n_views <= kLargestInt && p.n_rows % p.n_views == 0 && (p.prototypes == nullptr || (p.labels != nullptr && p.n_classes > 0));
 }
 
 }  // namespace
 
-int64_t n_blocks_of(int64_t n_rows, int64_t n_processors) {
-  const int64_t rows = is_short(n_rows, n_processors) ? kShortRows : kTallRows;
-  return (n_rows + rows - 1) / rows;
-}
-
 int forward(const Forward& p, int64_t n_processors, CUstream_st* stream) {
-  if (!is_valid(p)) return cudaErrorInvalidValue;
+  if (!is_valid(p) || is_wide(p.width, p.compute_dtype)) return cudaErrorInvalidValue;
   const Prologue prologue = {p.embeddings, p.stride_z_row, p.stride_z_column, p.groups,       p.labels,     p.prototypes,
                              p.zhat,       p.norms,        p.distances,       p.n_finished,   p.n_rows,     p.n_views,
                              p.n_classes,  p.width,        p.dtype,           p.compute_dtype, p.distance};
   if (const int error = launch_prologue(prologue, stream); error != cudaSuccess) return error;
   return with_shape(p, is_short(p.n_rows, n_processors), [&](auto tag) {
     using S = typename decltype(tag)::Shape;
-    return launch(softmax_kernel<S>, unsigned(n_blocks_of(p.n_rows, n_processors)), S::kThreads, S::kSharedBytes, stream, p);
+    return launch(softmax_kernel<S>, n_blocks_for(p.n_rows, S::kRows), S::kThreads, S::kSharedBytes, stream, p);
   });
 }
 
 int backward(const Backward& p, int64_t n_processors, CUstream_st* stream) {
-  if (!is_valid(p) || p.n_padded != padded_rows(p.n_rows)) return cudaErrorInvalidValue;
-  const auto n_coefficient_blocks = unsigned(p.n_padded / kCoefficientThreads);
-  if (const cudaError_t error = launch(coefficients_kernel, n_coefficient_blocks, kCoefficientThreads, 0, stream, p); error != cudaSuccess)
-    return error;
+  if (!is_valid(p) || is_wide(p.width, p.compute_dtype)) return cudaErrorInvalidValue;
+  if (const int error = coefficients(p, stream); error != cudaSuccess) return error;
   return with_shape(p, is_short(p.n_rows, n_processors), [&](auto tag) {
     using S = typename decltype(tag)::Shape;
-    return launch(gradient_kernel<S>, unsigned(n_blocks_of(p.n_rows, n_processors)), S::kThreads, S::kSharedBytes, stream, p);
+    return launch(gradient_kernel<S>, n_blocks_for(p.n_rows, S::kRows), S::kThreads, S::kSharedBytes, stream, p);
   });
 }
 
 int prototype_gradient(const PrototypeGradient& p, CUstream_st* stream) {
   const int64_t n_blocks = (p.width + kPrototypeThreads - 1) / kPrototypeThreads * p.n_classes * p.n_parts;
   if (p.prototypes == nullptr || p.n_parts < 1 || n_blocks > 0x7fffffff) return cudaErrorInvalidValue;
-  const auto run = [&](auto kernel) {
-    return launch(kernel, unsigned(n_blocks), kPrototypeThreads, kRowsAtOnce * sizeof(float), stream, p);
-  };
-  switch (p.compute_dtype) {
-    case Dtype::float32:
-      return run(prototype_kernel<float>);
-    case Dtype::float16:
-      return run(prototype_kernel<__half>);
-    case Dtype::bfloat16:
-      return run(prototype_kernel<__nv_bfloat16>);
-  }
-  return cudaErrorInvalidValue;
+  return with_element(p, [&](auto element) {
+    return launch(prototype_kernel<decltype(element)>, unsigned(n_blocks), kPrototypeThreads, kRowsAtOnce * sizeof(float), stream, p);
+  });
+}
+
+int coefficients(const Backward& p, CUstream_st* stream) {
+  if (!is_valid(p) || p.n_padded != padded_rows(p.n_rows)) return cudaErrorInvalidValue;
+  return launch(coefficients_kernel, unsigned(p.n_padded / kCoefficientThreads), kCoefficientThreads, 0, stream, p);
+}
+
+int panel_softmax(const Panel& p, CUstream_st* stream) {
+  if (!is_valid(p)) return cudaErrorInvalidValue;
+  return launch(panel_softmax_kernel, n_blocks_for(p.n_panel_rows, kPanelWarps), kPanelThreads, 0, stream, p);
+}
+
+int panel_loss(const Forward& p, CUstream_st* stream) {
+  if (!is_valid(p)) return cudaErrorInvalidValue;
+  if (const cudaError_t error = set_to_zero(p.n_finished, stream); error != cudaSuccess) return error;
+  return launch(panel_loss_kernel, n_blocks_for(p.n_rows, kPanelThreads), kPanelThreads, 33 * sizeof(float), stream, p);
+}
+
+int panel_pairs(const Panel& p, CUstream_st* stream) {
+  if (!is_valid(p)) return cudaErrorInvalidValue;
+  return with_element(p, [&](auto element) {
+    return launch(panel_pairs_kernel<decltype(element)>, n_blocks_for(p.n_panel_rows, kPanelWarps), kPanelThreads, 0, stream, p);
+  });
+}
+
+int panel_finish(const Backward& p, CUstream_st* stream) {
+  if (!is_valid(p)) return cudaErrorInvalidValue;
+  return with_element(p, [&](auto element) {
+    return launch(panel_finish_kernel<decltype(element)>, n_blocks_for(p.n_rows, kPanelWarps), kPanelThreads, 33 * sizeof(float), stream,
+                  p);
+  });
 }
 
 }  // namespace clop::cuda

@@ -41,8 +41,9 @@ struct Forward : Loss {
   float* counts;                            // (2,)
   // Scratch.
   float* distances;      // (N,)
-  float* partial_sums;   // (kPartialSums, n_blocks)
-  unsigned* n_finished;  // (1,), blocks of the pass over pairs that are done
+  float* partial_sums;   // (kPartialSums, n_blocks), most_blocks(N) at most
+  unsigned* n_finished;  // (1,), blocks of the pass over pairs that are done; set to zero by the prologue
+  const float* statistics;  // (4, N), as Panel leaves them; wide rows only
 };
 
 constexpr int kPartialSums = 5;  // of contrastive terms, of distances, and how many anchors, labelled rows, labels without prototype
@@ -58,8 +59,19 @@ struct Backward : Loss {
   // Scratch.
   float* coefficients;    // (6, n_padded): Coefficients in gradient.cuh
   int64_t n_padded;       // padded_rows(N)
-  float* partial_sums;    // (n_blocks,)
-  unsigned* n_finished;   // (1,), written by coefficients_kernel first
+  float* partial_sums;    // (n_blocks,), most_blocks(N) at most
+  unsigned* n_finished;   // (1,), set to zero by coefficients_kernel
+  float* sums;            // (N, D): sum_j M_ij zhat_j by position, overwritten; wide rows only
+};
+
+// A rectangle of the similarities of wide rows; see wide.cuh.
+struct Panel : Loss {
+  const float* products;  // (n_panel_rows, n_panel_columns): zhat_i . zhat_j
+  int64_t first_row, first_column, n_panel_rows, n_panel_columns;
+  float* statistics;      // forward, (4, N) by position: shift, negative, positive, positive_logits; added to
+  float* coefficients;    // backward: as in Backward, with n_padded
+  int64_t n_padded;
+  void* pairs;            // backward, (n_panel_rows, n_panel_columns) compute_dtype: M
 };
 
 struct PrototypeGradient : Loss {
@@ -78,12 +90,18 @@ constexpr int64_t padded_rows(int64_t n_rows) { return (n_rows + 127) / 128 * 12
 // Whether the rows are too wide for the passes over pairs: more than stay on chip as operands of both products.
 constexpr bool is_wide(int64_t width, Dtype compute_dtype) { return width > (compute_dtype == Dtype::float32 ? 128 : 256); }
 
-// How many blocks a pass over pairs takes on a GPU with so many processors.
-int64_t n_blocks_of(int64_t n_rows, int64_t n_processors);
+// How many blocks a launch with partial sums takes at most.
+constexpr int64_t most_blocks(int64_t n_rows) { return (n_rows + 7) / 8; }
 
-// Launch a pass. They return a cudaError_t: 0, or why a kernel could not be launched.
+// These launch a pass, or for wide rows a part of one. They return a cudaError_t: 0, or why a kernel could not be launched.
 int forward(const Forward& pass, int64_t n_processors, CUstream_st* stream);
 int backward(const Backward& pass, int64_t n_processors, CUstream_st* stream);
 int prototype_gradient(const PrototypeGradient& pass, CUstream_st* stream);
+
+int panel_softmax(const Panel& panel, CUstream_st* stream);
+int panel_loss(const Forward& pass, CUstream_st* stream);
+int coefficients(const Backward& pass, CUstream_st* stream);
+int panel_pairs(const Panel& panel, CUstream_st* stream);
+int panel_finish(const Backward& pass, CUstream_st* stream);
 
 }  // namespace clop::cuda

@@ -181,4 +181,238 @@ std::tuple<Tensor, Tensor, Tensor> prologue(Tensor embeddings, std::optional<Ten
   return {normalized, norms, distances};
 }
 
+// ---- the passes --------------------------------------------------------------------------------------------------------
+
+namespace {
+
+constexpr auto kFloat = ScalarType::Float;
+
+int64_t n_processors_of(int32_t device) {
+  int count = 0;
+  check("cannot ask the GPU", cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), device);
+  return count;
+}
+
+int32_t device_of(const char* name, const Tensor& tensor) {
+  if (!tensor.is_cuda() || tensor.dim() != 2 || tensor.size(0) < 1 || tensor.size(1) < 1) refuse(name, "(N, D) on a GPU, not empty");
+  return tensor.get_device_index();
+}
+
+const float* floats(const char* name, const Tensor& tensor, int32_t device, std::initializer_list<int64_t> sizes) {
+  return data<float>(name, tensor, kFloat, "float32", device, sizes);
+}
+
+float* mutable_floats(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
+
+// The fields of a pass that describe its loss. `rows`: the embeddings or zhat.
+template <class Pass>
+Pass pass_of(const Tensor& rows, int32_t device, CLOP_LOSS_PARAMETERS) {
+  if (rows.size(0) > INT32_MAX - 128) refuse("embeddings", "fewer than 2^31 - 128 rows");
+  if (n_views < 1 || rows.size(0) % n_views != 0) refuse("n_views", "a divisor of the number of rows");
+  if (distance < 0 || distance > 2) refuse("distance", "0, 1 or 2");
+  if (reduction < 0 || reduction > 2) refuse("reduction", "0, 1 or 2");
+  if (prototypes && (prototypes->dim() != 2 || prototypes->size(0) < 1)) refuse("prototypes", "(K, D), at least one");
+  if (prototypes && !labels) refuse("labels", "a tensor, since there are prototypes");
+  if (groups.dim() != 2) refuse("groups", "(3, N) or (3, 0)");
+  Pass p = {};
+  p.n_rows = rows.size(0);
+  p.width = rows.size(1);
+  p.n_views = n_views;
+  p.n_classes = prototypes ? prototypes->size(0) : 0;
+  p.dtype = dtype_of("embeddings", rows.scalar_type());
+  p.compute_dtype = dtype_of("compute_dtype", compute_dtype);
+  p.is_tf32 = is_tf32;
+  p.groups = data<int32_t>("groups", groups, ScalarType::Int, "int32", device, {3, groups.size(1) == 0 ? 0 : p.n_rows});
+  if (groups.size(1) == 0) p.groups = nullptr;
+  p.labels = data<int64_t>("labels", labels, ScalarType::Long, "int64", device, {p.n_rows / n_views});
+  p.prototypes = data<float>("prototypes", prototypes, kFloat, "float32", device, {p.n_classes, p.width});
+  p.temperature = data<float>("temperature", temperature, kFloat, "float32", device, {});
+  p.scale = static_cast<float>(scale);
+  p.scale_rest = static_cast<float>(scale_rest);
+  p.prototype_weight = static_cast<float>(prototype_weight);
+  p.distance = Distance(distance);
+  p.reduction = Reduction(reduction);
+  return p;
+}
+
+#define CLOP_LOSS_ARGUMENTS \
+  groups, labels, prototypes, temperature, scale, scale_rest, n_views, prototype_weight, distance, reduction, compute_dtype, is_tf32
+
+const void* zhat_of(const Tensor& normalized, const Loss& p, ScalarType compute_dtype, int32_t device) {
+  return data<char>("normalized", normalized, compute_dtype, "compute_dtype", device, {p.n_rows, p.width});
+}
+
+// What a forward pass writes beside zhat and the norms, and its scratch. Tensors live as long as the launches are not yet queued;
+// after that the allocator hands their memory to later work of the same stream only.
+struct LossTensors {
+  Tensor loss, shift, total, negative, counts, partial_sums, n_finished;
+
+  LossTensors(Forward& p, const Tensor& like)
+      : loss(p.reduction == Reduction::none ? allocate("loss", like, {p.n_rows}, kFloat) : allocate("loss", like, {}, kFloat)),
+        shift(allocate("shift", like, {p.n_rows}, kFloat)),
+        total(allocate("total", like, {p.n_rows}, kFloat)),
+        negative(allocate("negative", like, {p.n_rows}, kFloat)),
+        counts(allocate("counts", like, {2}, kFloat)),
+        partial_sums(allocate("partial sums", like, {kPartialSums, most_blocks(p.n_rows)}, kFloat)),
+        n_finished(allocate("a counter", like, {1}, ScalarType::Int)) {
+    p.loss = mutable_floats(loss);
+    p.shift = mutable_floats(shift);
+    p.total = mutable_floats(total);
+    p.negative = mutable_floats(negative);
+    p.counts = mutable_floats(counts);
+    p.partial_sums = mutable_floats(partial_sums);
+    p.n_finished = static_cast<unsigned*>(n_finished.mutable_data_ptr());
+  }
+};
+
+// The same of a backward pass.
+struct GradientTensors {
+  Backward p;
+  int32_t device;
+  Tensor grad_z, grad_temperature, partial_sums, n_finished, coefficients;
+
+  explicit GradientTensors(CLOP_BACKWARD_PARAMETERS)
+      : p(pass_of<Backward>(embeddings, device_of("embeddings", embeddings), CLOP_LOSS_ARGUMENTS)),
+        device(embeddings.get_device_index()),
+        grad_z(allocate("the gradient", embeddings, {p.n_rows, p.width}, embeddings.scalar_type())),
+        grad_temperature(needs_temperature ? allocate("the temperature's gradient", embeddings, {}, kFloat)
+                                           : allocate("no gradient", embeddings, {0}, kFloat)),
+        partial_sums(allocate("partial sums", embeddings, {most_blocks(p.n_rows)}, kFloat)),
+        n_finished(allocate("a counter", embeddings, {1}, ScalarType::Int)),
+        coefficients(allocate("coefficients", embeddings, {6, padded_rows(p.n_rows)}, kFloat)) {
+    p.upstream = floats("upstream", upstream, device, {});
+    p.weights = data<float>("weights", weights, kFloat, "float32", device, {p.n_rows});
+    p.zhat = zhat_of(normalized, p, compute_dtype, device);
+    p.norms = floats("norms", norms, device, {p.n_rows});
+    p.shift = floats("shift", shift, device, {p.n_rows});
+    p.total = floats("total", total, device, {p.n_rows});
+    p.negative = floats("negative", negative, device, {p.n_rows});
+    p.counts = floats("counts", counts, device, {2});
+    p.grad_z = grad_z.mutable_data_ptr();
+    p.grad_temperature = needs_temperature ? mutable_floats(grad_temperature) : nullptr;
+    p.partial_sums = mutable_floats(partial_sums);
+    p.n_finished = static_cast<unsigned*>(n_finished.mutable_data_ptr());
+    p.coefficients = mutable_floats(coefficients);
+    p.n_padded = padded_rows(p.n_rows);
+  }
+};
+
+#define CLOP_BACKWARD_ARGUMENTS \
+  upstream, weights, embeddings, normalized, norms, shift, total, negative, counts, needs_temperature, CLOP_LOSS_ARGUMENTS
+
+Panel panel_of(const Tensor& products, int64_t first_row, int64_t first_column, const Tensor& normalized, int32_t device,
+               CLOP_LOSS_PARAMETERS) {
+  Panel p = pass_of<Panel>(normalized, device, CLOP_LOSS_ARGUMENTS);
+  if (products.dim() != 2 || first_row < 0 || first_column < 0 || first_row + products.size(0) > p.n_rows ||
+      first_column + products.size(1) > p.n_rows)
+    refuse("products", "a rectangle of the (N, N) similarities");
+  p.n_panel_rows = products.size(0);
+  p.n_panel_columns = products.size(1);
+  p.products = floats("products", products, device, {p.n_panel_rows, p.n_panel_columns});
+  p.first_row = first_row;
+  p.first_column = first_column;
+  return p;
+}
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor embeddings, CLOP_LOSS_PARAMETERS) {
+  const int32_t device = device_of("embeddings", embeddings);
+  const Device current(device);
+  Forward p = pass_of<Forward>(embeddings, device, CLOP_LOSS_ARGUMENTS);
+  p.embeddings = embeddings.const_data_ptr();
+  p.stride_z_row = embeddings.stride(0);
+  p.stride_z_column = embeddings.stride(1);
+  const LossTensors of(p, embeddings);
+  const Tensor normalized = allocate("normalized", embeddings, {p.n_rows, p.width}, compute_dtype);
+  const Tensor norms = allocate("norms", embeddings, {p.n_rows}, kFloat), distances = allocate("distances", embeddings, {p.n_rows}, kFloat);
+  p.zhat = normalized.mutable_data_ptr();
+  p.norms = mutable_floats(norms);
+  p.distances = mutable_floats(distances);
+  check("cannot launch the forward pass", forward(p, n_processors_of(device), current_stream(device)), device);
+  return {of.loss, normalized, norms, of.shift, of.total, of.negative, of.counts};
+}
+
+std::tuple<Tensor, Tensor> backward(CLOP_BACKWARD_PARAMETERS) {
+  const Device current(device_of("embeddings", embeddings));
+  const GradientTensors of(CLOP_BACKWARD_ARGUMENTS);
+  check("cannot launch the backward pass", backward(of.p, n_processors_of(of.device), current_stream(of.device)), of.device);
+  return {of.grad_z, of.grad_temperature};
+}
+
+Tensor prototype_gradient(Tensor upstream, std::optional<Tensor> weights, Tensor normalized, Tensor counts, Tensor by_class,
+                          Tensor bounds, CLOP_LOSS_PARAMETERS) {
+  const int32_t device = device_of("normalized", normalized);
+  const Device current(device);
+  auto p = pass_of<PrototypeGradient>(normalized, device, CLOP_LOSS_ARGUMENTS);
+  if (p.prototypes == nullptr) refuse("prototypes", "a tensor");
+  p.upstream = floats("upstream", upstream, device, {});
+  p.weights = data<float>("weights", weights, kFloat, "float32", device, {p.n_rows});
+  p.zhat = zhat_of(normalized, p, compute_dtype, device);
+  p.counts = floats("counts", counts, device, {2});
+  p.by_class = data<int64_t>("by_class", by_class, ScalarType::Long, "int64", device, {p.n_rows});
+  p.bounds = data<int64_t>("bounds", bounds, ScalarType::Long, "int64", device, {p.n_classes + 1});
+  const int64_t parts = 4 * n_processors_of(device) / p.n_classes;  // four blocks a processor, where there are not more classes
+  p.n_parts = parts < 1 ? 1 : parts;
+  const Tensor partial_gradients = allocate("partial gradients", normalized, {p.n_parts, p.n_classes, p.width}, kFloat);
+  p.partial_gradients = mutable_floats(partial_gradients);
+  check("cannot launch the gradient of the prototypes", prototype_gradient(p, current_stream(device)), device);
+  return partial_gradients;
+}
+
+void panel_softmax(Tensor products, int64_t first_row, int64_t first_column, Tensor statistics, Tensor normalized,
+                   CLOP_LOSS_PARAMETERS) {
+  const int32_t device = device_of("normalized", normalized);
+  const Device current(device);
+  Panel p = panel_of(products, first_row, first_column, normalized, device, CLOP_LOSS_ARGUMENTS);
+  floats("statistics", statistics, device, {4, p.n_rows});
+  p.statistics = mutable_floats(statistics);
+  check("cannot launch the sums of a panel", panel_softmax(p, current_stream(device)), device);
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> panel_loss(Tensor statistics, Tensor distances, Tensor normalized,
+                                                              CLOP_LOSS_PARAMETERS) {
+  const int32_t device = device_of("normalized", normalized);
+  const Device current(device);
+  Forward p = pass_of<Forward>(normalized, device, CLOP_LOSS_ARGUMENTS);
+  p.statistics = floats("statistics", statistics, device, {4, p.n_rows});
+  floats("distances", distances, device, {p.n_rows});
+  p.distances = mutable_floats(distances);
+  const LossTensors of(p, normalized);
+  check("cannot launch the loss", panel_loss(p, current_stream(device)), device);
+  return {of.loss, of.shift, of.total, of.negative, of.counts};
+}
+
+std::tuple<Tensor, Tensor> coefficients(CLOP_BACKWARD_PARAMETERS) {
+  const Device current(device_of("embeddings", embeddings));
+  const GradientTensors of(CLOP_BACKWARD_ARGUMENTS);
+  check("cannot launch the coefficients", coefficients(of.p, current_stream(of.device)), of.device);
+  return {of.coefficients, of.n_finished};
+}
+
+Tensor panel_pairs(Tensor products, int64_t first_row, int64_t first_column, Tensor coefficients, Tensor normalized,
+                   CLOP_LOSS_PARAMETERS) {
+  const int32_t device = device_of("normalized", normalized);
+  const Device current(device);
+  Panel p = panel_of(products, first_row, first_column, normalized, device, CLOP_LOSS_ARGUMENTS);
+  p.n_padded = padded_rows(p.n_rows);
+  floats("coefficients", coefficients, device, {6, p.n_padded});
+  p.coefficients = mutable_floats(coefficients);
+  const Tensor pairs = allocate("a panel", normalized, {p.n_panel_rows, p.n_panel_columns}, compute_dtype);
+  p.pairs = pairs.mutable_data_ptr();
+  check("cannot launch the weights of a panel", panel_pairs(p, current_stream(device)), device);
+  return pairs;
+}
+
+std::tuple<Tensor, Tensor> panel_finish(Tensor sums, Tensor n_finished, CLOP_BACKWARD_PARAMETERS) {
+  const Device current(device_of("embeddings", embeddings));
+  GradientTensors of(CLOP_BACKWARD_ARGUMENTS);
+  floats("sums", sums, of.device, {of.p.n_rows, of.p.width});
+  data<int32_t>("n_finished", n_finished, ScalarType::Int, "int32", of.device, {1});
+  of.p.sums = mutable_floats(sums);
+  of.p.n_finished = static_cast<unsigned*>(n_finished.mutable_data_ptr());
+  check("cannot launch the end of the backward pass", panel_finish(of.p, current_stream(of.device)), of.device);
+  return {of.grad_z, of.grad_temperature};
+}
+
 }  // namespace clop::cuda

@@ -21,4 +21,30 @@ std::tuple<Tensor, Tensor, Tensor> prologue(Tensor embeddings, std::optional<Ten
                                             std::optional<Tensor> prototypes, int64_t n_views, int64_t distance,
                                             ScalarType compute_dtype);
 
+// What describes a loss to every operator below.
+#define CLOP_LOSS_PARAMETERS                                                                                               \
+  Tensor groups, std::optional<Tensor> labels, std::optional<Tensor> prototypes, std::optional<Tensor> temperature,        \
+      double scale, double scale_rest, int64_t n_views, double prototype_weight, int64_t distance, int64_t reduction,      \
+      ScalarType compute_dtype, bool is_tf32
+
+// What the forward pass has left, and the upstream gradient.
+#define CLOP_BACKWARD_PARAMETERS                                                                                           \
+  Tensor upstream, std::optional<Tensor> weights, Tensor embeddings, Tensor normalized, Tensor norms, Tensor shift,        \
+      Tensor total, Tensor negative, Tensor counts, bool needs_temperature, CLOP_LOSS_PARAMETERS
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor embeddings, CLOP_LOSS_PARAMETERS);
+std::tuple<Tensor, Tensor> backward(CLOP_BACKWARD_PARAMETERS);
+Tensor prototype_gradient(Tensor upstream, std::optional<Tensor> weights, Tensor normalized, Tensor counts, Tensor by_class,
+                          Tensor bounds, CLOP_LOSS_PARAMETERS);
+
+// Wide rows: the launches between the library's products.
+void panel_softmax(Tensor products, int64_t first_row, int64_t first_column, Tensor statistics, Tensor normalized,
+                   CLOP_LOSS_PARAMETERS);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> panel_loss(Tensor statistics, Tensor distances, Tensor normalized,
+                                                              CLOP_LOSS_PARAMETERS);
+std::tuple<Tensor, Tensor> coefficients(CLOP_BACKWARD_PARAMETERS);
+Tensor panel_pairs(Tensor products, int64_t first_row, int64_t first_column, Tensor coefficients, Tensor normalized,
+                   CLOP_LOSS_PARAMETERS);
+std::tuple<Tensor, Tensor> panel_finish(Tensor sums, Tensor n_finished, CLOP_BACKWARD_PARAMETERS);
+
 }  // namespace clop::cuda

@@ -11,10 +11,11 @@
 // log(1 + negative / positive) to the last digit; sums of zhat over a group would not do (clop_kernels/backends/tiled.py).
 //
 // Flops 2 N^2 D, exponentials N^2. A pair costs one multiply-add, one ex2 and one add besides. Bytes: each block reads zhat once,
-// from L2: N^2 D itemsize / kRows, 128 flops a byte at 16 bits. From shared memory each column tile is read once a row warp:
-// 32 rows a warp take 64 multiply-adds for each 2 bytes, half of what shared memory can give at the full rate of sm_80's units.
-// Predicted for H200, N = 65536, D = 128, 16 bits: 1.1 Tflop at the 620 Tflop/s that mma.sync reaches of wgmma's 990 are 1.8 ms;
-// 4.3e9 exponentials at 16 a cycle and processor, 132 processors, 1.8 GHz, are 1.1 ms of another unit. Not measured.
+// from L2: N^2 D itemsize / kRows, 128 flops a byte at 16 bits; device memory O(N D). From shared memory a row warp reads each column
+// tile once: 512 bytes for every 4 (32 rows a warp) or 2 (16 rows) instructions of 4096 flops.
+// Predicted for an H200 (132 processors, 1.8 GHz, mma.sync at 620 of wgmma's 990 Tflop/s, 128 bytes of shared memory and 16 ex2 a
+// cycle and processor) at N = 65536, 16 bits: D = 128, 1.1 Tflop, 1.8 ms of matrix units, 1.1 ms of shared memory, 1.1 ms of ex2;
+// D = 256 (16 rows a warp) 3.5 ms of matrix units, 4.5 ms of shared memory, which bounds it. Not measured.
 //
 // The last block to finish adds the blocks' partial sums, in their order, to the loss: no launch of its own, and the same bits
 // from run to run.
@@ -33,6 +34,19 @@ __device__ inline RowSums merge(const RowSums& x, const RowSums& y) {
   const float of_x = exp2_approx(x.shift - shift), of_y = exp2_approx(y.shift - shift);
   return {shift, x.negative * of_x + y.negative * of_y, x.positive * of_x + y.positive * of_y,
           x.positive_logits + y.positive_logits};
+}
+
+// Of the kLanes lanes whose numbers differ in the lowest bits; the same bits in all of them.
+template <int kLanes>
+__device__ RowSums merge_lanes(RowSums row, int lane) {
+#pragma unroll
+  for (int apart = 1; apart < kLanes; apart *= 2) {
+    const RowSums other = {__shfl_xor_sync(0xffffffffu, row.shift, apart), __shfl_xor_sync(0xffffffffu, row.negative, apart),
+                           __shfl_xor_sync(0xffffffffu, row.positive, apart),
+                           __shfl_xor_sync(0xffffffffu, row.positive_logits, apart)};
+    row = lane & apart ? merge(other, row) : merge(row, other);
+  }
+  return row;
 }
 
 // log(1 + x) for -1/2 <= x <= 1 to the last digits of float, near 0 too: 2 artanh(r), r = x / (2 + x), |r| <= 1/3; the first term
@@ -109,6 +123,27 @@ __device__ void add_tile(const Loss& p, const Scale& scale, bool is_fixed, bool 
     }
 }
 
+// ---- from the sums to the loss -----------------------------------------------------------------------------------------------
+
+// Stores what the backward pass needs of a row, and adds its share of the loss to `parts`.
+__device__ inline void finish_softmax(const Forward& p, const Scale& scale, int position, const RowSums& row, float (&parts)[kPartialSums]) {
+  const Group group = group_of(p, position);
+  const int n_positives = group.end - group.start - 1;
+  p.shift[position] = row.shift;
+  p.total[position] = n_positives > 0 ? row.negative + row.positive : __int_as_float(0x7f800000);
+  p.negative[position] = row.negative;
+
+  const float term = n_positives > 0 ? contrastive_term(row, n_positives, scale) : 0.0f, distance = p.distances[position];
+  const int64_t row_index = row_of(p, position);
+  const int64_t label = p.labels != nullptr ? p.labels[row_index % (p.n_rows / p.n_views)] : -1;
+  parts[0] += term;
+  parts[1] += distance;
+  parts[2] += n_positives > 0 ? 1.0f : 0.0f;
+  parts[3] += label >= 0 ? 1.0f : 0.0f;
+  parts[4] += label < -1 || (p.n_classes > 0 && label >= p.n_classes) ? 1.0f : 0.0f;
+  if (p.reduction == Reduction::none) p.loss[row_index] = term + p.prototype_weight * distance;
+}
+
 // The blocks' partial sums to the loss; the last block calls it.
 template <int kThreads>
 __device__ void finish_loss(const Forward& p, float* scratch) {
@@ -134,6 +169,19 @@ __device__ void finish_loss(const Forward& p, float* scratch) {
   const float distance = sums[1] / (is_mean ? fmaxf(n_labelled, 1.0f) : 1.0f);
   *p.loss = contrastive + p.prototype_weight * distance;
 }
+
+// The end of the pass: the threads' parts to the block's, and in the last block all of them to the loss. scratch: 33 floats.
+template <int kThreads>
+__device__ void finish_block(const Forward& p, const float (&parts)[kPartialSums], float* scratch) {
+#pragma unroll
+  for (int k = 0; k < kPartialSums; ++k) {
+    const float sum = sum_of_block<kThreads>(parts[k], scratch);
+    if (threadIdx.x == 0) p.partial_sums[int64_t(k) * gridDim.x + blockIdx.x] = sum;
+  }
+  if (is_last_block(p.n_finished, scratch + 32)) finish_loss<kThreads>(p, scratch);
+}
+
+// ---- the pass ------------------------------------------------------------------------------------------------------------------
 
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, 1) softmax_kernel(const Forward p) {
@@ -161,14 +209,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) softmax_kernel(const Forward p
   for (int r = 0; r < S::kRowTiles; ++r)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      RowSums row = sums[r][h];
-#pragma unroll
-      for (int apart = 1; apart < 4; apart *= 2) {
-        const RowSums other = {__shfl_xor_sync(0xffffffffu, row.shift, apart), __shfl_xor_sync(0xffffffffu, row.negative, apart),
-                               __shfl_xor_sync(0xffffffffu, row.positive, apart),
-                               __shfl_xor_sync(0xffffffffu, row.positive_logits, apart)};
-        row = place.t & apart ? merge(other, row) : merge(row, other);  // the same bits in all four
-      }
+      const RowSums row = merge_lanes<4>(sums[r][h], place.lane);
       if (place.t == 0) of_warps[place.column_warp * S::kRows + place.row(r, h)] = row;
     }
   __syncthreads();
@@ -180,30 +221,10 @@ __global__ void __launch_bounds__(S::kThreads, 1) softmax_kernel(const Forward p
     RowSums row = of_warps[local];
 #pragma unroll
     for (int warp = 1; warp < S::kColumnWarps; ++warp) row = merge(row, of_warps[warp * S::kRows + local]);
-    const Group group = group_of(p, position);
-    const int n_positives = group.end - group.start - 1;
-    p.shift[position] = row.shift;
-    p.total[position] = n_positives > 0 ? row.negative + row.positive : __int_as_float(0x7f800000);
-    p.negative[position] = row.negative;
-
-    const float term = n_positives > 0 ? contrastive_term(row, n_positives, scale) : 0.0f, distance = p.distances[position];
-    const int64_t row_index = row_of(p, position);
-    const int64_t label = p.labels != nullptr ? p.labels[row_index % (p.n_rows / p.n_views)] : -1;
-    parts[0] += term;
-    parts[1] += distance;
-    parts[2] += n_positives > 0 ? 1.0f : 0.0f;
-    parts[3] += label >= 0 ? 1.0f : 0.0f;
-    parts[4] += label < -1 || (p.n_classes > 0 && label >= p.n_classes) ? 1.0f : 0.0f;
-    if (p.reduction == Reduction::none) p.loss[row_index] = term + p.prototype_weight * distance;
+    finish_softmax(p, scale, position, row, parts);
   }
   // A place that no part of of_warps is in: rows of the block, done with.
-  auto* const scratch = reinterpret_cast<float*>(memory.base);
-#pragma unroll
-  for (int k = 0; k < kPartialSums; ++k) {
-    const float sum = sum_of_block<S::kThreads>(parts[k], scratch);
-    if (threadIdx.x == 0) p.partial_sums[int64_t(k) * gridDim.x + blockIdx.x] = sum;
-  }
-  if (is_last_block(p.n_finished, scratch + 32)) finish_loss<S::kThreads>(p, scratch);
+  finish_block<S::kThreads>(p, parts, reinterpret_cast<float*>(memory.base));
 }
 
 }  // namespace clop::cuda

@@ -139,29 +139,103 @@ class Kernels:
             "reduction": reduction,
         }
 
+    def cuda_prologue(
+        self,
+        embeddings: Tensor,
+        order: Tensor | None,
+        labels: Tensor | None,
+        prototypes: Tensor | None,
+        n_views: int,
+        distance: int,
+        compute_dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        n_rows, width = embeddings.shape
+        results = {
+            "zhat": self._empty(n_rows, width, dtype=compute_dtype),
+            "norms": self._empty(n_rows),
+            "distances": self._empty(n_rows),
+        }
+        fields = {
+            "embeddings": embeddings,
+            "stride_z_row": embeddings.stride(0),
+            "stride_z_column": embeddings.stride(1),
+            "order": order,
+            "labels": labels,
+            "prototypes": prototypes,
+            "n_rows": n_rows,
+            "n_views": n_views,
+            "n_classes": 0 if prototypes is None else prototypes.shape[0],
+            "width": width,
+            "dtype": DTYPES.index(embeddings.dtype),
+            "compute_dtype": DTYPES.index(compute_dtype),
+            "distance": distance,
+        }
+        self._check(self.module.prologue(_addresses(fields | results)))
+        return results["zhat"], results["norms"], results["distances"]
+
+    def _losses(self, fields: dict[str, Any]) -> dict[str, Tensor]:
+        """What a forward pass writes beside zhat and the norms."""
+        n_rows = fields["n_rows"]
+        return {
+            "loss": self._empty(*((n_rows,) if fields["reduction"] == 2 else ())),
+            **{name: self._empty(n_rows) for name in ("shift", "total", "negative")},
+            "counts": self._empty(2),
+        }
+
+    def _partial_sums(self, fields: dict[str, Any]) -> dict[str, Tensor]:
+        return {
+            "partial_sums": self._empty(N_PARTIAL_SUMS, self.module.most_blocks(fields["n_rows"])),
+            "n_finished": torch.full((1,), 77, dtype=torch.int32),
+        }
+
     def cuda_forward(self, embeddings: Tensor, *loss: Any) -> tuple[Tensor, ...]:
         fields = self._loss(embeddings, *loss)
         n_rows, width = embeddings.shape
-        n_blocks = self.module.n_blocks_of(n_rows, self.n_processors)
-        results = {
-            "loss": self._empty(*((n_rows,) if fields["reduction"] == 2 else ())),
-            "zhat": self._empty(n_rows, width, dtype=DTYPES[fields["compute_dtype"]]),
-            **{name: self._empty(n_rows) for name in ("norms", "shift", "total", "negative")},
-            "counts": self._empty(2),
-        }
-        scratch = {
+        losses = self._losses(fields)
+        zhat, norms = self._empty(n_rows, width, dtype=DTYPES[fields["compute_dtype"]]), self._empty(n_rows)
+        fields |= losses | self._partial_sums(fields)
+        fields |= {
+            "embeddings": embeddings,
+            "stride_z_row": embeddings.stride(0),
+            "stride_z_column": embeddings.stride(1),
+            "zhat": zhat,
+            "norms": norms,
             "distances": self._empty(n_rows),
-            "partial_sums": self._empty(N_PARTIAL_SUMS, n_blocks),
-            "n_finished": torch.full((1,), 77, dtype=torch.int32),
         }
-        strides = {"stride_z_row": embeddings.stride(0), "stride_z_column": embeddings.stride(1)}
-        fields |= results | scratch | strides | {"embeddings": embeddings}
         self._check(self.module.forward(_addresses(fields), self.n_processors))
-        return tuple(results.values())
+        loss_value, *softmax, counts = losses.values()
+        return loss_value, zhat, norms, *softmax, counts
 
-    def cuda_backward(
+    def cuda_panel_softmax(
+        self, products: Tensor, first_row: int, first_column: int, statistics: Tensor, zhat: Tensor, *loss: Any
+    ) -> None:
+        fields = self._loss(zhat, *loss) | self._panel(products, first_row, first_column) | {"statistics": statistics}
+        self._check(self.module.panel_softmax(_addresses(fields)))
+
+    @staticmethod
+    def _panel(products: Tensor, first_row: int, first_column: int) -> dict[str, Any]:
+        return {
+            "products": products,
+            "first_row": first_row,
+            "first_column": first_column,
+            "n_panel_rows": products.shape[0],
+            "n_panel_columns": products.shape[1],
+        }
+
+    def cuda_panel_loss(self, statistics: Tensor, distances: Tensor, zhat: Tensor, *loss: Any) -> tuple[Tensor, ...]:
+        fields = self._loss(zhat, *loss)
+        losses = self._losses(fields)
+        fields |= losses | self._partial_sums(fields) | {"statistics": statistics, "distances": distances}
+        self._check(self.module.panel_loss(_addresses(fields)))
+        return tuple(losses.values())
+
+    def _coefficients(self, n_rows: int) -> dict[str, Any]:
+        n_padded = self.module.padded_rows(n_rows)
+        return {"coefficients": self._empty(6, n_padded), "n_padded": n_padded}
+
+    def _backward(
         self,
-        upstream: Tensor,
+        upstream: Tensor | None,
         weights: Tensor | None,
         embeddings: Tensor,
         zhat: Tensor,
@@ -172,29 +246,50 @@ class Kernels:
         counts: Tensor,
         needs_temperature: bool,
         *loss: Any,
-    ) -> tuple[Tensor, Tensor]:
-        n_rows, width = embeddings.shape
+    ) -> dict[str, Any]:
         fields = self._loss(embeddings, *loss)
-        n_padded = (n_rows + 127) // 128 * 128
-        grad, grad_temperature = self._empty(n_rows, width, dtype=embeddings.dtype), self._empty()
-        fields |= {
-            "upstream": upstream,
-            "weights": weights,
-            "zhat": zhat,
-            "norms": norms,
-            "shift": shift,
-            "total": total,
-            "negative": negative,
-            "counts": counts,
-            "grad_z": grad,
-            "grad_temperature": grad_temperature if needs_temperature else None,
-            "coefficients": self._empty(6, n_padded),
-            "n_padded": n_padded,
-            "partial_sums": self._empty(self.module.n_blocks_of(n_rows, self.n_processors)),
-            "n_finished": torch.full((1,), 77, dtype=torch.int32),
-        }
+        return (
+            fields
+            | self._partial_sums(fields)
+            | {
+                "upstream": upstream,
+                "weights": weights,
+                "zhat": zhat,
+                "norms": norms,
+                "shift": shift,
+                "total": total,
+                "negative": negative,
+                "counts": counts,
+                "grad_z": self._empty(*embeddings.shape, dtype=embeddings.dtype),
+                "grad_temperature": self._empty() if needs_temperature else None,
+            }
+        )
+
+    def cuda_backward(self, *arguments: Any) -> tuple[Tensor, Tensor | None]:
+        fields = self._backward(*arguments)
+        fields |= self._coefficients(fields["n_rows"])
         self._check(self.module.backward(_addresses(fields), self.n_processors))
-        return grad, grad_temperature
+        return fields["grad_z"], fields["grad_temperature"]
+
+    def cuda_coefficients(self, *arguments: Any) -> tuple[Tensor, Tensor]:
+        fields = self._backward(*arguments)
+        fields |= self._coefficients(fields["n_rows"])
+        self._check(self.module.coefficients(_addresses(fields)))
+        return fields["coefficients"], fields["n_finished"]
+
+    def cuda_panel_pairs(
+        self, products: Tensor, first_row: int, first_column: int, coefficients: Tensor, zhat: Tensor, *loss: Any
+    ) -> Tensor:
+        pairs = self._empty(*products.shape, dtype=zhat.dtype)
+        fields = self._loss(zhat, *loss) | self._panel(products, first_row, first_column)
+        fields |= {"coefficients": coefficients, "n_padded": coefficients.shape[1], "pairs": pairs}
+        self._check(self.module.panel_pairs(_addresses(fields)))
+        return pairs
+
+    def cuda_panel_finish(self, sums: Tensor, n_finished: Tensor, *arguments: Any) -> tuple[Tensor, Tensor | None]:
+        fields = self._backward(*arguments) | {"sums": sums, "n_finished": n_finished}
+        self._check(self.module.panel_finish(_addresses(fields)))
+        return fields["grad_z"], fields["grad_temperature"]
 
     def cuda_prototype_gradient(
         self,
@@ -219,4 +314,4 @@ class Kernels:
             "partial_gradients": parts,
         }
         self._check(self.module.prototype_gradient(_addresses(fields)))
-        return parts.sum(0)
+        return parts

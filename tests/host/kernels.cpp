@@ -22,7 +22,9 @@ void set(T& field, const py::handle& value) {
     field = value.cast<T>();
 }
 
-#define FIELD(name) set(p.name, fields[#name]);
+// A field that is not given is one that the kernels at hand must not read.
+#define FIELD(name) \
+  if (fields.contains(#name)) set(p.name, fields[#name]);
 
 void set_loss(Loss& p, const py::dict& fields) {
   FIELD(n_rows) FIELD(width) FIELD(n_views) FIELD(n_classes) FIELD(dtype) FIELD(compute_dtype) FIELD(is_tf32) FIELD(groups)
@@ -30,27 +32,43 @@ void set_loss(Loss& p, const py::dict& fields) {
   FIELD(reduction)
 }
 
-int run_forward(const py::dict& fields, int64_t n_processors) {
-  Forward p;
+Forward forward_of(const py::dict& fields) {
+  Forward p = {};
   set_loss(p, fields);
   FIELD(embeddings) FIELD(stride_z_row) FIELD(stride_z_column) FIELD(loss) FIELD(zhat) FIELD(norms) FIELD(shift) FIELD(total)
-  FIELD(negative) FIELD(counts) FIELD(distances) FIELD(partial_sums) FIELD(n_finished)
-  return forward(p, n_processors, nullptr);
+  FIELD(negative) FIELD(counts) FIELD(distances) FIELD(partial_sums) FIELD(n_finished) FIELD(statistics)
+  return p;
 }
 
-int run_backward(const py::dict& fields, int64_t n_processors) {
-  Backward p;
+Backward backward_of(const py::dict& fields) {
+  Backward p = {};
   set_loss(p, fields);
   FIELD(upstream) FIELD(weights) FIELD(zhat) FIELD(norms) FIELD(shift) FIELD(total) FIELD(negative) FIELD(counts) FIELD(grad_z)
-  FIELD(grad_temperature) FIELD(coefficients) FIELD(n_padded) FIELD(partial_sums) FIELD(n_finished)
-  return backward(p, n_processors, nullptr);
+  FIELD(grad_temperature) FIELD(coefficients) FIELD(n_padded) FIELD(partial_sums) FIELD(n_finished) FIELD(sums)
+  return p;
 }
 
-int run_prototype_gradient(const py::dict& fields) {
-  PrototypeGradient p;
+Panel panel_of(const py::dict& fields) {
+  Panel p = {};
+  set_loss(p, fields);
+  FIELD(products) FIELD(first_row) FIELD(first_column) FIELD(n_panel_rows) FIELD(n_panel_columns) FIELD(statistics)
+  FIELD(coefficients) FIELD(n_padded) FIELD(pairs)
+  return p;
+}
+
+PrototypeGradient prototype_gradient_of(const py::dict& fields) {
+  PrototypeGradient p = {};
   set_loss(p, fields);
   FIELD(upstream) FIELD(weights) FIELD(zhat) FIELD(counts) FIELD(by_class) FIELD(bounds) FIELD(n_parts) FIELD(partial_gradients)
-  return prototype_gradient(p, nullptr);
+  return p;
+}
+
+Prologue prologue_of(const py::dict& fields) {
+  Prologue p = {};
+  FIELD(embeddings) FIELD(stride_z_row) FIELD(stride_z_column) FIELD(order) FIELD(labels) FIELD(prototypes) FIELD(zhat) FIELD(norms)
+  FIELD(distances) FIELD(n_finished) FIELD(n_rows) FIELD(n_views) FIELD(n_classes) FIELD(width) FIELD(dtype) FIELD(compute_dtype)
+  FIELD(distance)
+  return p;
 }
 
 }  // namespace
@@ -62,9 +80,16 @@ PYBIND11_MODULE(MODULE_NAME, m) {
                                          : simt::Order::shuffled,
                     seed);
   });
-  m.def("n_blocks_of", &n_blocks_of);
-  m.def("forward", &run_forward);
-  m.def("backward", &run_backward);
-  m.def("prototype_gradient", &run_prototype_gradient);
+  m.def("most_blocks", &most_blocks);
+  m.def("padded_rows", &padded_rows);
+  m.def("prologue", [](const py::dict& fields) { return launch_prologue(prologue_of(fields), nullptr); });
+  m.def("forward", [](const py::dict& fields, int64_t n_processors) { return forward(forward_of(fields), n_processors, nullptr); });
+  m.def("backward", [](const py::dict& fields, int64_t n_processors) { return backward(backward_of(fields), n_processors, nullptr); });
+  m.def("prototype_gradient", [](const py::dict& fields) { return prototype_gradient(prototype_gradient_of(fields), nullptr); });
+  m.def("panel_softmax", [](const py::dict& fields) { return panel_softmax(panel_of(fields), nullptr); });
+  m.def("panel_loss", [](const py::dict& fields) { return panel_loss(forward_of(fields), nullptr); });
+  m.def("coefficients", [](const py::dict& fields) { return coefficients(backward_of(fields), nullptr); });
+  m.def("panel_pairs", [](const py::dict& fields) { return panel_pairs(panel_of(fields), nullptr); });
+  m.def("panel_finish", [](const py::dict& fields) { return panel_finish(backward_of(fields), nullptr); });
   define_probes(m);
 }

@@ -216,6 +216,11 @@ inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
 inline void mma_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { mma(simt::Op::mma_f16, c, a, b0, b1); }
 inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { mma(simt::Op::mma_tf32, c, a, b0, b1); }
 
+inline cudaError_t set_to_zero(unsigned* number, cudaStream_t) {
+  *number = 0;
+  return cudaSuccess;
+}
+
 template <class Params>
 cudaError_t find(void (*)(Params)) {
   return cudaSuccess;

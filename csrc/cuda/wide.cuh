@@ -1,0 +1,119 @@
+// Rows too wide for a block to hold (D > 256; float32 128): the passes over pairs as panels between products of a library.
+//
+// Tile picture. A panel is a rectangle of the similarities, at most kPanelRows rows and columns of it, that a matrix product of the
+// library has left in memory, as float; it stays in L2 until it is read:
+//
+//     forward:   S_ij = z_i z_j^T  (library)  ->  panel_softmax_kernel adds the panel to its rows' sums       for all i, j
+//     backward:  S_ij              (library)  ->  panel_pairs_kernel makes M of it, rounded as zhat is
+//                grad_i += M z_j,  grad_j += M^T z_i   (library)                                              for i <= j
+//
+// which clop_kernels/backends/cuda.py strings together. A warp takes a row of a panel, lane by lane its columns.
+//
+// Flops: 2 N^2 D forward, 3 N^2 D backward, all the library's. Bytes: a panel of P x P costs 4 P^2 written and read, and M 2 P^2
+// written and twice read at 16 bits, for 6 P^2 D flops: at D = 512 300 flops a byte, most of them from L2. What keeps these kernels
+// out of the way of the products is that they touch a pair once.
+#pragma once
+
+#include "gradient.cuh"
+#include "softmax.cuh"
+
+namespace clop::cuda {
+
+constexpr int kPanelThreads = 256, kPanelWarps = kPanelThreads / 32;
+static_assert(most_blocks(kPanelWarps) == 1, "partial sums have room for a warp a row");
+
+// Adds a panel to the sums of its rows, statistics: (4, N); the first panel of a row begins them.
+__global__ void __launch_bounds__(kPanelThreads) panel_softmax_kernel(const Panel p) {
+  const int row = int(blockIdx.x) * kPanelWarps + int(threadIdx.x / 32), lane = threadIdx.x % 32;
+  if (row >= p.n_panel_rows) return;
+  const Scale scale(p);
+  const bool is_fixed = scale.is_fixed();
+  const int position = int(p.first_row) + row;
+  const Group group = group_of(p, position);
+  const float* const products = p.products + row * p.n_panel_columns;
+  const auto apply = [&](float product, float shift) { return fmaf(product, scale.rest, fmaf(product, scale.value, -shift)); };
+
+  RowSums sums = {is_fixed ? scale.value : kLeastShift, 0.0f, 0.0f, 0.0f};
+  for (int64_t k = lane; k < p.n_panel_columns; k += 32) {
+    const int column = int(p.first_column + k);
+    if (column == position) continue;
+    const float product = products[k];
+    if (!is_fixed) sums = merge(sums, {fmaxf(sums.shift, apply(product, 0.0f)), 0.0f, 0.0f, 0.0f});
+    const float power = exp2_approx(apply(product, sums.shift));
+    const bool is_positive = column >= group.start && column < group.end;
+    sums.positive += is_positive ? power : 0.0f;
+    sums.positive_logits += is_positive ? apply(product, scale.value) : 0.0f;
+    sums.negative += is_positive ? 0.0f : power;
+  }
+  sums = merge_lanes<32>(sums, lane);
+  if (lane != 0) return;
+  float* const to = p.statistics + position;
+  if (p.first_column > 0) sums = merge({to[0], to[p.n_rows], to[2 * p.n_rows], to[3 * p.n_rows]}, sums);
+  to[0] = sums.shift;
+  to[p.n_rows] = sums.negative;
+  to[2 * p.n_rows] = sums.positive;
+  to[3 * p.n_rows] = sums.positive_logits;
+}
+
+// The sums of all rows to the loss.
+__global__ void __launch_bounds__(kPanelThreads) panel_loss_kernel(const Forward p) {
+  const int position = int(blockIdx.x) * kPanelThreads + int(threadIdx.x);
+  float parts[kPartialSums] = {};
+  if (position < p.n_rows) {
+    const float* const from = p.statistics + position;
+    finish_softmax(p, Scale(p), position, {from[0], from[p.n_rows], from[2 * p.n_rows], from[3 * p.n_rows]}, parts);
+  }
+  finish_block<kPanelThreads>(p, parts, reinterpret_cast<float*>(shared_memory()));
+}
+
+// pairs: (n_panel_rows, n_panel_columns) in the type of zhat.
+template <class T>
+__global__ void __launch_bounds__(kPanelThreads) panel_pairs_kernel(const Panel p) {
+  const int row = int(blockIdx.x) * kPanelWarps + int(threadIdx.x / 32), lane = threadIdx.x % 32;
+  if (row >= p.n_panel_rows) return;
+  const Scale scale(p);
+  const bool is_fixed = scale.is_fixed();
+  const int position = int(p.first_row) + row;
+  const Coefficients of{p.coefficients, p.n_padded};
+  const float a = of.a(position), b = of.b(position), c = of.c(position), shift = is_fixed ? scale.value : of.shift(position);
+  const int start = of.start(position), end = of.end(position);
+  const float* const products = p.products + row * p.n_panel_columns;
+  T* const pairs = static_cast<T*>(p.pairs) + row * p.n_panel_columns;
+  for (int64_t k = lane; k < p.n_panel_columns; k += 32) {
+    const int column = int(p.first_column + k);
+    const bool is_positive = column >= start && column < end;
+    const float product = products[k], of_a = is_positive ? b : a, of_column = is_positive ? of.b(column) : of.a(column);
+    const auto power = [&](float from) { return exp2_approx(fmaf(product, scale.rest, fmaf(product, scale.value, -from))); };
+    float m = is_fixed ? power(shift) * (of_a + of_column) : power(shift) * of_a + power(of.shift(column)) * of_column;
+    if (is_positive) m -= c + of.c(column);
+    round_to(pairs[k], column == position ? 0.0f : m);
+  }
+}
+
+// A row of sums in memory, column lane + 32 k of each lane.
+template <class T>
+struct MemoryRow {
+  float* g;
+  const T* zhat;
+  int lane, width;
+
+  template <class Visit>
+  __device__ void for_each(Visit&& visit) {
+    for (int column = lane; column < width; column += 32) visit(column, g[column], to_float(zhat[column]));
+  }
+  __device__ float sum(float x) const { return sum_of_warp(x); }
+};
+
+// p.sums, (N, D), to the gradient of the raw rows.
+template <class T>
+__global__ void __launch_bounds__(kPanelThreads) panel_finish_kernel(const Backward p) {
+  const int position = int(blockIdx.x) * kPanelWarps + int(threadIdx.x / 32), lane = threadIdx.x % 32;
+  float share = 0.0f;
+  if (position < p.n_rows) {
+    MemoryRow<T> row{p.sums + position * p.width, static_cast<const T*>(p.zhat) + position * p.width, lane, int(p.width)};
+    share = finish_row(p, Scale(p), position, row);
+  }
+  finish_temperature<kPanelThreads>(p, share, reinterpret_cast<float*>(shared_memory()));
+}
+
+}  // namespace clop::cuda
