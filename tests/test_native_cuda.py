@@ -5,7 +5,6 @@ The numbers have not yet been checked on a GPU: there, everything here runs.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import shutil
@@ -13,6 +12,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -320,31 +320,29 @@ def test_a_call_with_cpu_tensors_is_an_exception() -> None:
         prologue(torch.ones(4, 8), None, None, None, 2, 0, torch.float32)
 
 
-def cuobjdump(*options: str) -> str:
-    """What the CUDA toolkit, or Triton, which brings one, says of the extension."""
-    places = [str(Path(home) / "bin") for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")) if home]
-    triton = importlib.util.find_spec("triton")
-    if triton is not None and triton.origin is not None:
-        places.append(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
-    program = shutil.which("cuobjdump") or shutil.which("cuobjdump", path=os.pathsep.join(places))
-    if program is None:
-        pytest.skip("there is no cuobjdump")
-    extension = importlib.util.find_spec("clop_kernels._native")
-    assert extension is not None
-    assert extension.origin is not None
-    return subprocess.run([program, *options, extension.origin], check=True, capture_output=True, text=True).stdout
+@pytest.fixture(scope="module")
+def resources_cuda() -> ModuleType:
+    module: ModuleType = pytest.importorskip("benchmarks.resources_cuda", reason="there is no benchmarks/ beside these tests")
+    if (reason := module.obstacle()) is not None:
+        pytest.skip(reason)
+    return module
 
 
-def test_every_architecture_is_in_the_binary() -> None:
+def test_every_architecture_is_in_the_binary(resources_cuda: ModuleType) -> None:
     assert INFO is not None
     archs = INFO["cuda_archs"].split(";")
-    compiled = set(re.findall(r"\.sm_(\d+[af]?)\.cubin", cuobjdump("--list-elf")))
+    compiled = set(re.findall(r"\.sm_(\d+[af]?)\.cubin", resources_cuda.dump("--list-elf")))
     assert compiled == {arch.removesuffix("+PTX") for arch in archs}
-    portable = set(re.findall(r"\.sm_(\d+[af]?)\.ptx", cuobjdump("--list-ptx")))
+    portable = set(re.findall(r"\.sm_(\d+[af]?)\.ptx", resources_cuda.dump("--list-ptx")))
     assert portable == {arch.removesuffix("+PTX") for arch in archs if arch.endswith("+PTX")}
 
 
-def test_no_kernel_spills_registers() -> None:
-    usage = re.findall(r"Function (\S+):\n\s*REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", cuobjdump("-res-usage"))
-    assert any("prologue_kernel" in name for name, *_ in usage)
-    assert [name for name, _, stack, local in usage if int(stack) or int(local)] == []
+def test_no_kernel_spills_or_lacks_matrix_instructions(resources_cuda: ModuleType) -> None:
+    reports = resources_cuda.reports()
+    kernels = {report.kernel for report in reports}
+    assert {"prologue_kernel", "softmax_kernel", "gradient_kernel", "panel_pairs_kernel"} <= kernels
+    assert {(r.product, r.D, r.rows) for r in reports if r.kernel == "gradient_kernel"} == {
+        *((product, width, rows) for product in ("bf16", "f16") for width in (64, 128, 256) for rows in (16, 128)),
+        *((product, width, rows) for product in ("tf32 x1", "tf32 x2") for width in (64, 128) for rows in (16, 128)),
+    }
+    assert [(r.kernel, r.sm, fault) for r in reports for fault in r.faults()] == []
