@@ -75,28 +75,36 @@ GPU_SIZES = (
 
 CPU_SIZES = (Size(512, 64, "float32", 3),)
 
-GPU_TESTS = ("tests/test_gpu.py",)
+GPU_TESTS = ("tests/test_gpu.py", "tests/test_native_cuda.py")
 CPU_TESTS = ("tests/test_backends.py", "-k", "test_half_precision or test_a_single_positive")
 
 
 @dataclass(frozen=True)
 class Target:
-    """What the project promises of its fastest backend at a size: a bound for a ratio, or for the share of the matrix rate."""
+    """What the project promises of a backend at a size: a bound for a ratio, or for the share of the matrix rate."""
 
+    backend: str
     size: Size
-    what: str  # "eager", "compile": times faster than it; "memory": times less than eager's; "share": of the matrix rate
+    what: str  # a provider: times faster than it; "memory": times less than eager's; "share": of the matrix rate
     bound: float
 
 
 GPU_TARGETS = (
-    Target(Size(32768, 128), "eager", 15.0),
-    Target(Size(32768, 128), "compile", 8.0),
-    Target(Size(32768, 128), "memory", 200.0),
-    Target(Size(65536, 128), "share", 0.5),
-    Target(Size(65536, 256), "share", 0.5),
-    Target(Size(2048, 128), "eager", 3.0),
+    *(
+        Target(backend, size, what, bound)
+        for backend in ("cuda", "triton")
+        for size, what, bound in (
+            (Size(32768, 128), "eager", 15.0),
+            (Size(32768, 128), "compile", 8.0),
+            (Size(32768, 128), "memory", 200.0),
+            (Size(2048, 128), "eager", 3.0),
+        )
+    ),
+    *(Target("cuda", Size(65536, width), "share", 0.65) for width in (128, 256)),
+    *(Target("cuda", Size(65536, width), "triton", 1.2) for width in (128, 256)),
+    *(Target("triton", Size(65536, width), "share", 0.5) for width in (128, 256)),
 )
-"""For an H200, of the Triton backend."""
+"""For an H200."""
 
 
 @dataclass
@@ -170,7 +178,7 @@ def measure_speed(sizes: Sequence[Size], device: torch.device, findings: Finding
         findings.comparisons.append((size, comparison))
         try:
             comparison.run(
-                [p for p in PROVIDERS.values() if size.n_rows < 2**20 or p.name == "triton"], size.n_rows, size.repeats
+                [p for p in PROVIDERS.values() if size.n_rows < 2**20 or p.name in ("cuda", "triton")], size.n_rows, size.repeats
             )
         except Exception as error:  # a failure is a finding, and the other sizes are still worth their time
             findings.notes.append(f"failed: N={size.n_rows}, D={size.width}, {size.dtype}: {type(error).__name__}: {error}")
@@ -183,7 +191,7 @@ def target_lines(findings: Findings) -> list[str]:
         for size, comparison in findings.comparisons:
             if (size.n_rows, size.width, size.dtype) == key:
                 value = _target_value(target, size, comparison)
-                where = f"N={size.n_rows}, D={size.width}, {size.dtype}: triton, {target.what}"
+                where = f"N={size.n_rows}, D={size.width}, {size.dtype}: {target.backend}, {target.what}"
                 if value is None:
                     lines.append(f"{where}: not measured (target {target.bound:g})")
                 else:
@@ -193,7 +201,7 @@ def target_lines(findings: Findings) -> list[str]:
 
 
 def _target_value(target: Target, size: Size, comparison: Comparison) -> float | None:
-    ours, eager = (comparison.find(name, size.n_rows) for name in ("triton", "eager"))
+    ours, eager = (comparison.find(name, size.n_rows) for name in (target.backend, "eager"))
     if ours is None or not ours.seconds:
         return None
     if target.what == "share":

@@ -37,13 +37,23 @@ SHAPES = [
 ]  # fmt: skip
 
 
-@pytest.fixture(params=["triton", "tiled"])
-def backend(request: pytest.FixtureRequest) -> str:
-    chosen = next(b for b in backends.BACKENDS if b.name == request.param)
+def runnable(name: str) -> str:
+    chosen = next(b for b in backends.BACKENDS if b.name == name)
     reason = chosen.obstacle(torch.device("cuda"), torch.float32)
     if reason is not None:
         pytest.skip(f"{chosen.name} cannot run on this GPU: {reason}")
     return chosen.name
+
+
+@pytest.fixture(params=["cuda", "triton", "tiled"])
+def backend(request: pytest.FixtureRequest) -> str:
+    return runnable(request.param)
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def kernels(request: pytest.FixtureRequest) -> str:
+    """The backends whose kernels are this project's."""
+    return runnable(request.param)
 
 
 @pytest.fixture
@@ -97,12 +107,24 @@ def test_half_precision(shape: tuple[int, int, int], dtype: torch.dtype, backend
     assert_accurate(varied(shape, 0.1), backend, dtype, record_property)
 
 
-def test_matmul_precision(matmul_precision: str, record_property: Record) -> None:
-    for width in (32, 128):
-        assert_accurate(random_problem(2, 300, width), "triton", torch.float32, record_property)
+def test_matmul_precision(matmul_precision: str, kernels: str, record_property: Record) -> None:
+    for width in (32, 128, 200):
+        assert_accurate(random_problem(2, 300, width), kernels, torch.float32, record_property)
 
 
-@pytest.mark.parametrize("temperature", [1 / 60.0001, 1 / 59.9999, 0.1])
+@pytest.mark.parametrize("width", [64, 128, 256, 300])
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+def test_cuda_and_triton_agree(width: int, dtype: torch.dtype, record_property: Record) -> None:
+    """Closer to each other than the dtype's rounding leaves them to the truth."""
+    for problem in (random_problem(2, 2000, width), random_problem(2, 150, width, positives="label", temperature=0.05)):
+        results = [problem.solve(runnable(name), dtype, "cuda") for name in ("cuda", "triton")]
+        for name, value in results[0].items():
+            error = relative_error(results[1][name], value)
+            record_property(name, f"{error:.2e}")
+            assert error <= (2e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps), name
+
+
+@pytest.mark.parametrize("temperature", [1 / 60.0001, 1 / 59.9999, 0.0262, 0.0263, 0.1])  # where softmax paths part
 @pytest.mark.parametrize("width", [24, 300])
 def test_temperature_as_a_float_and_as_a_tensor(temperature: float, width: int, backend: str) -> None:
     """``solve`` gives a tensor, which the host does not read; a float lets the host choose the softmax path."""
@@ -148,12 +170,12 @@ def test_131072_rows(dtype: torch.dtype, backend: str, record_property: Record) 
     assert z.grad.isfinite().all()
 
 
-def test_offsets_past_2_to_the_31(record_property: Record) -> None:
+def test_offsets_past_2_to_the_31(kernels: str, record_property: Record) -> None:
     n_rows, width = 2**20 + 128, 2048
     if torch.cuda.mem_get_info()[0] < 40e9:
         pytest.skip("needs 40 GB of free GPU memory")
     z = torch.randn(n_rows, width, device="cuda", dtype=torch.bfloat16)
-    loss = clop_kernels.ntxent_loss(z, reduction="none", backend="triton")
+    loss = clop_kernels.ntxent_loss(z, reduction="none", backend=kernels)
     assert_rows_agree(loss, z, [0, n_rows // 2, n_rows - 1], record_property)
 
 
@@ -175,9 +197,9 @@ def assert_rows_agree(loss: Tensor, z: Tensor, rows: list[int], record: Record) 
 
 @pytest.mark.parametrize("positives", POSITIVES)
 @pytest.mark.parametrize("width", [128, 512])
-def test_the_same_call_gives_the_same_bits(positives: str, width: int) -> None:
+def test_the_same_call_gives_the_same_bits(positives: str, width: int, kernels: str) -> None:
     problem = random_problem(2, 3000, width, positives=positives)
-    first, second = problem.solve("triton", torch.float32, "cuda"), problem.solve("triton", torch.float32, "cuda")
+    first, second = (problem.solve(kernels, torch.float32, "cuda") for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -242,13 +264,15 @@ def test_runs_on_the_device_of_the_embeddings(backend: str) -> None:
     torch.testing.assert_close(loss.cpu(), clop_kernels.ntxent_loss(z.detach().cpu()), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("positives", POSITIVES)
-def test_at_most_six_launches(positives: str, record_property: Record) -> None:
+@pytest.mark.parametrize(("name", "positives"), [("cuda", "instance"), ("triton", "instance"), ("triton", "label")])
+def test_at_most_six_launches(name: str, positives: str, record_property: Record) -> None:
+    """``cuda`` sorts by label with several launches of torch."""
+    name = runnable(name)
     z = torch.randn(2048, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
     labels, c = torch.randint(0, 9, (1024,), device="cuda"), torch.randn(9, 128, device="cuda")
 
     def step() -> None:
-        torch.autograd.grad(clop_kernels.clop_loss(z, labels, c, positives=positives, backend="triton"), z)
+        torch.autograd.grad(clop_kernels.clop_loss(z, labels, c, positives=positives, backend=name), z)
 
     step()
     torch.cuda.synchronize()
@@ -272,7 +296,7 @@ def test_memory_grows_with_n(width: int, backend: str, record_property: Record) 
     clop_kernels.ntxent_loss(z, backend=backend).backward()
     extra = torch.cuda.max_memory_allocated() - before
     record_property("extra MB", round(extra / 1e6, 1))
-    constant = 33.6e6 if backend == "triton" else 4 * 4096**2 * 4
+    constant = {"triton": 33.6e6, "cuda": 2 * 4096**2 * 4}.get(backend, 4 * 4096**2 * 4)
     assert extra <= constant + 3 * z.numel() * 4 + 20 * z.shape[0] * 4
 
 
@@ -292,7 +316,7 @@ def test_autocast_and_compile(backend: str) -> None:
 BAD_INPUT = """
 import torch, clop_kernels
 z, c = torch.randn(6, 4, device="cuda"), torch.randn(2, 4, device="cuda")
-clop_kernels.clop_loss(z, torch.tensor([0, 1, {label}], device="cuda"), c, temperature={temperature}, backend="triton")
+clop_kernels.clop_loss(z, torch.tensor([0, 1, {label}], device="cuda"), c, temperature={temperature}, backend="{backend}")
 torch.cuda.synchronize()
 """
 
@@ -303,9 +327,9 @@ torch.cuda.synchronize()
     (1, "torch.tensor(-1.0, device='cuda')", "temperature is not a positive finite number"),
     (1, "0.1", None),
 ])  # fmt: skip
-def test_bad_values_are_asserted_on_the_device(label: int, temperature: str, message: str | None) -> None:
+def test_bad_values_are_asserted_on_the_device(label: int, temperature: str, message: str | None, kernels: str) -> None:
     """In a process of its own: after an assertion a device is lost to its process."""
-    script = BAD_INPUT.format(label=label, temperature=temperature)
+    script = BAD_INPUT.format(label=label, temperature=temperature, backend=kernels)
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode == 0) == (message is None), done.stderr
     if message is not None:
@@ -313,23 +337,23 @@ def test_bad_values_are_asserted_on_the_device(label: int, temperature: str, mes
 
 
 SANITIZED = """
-import torch, clop_kernels
+import sys, torch, clop_kernels
 for width, dtype in ((37, torch.bfloat16), (64, torch.float32), (300, torch.float16)):
     z = torch.randn(3 * 43, width, device="cuda").to(dtype).requires_grad_()
     labels, c = torch.randint(-1, 4, (43,), device="cuda"), torch.randn(4, width, device="cuda", requires_grad=True)
     tau = torch.tensor(0.05, device="cuda", requires_grad=True)
     for positives in ("instance", "label"):
-        loss = clop_kernels.clop_loss(z, labels, c, n_views=3, temperature=tau, positives=positives, backend="triton")
+        loss = clop_kernels.clop_loss(z, labels, c, n_views=3, temperature=tau, positives=positives, backend=sys.argv[1])
         loss.backward()
 torch.cuda.synchronize()
 """
 
 
-@pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
-def test_compute_sanitizer(tool: str) -> None:
+@pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
+def test_compute_sanitizer(tool: str, kernels: str) -> None:
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")
     if sanitizer is None:
         pytest.skip("compute-sanitizer, of the CUDA toolkit, is not on the PATH")
-    command: list[Any] = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SANITIZED]
+    command: list[Any] = [sanitizer, "--tool", tool, "--error-exitcode", "9", sys.executable, "-c", SANITIZED, kernels]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
