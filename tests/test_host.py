@@ -119,6 +119,28 @@ def test_a_planted_bug_is_seen_by_the_sanitizer(bug: str, module: ModuleType) ->
     assert "AddressSanitizer: heap-buffer-overflow" in run.stderr
 
 
+def run_races(*arguments: str) -> subprocess.CompletedProcess[str]:
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    done = subprocess.run([host.races(), *arguments], env=environment, capture_output=True, text=True)
+    if "unexpected memory mapping" in done.stderr:
+        pytest.skip("this ThreadSanitizer does not run on this kernel's address layout")
+    return done
+
+
+@pytest.mark.skipif(host.SANITIZE != "", reason="is instrumented by itself: runs in `make test`")
+def test_a_planted_bug_is_a_race() -> None:
+    assert run_races("none").returncode == 0
+    assert "ThreadSanitizer: data race" in run_races("no barrier").stderr
+
+
+@pytest.mark.skipif(host.SANITIZE != "", reason="is instrumented by itself: runs in `make test`")
+def test_no_kernel_has_a_race() -> None:
+    """By ThreadSanitizer, for which fibers are threads that only barriers order."""
+    done = run_races()
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.strip() == "no races"
+
+
 # ---- numbers ---------------------------------------------------------------------------------------------------------
 
 N_ROWS = [(1, 1), (2, 1), (1, 63), (2, 32), (5, 13), (1, 127), (3, 43), (7, 43)]  # 1, 2, 63, 64, 65, 127, 129, 301 rows

@@ -43,43 +43,61 @@ def obstacle() -> str | None:
 @functools.cache
 def load() -> ModuleType:
     """The module of kernels.cpp, compiled if a source is newer than it."""
-    import ninja
     import pybind11
 
-    variant = "host" + (f"-{SANITIZE.replace(',', '-')}" if SANITIZE else "")
-    directory = ROOT / "build" / variant
-    directory.mkdir(parents=True, exist_ok=True)
     name = "clop_host"
-    library = directory / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
-    includes = (HERE, ROOT / "csrc" / "cuda", pybind11.get_include(), sysconfig.get_paths()["include"])
-    flags = ["-std=c++17", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
-    flags += [f"-DMODULE_NAME={name}", *(f"-I{path}" for path in includes)]
+    flags = ["-O2", "-g1", "-fPIC", "-fvisibility=hidden", f"-DMODULE_NAME={name}"]
+    flags += [f"-I{path}" for path in (pybind11.get_include(), sysconfig.get_paths()["include"])]
     if SANITIZE:
         flags += [f"-fsanitize={SANITIZE}", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer"]
-    rules = f"""
-cxx = {os.environ.get("CXX", "g++")}
-flags = {" ".join(flags)}
-rule compile
-  command = $cxx $flags -MMD -MF $out.d -c -x c++ $in -o $out
-  depfile = $out.d
-  deps = gcc
-rule link
-  command = $cxx -shared $flags $in -o $out
-build kernels.o: compile {HERE / "kernels.cpp"}
-build simt.o: compile {HERE / "simt.cpp"}
-build {library.name}: link kernels.o simt.o
-"""
-    (directory / "build.ninja").write_text(rules)
-    program = shutil.which("ninja", path=ninja.BIN_DIR) or "ninja"
-    built = subprocess.run([program, "-C", str(directory)], capture_output=True, text=True)
-    if built.returncode:
-        raise RuntimeError(f"the kernels do not compile for this CPU:\n{built.stdout}{built.stderr}")
-    spec = importlib.util.spec_from_file_location(name, library)
+    library = f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    built = _build(
+        "host" + (f"-{SANITIZE.replace(',', '-')}" if SANITIZE else ""), "kernels.cpp", library, flags, flags, "-shared"
+    )
+    spec = importlib.util.spec_from_file_location(name, built)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@functools.cache
+def races() -> Path:
+    """The program of races.cpp. The scheduler is not instrumented: what fibers tell each other through it is no race."""
+    flags = ["-O1", "-g1"]
+    return _build(
+        "host-thread", "races.cpp", "races", [*flags, "-fsanitize=thread"], [*flags, "-DCLOP_TSAN"], "-fsanitize=thread"
+    )
+
+
+def _build(variant: str, source: str, target: str, flags: list[str], scheduler_flags: list[str], link: str) -> Path:
+    """A source and simt.cpp to a library or a program, in a directory of its own."""
+    import ninja
+
+    directory = ROOT / "build" / variant
+    directory.mkdir(parents=True, exist_ok=True)
+    common = "-std=c++17 -Wall -Wextra -Werror -Wno-unknown-pragmas"
+    (directory / "build.ninja").write_text(f"""
+cxx = {os.environ.get("CXX", "g++")}
+rule compile
+  command = $cxx {common} -I{HERE} -I{ROOT / "csrc" / "cuda"} $flags -MMD -MF $out.d -c -x c++ $in -o $out
+  depfile = $out.d
+  deps = gcc
+rule link
+  command = $cxx {link} $flags $in -o $out
+build kernels.o: compile {HERE / source}
+  flags = {" ".join(flags)}
+build simt.o: compile {HERE / "simt.cpp"}
+  flags = {" ".join(scheduler_flags)}
+build {target}: link kernels.o simt.o
+  flags = {" ".join(flags)}
+""")
+    program = shutil.which("ninja", path=ninja.BIN_DIR) or "ninja"
+    built = subprocess.run([program, "-C", str(directory)], capture_output=True, text=True)
+    if built.returncode:
+        raise RuntimeError(f"the kernels do not compile for this CPU:\n{built.stdout}{built.stderr}")
+    return directory / target
 
 
 def _addresses(fields: dict[str, Any]) -> dict[str, Any]:

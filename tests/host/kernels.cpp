@@ -1,7 +1,10 @@
 // The kernels of csrc/cuda/ and their launchers, compiled for a CPU, as a Python module; simt.h runs them. Structs are given as
 // dictionaries of their fields, pointers as addresses or None.
+#include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
+
+#include <memory>
 
 #include "loss.cu"
 #include "probes.h"
@@ -71,6 +74,39 @@ Prologue prologue_of(const py::dict& fields) {
   return p;
 }
 
+// ---- the kernels that the harness itself is tested with -------------------------------------------------------------------
+
+using Floats = py::array_t<float, py::array::c_style>;
+
+Floats run_mma(const std::string& kind, Floats a, Floats b, Floats c) {
+  const probes::Mma p = {kind, a.data(), b.data(), c.mutable_data()};
+  launch(probes::mma_kernel, 1, 32, 24 * 32, nullptr, p);
+  return c;
+}
+
+Floats run_reverse(const std::string& bug, Floats x) {
+  const int n = int(x.size());
+  // Allocations of their own, for AddressSanitizer to see their ends.
+  std::unique_ptr<float[]> from(new float[n]), to(new float[n]);
+  std::copy(x.data(), x.data() + n, from.get());
+  std::fill(to.get(), to.get() + n, -1.0f);
+  const probes::Reverse p = {bug, from.get(), to.get(), n};
+  const auto n_blocks = unsigned((n + probes::kReversed - 1) / probes::kReversed);
+  launch(probes::reverse_kernel, n_blocks, probes::kReversed, 4 * probes::kReversed, nullptr, p);
+  return Floats(n, to.get());
+}
+
+float sum_by_shuffles(Floats x) {
+  float sum = 0;
+  const float* const from = x.data();
+  simt::launch(1, 32, 0, [&] {
+    float mine = from[threadIdx.x];
+    for (int apart = 16; apart > 0; apart /= 2) mine += __shfl_xor_sync(0xffffffffu, mine, apart);
+    if (threadIdx.x == 7) sum = mine;
+  });
+  return sum;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(MODULE_NAME, m) {
@@ -91,5 +127,7 @@ PYBIND11_MODULE(MODULE_NAME, m) {
   m.def("coefficients", [](const py::dict& fields) { return coefficients(backward_of(fields), nullptr); });
   m.def("panel_pairs", [](const py::dict& fields) { return panel_pairs(panel_of(fields), nullptr); });
   m.def("panel_finish", [](const py::dict& fields) { return panel_finish(backward_of(fields), nullptr); });
-  define_probes(m);
+  m.def("mma", &run_mma);
+  m.def("reverse", &run_reverse);
+  m.def("sum_by_shuffles", &sum_by_shuffles);
 }

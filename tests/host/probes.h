@@ -1,16 +1,12 @@
 // Kernels that the harness itself is tested with: single instructions, and correct kernels beside ones with a planted bug.
 #pragma once
 
-#include <pybind11/numpy.h>
-#include <pybind11/pybind11.h>
-
 #include <string>
 
 #include "device.cuh"
 
 namespace probes {
 
-using Floats = pybind11::array_t<float, pybind11::array::c_style>;
 using namespace clop::cuda;
 
 // c += a b by one instruction, operands through shared memory and load_matrices. a: (16, k), b: (k, 8), c: (16, 8).
@@ -85,35 +81,4 @@ inline void reverse_kernel(const Reverse p) {
   if (index < p.n + (p.bug == "past the end of memory" ? 1 : 0)) p.y[index] = y;
 }
 
-inline float sum_by_shuffles(Floats x) {
-  float sum = 0;
-  const float* const from = x.data();
-  simt::launch(1, 32, 0, [&] {
-    float mine = from[threadIdx.x];
-    for (int apart = 16; apart > 0; apart /= 2) mine += __shfl_xor_sync(0xffffffffu, mine, apart);
-    if (threadIdx.x == 7) sum = mine;
-  });
-  return sum;
-}
-
 }  // namespace probes
-
-inline void define_probes(pybind11::module_& m) {
-  using namespace probes;
-  m.def("mma", [](const std::string& kind, Floats a, Floats b, Floats c) {
-    const Mma p = {kind, a.data(), b.data(), c.mutable_data()};
-    launch(mma_kernel, 1, 32, 24 * 32, nullptr, p);
-    return c;
-  });
-  m.def("reverse", [](const std::string& bug, Floats x) {
-    // Its own allocation, for AddressSanitizer to see its end.
-    const int n = int(x.size());
-    std::unique_ptr<float[]> from(new float[n]), to(new float[n]);
-    std::memcpy(from.get(), x.data(), 4 * n);
-    std::fill(to.get(), to.get() + n, -1.0f);
-    const Reverse p = {bug, from.get(), to.get(), n};
-    launch(reverse_kernel, unsigned((n + kReversed - 1) / kReversed), kReversed, 4 * kReversed, nullptr, p);
-    return Floats(n, to.get());
-  });
-  m.def("sum_by_shuffles", &sum_by_shuffles);
-}
