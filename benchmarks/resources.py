@@ -76,14 +76,20 @@ class Report:
     instructions: str
 
     def faults(self) -> list[str]:
-        found = []
-        if self.spilled_bytes:
-            found.append(f"spills {self.spilled_bytes} bytes a thread")
-        if self.shared_kb > SHARED_MEMORY_KB[self.sm]:
-            found.append(f"needs {self.shared_kb} KB of shared memory, and sm_{self.sm} has {SHARED_MEMORY_KB[self.sm]}")
-        if self.kernel in MATRIX_KERNELS and not self.instructions:
-            found.append("has no matrix instructions")
-        return found
+        lacks_matrix_units = self.kernel in MATRIX_KERNELS and not self.instructions
+        return faults_of(self.sm, self.spilled_bytes, self.shared_kb, lacks_matrix_units)
+
+
+def faults_of(sm: int, spilled_bytes: int, shared_kb: float, lacks_matrix_units: bool) -> list[str]:
+    """What must not be so of any kernel."""
+    found = []
+    if spilled_bytes:
+        found.append(f"spills {spilled_bytes} bytes a thread")
+    if shared_kb > SHARED_MEMORY_KB[sm]:
+        found.append(f"needs {shared_kb} KB of shared memory, and sm_{sm} has {SHARED_MEMORY_KB[sm]}")
+    if lacks_matrix_units:
+        found.append("has no matrix instructions")
+    return found
 
 
 def cases(targets: Sequence[int], dtypes: Sequence[str], widths: Sequence[int], heights: Sequence[int]) -> list[Case]:

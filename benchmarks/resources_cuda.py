@@ -22,7 +22,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from .resources import SHARED_MEMORY_KB
+from .resources import SHARED_MEMORY_KB, faults_of
 
 REGISTERS, MOST_THREADS = 65536, {80: 2048, 90: 2048, 100: 2048, 120: 1536}
 """Of a processor; 255 registers a thread at most, given out 8 at a time (CUDA C++ programming guide)."""
@@ -55,14 +55,7 @@ class Report:
     mma: int
 
     def faults(self) -> list[str]:
-        found = []
-        if self.spilled_bytes:
-            found.append(f"spills {self.spilled_bytes} bytes a thread")
-        if self.shared_kb > SHARED_MEMORY_KB[self.sm]:
-            found.append(f"needs {self.shared_kb} KB of shared memory, and sm_{self.sm} has {SHARED_MEMORY_KB[self.sm]}")
-        if self.kernel in MATRIX_KERNELS and not self.mma:
-            found.append("has no matrix instructions")
-        return found
+        return faults_of(self.sm, self.spilled_bytes, self.shared_kb, self.kernel in MATRIX_KERNELS and not self.mma)
 
 
 def cuobjdump() -> str | None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import clop_kernels
 from clop_kernels.backends import BACKENDS
+from clop_kernels.backends.contract import DISTANCES, POSITIVES, REDUCTIONS
 
 RUNNABLE = tuple(
     b.name
@@ -131,3 +132,52 @@ def assert_accurate(problem: Problem, backend: str, ill_conditioned: bool = Fals
             plain = plain or plain_errors(problem, expected)
             allowed = max(allowed, PLAIN_FACTOR * plain[name])
         assert error <= allowed, f"{name}: relative error {error:.2e}, allowed {allowed:.2e}"
+
+
+def assert_as_good_as_plain(problem: Problem, backend: str, dtype: torch.dtype) -> None:
+    """``dtype`` on ``backend``: no more than twice the error of the plain loss in the same dtype."""
+    expected = problem.solve("reference", torch.float64)
+    plain, actual = problem.solve("reference", dtype), problem.solve(backend, dtype)
+    for name, value in expected.items():
+        # The temperature's gradient is one number, which plain PyTorch may meet by luck: half a unit of the dtype is allowed.
+        slack = torch.finfo(dtype).eps / 2 if name == "temperature" else 1e-4
+        error, allowed = relative_error(actual[name], value), 2 * relative_error(plain[name], value) + slack
+        assert error <= allowed, f"{name}: {error:.2e}, plain PyTorch allows {allowed:.2e}"
+
+
+def shaped_problem(shape: tuple[int, int], width: int, temperature: float = 0.1) -> Problem:
+    """(V, B) rows. The options vary with the shape: among them all are met."""
+    n = shape[0] * shape[1] + width
+    options: dict[str, Any] = {"positives": POSITIVES[n % 2], "distance": DISTANCES[n % 3], "reduction": REDUCTIONS[n // 3 % 3]}
+    return random_problem(*shape, width, temperature=temperature, **options)
+
+
+def assert_strides_and_dtypes_do_not_matter(backend: str) -> None:
+    """Neither copies nor contiguous tensors are asked of the user."""
+    problem = random_problem(2, 9, 6)
+    assert problem.prototypes is not None
+    expected = problem.solve(backend, torch.float32)
+    z = problem.embeddings.float()
+    prototypes = problem.prototypes.T.contiguous().T
+    for strided in (z.T.contiguous().T, torch.stack([z, z], dim=1).flatten(1)[:, :6]):
+        assert not strided.is_contiguous()
+        leaf = strided.detach().requires_grad_()
+        loss = clop_kernels.clop_loss(
+            leaf, problem.labels, prototypes, temperature=problem.temperature, backend=backend, **problem.options
+        )
+        (grad,) = torch.autograd.grad(loss, leaf)
+        assert torch.equal(loss.detach().double(), expected["loss"])
+        assert torch.equal(grad.double(), expected["embeddings"])
+
+
+def assert_float16_saturates_and_overflow_shows(backend: str) -> None:
+    """A row of zeros gets the largest gradient there is; too large an upstream gradient must show, for a gradient scaler."""
+    z = torch.randn(8, 4).half()
+    z[3] = 0.0
+    z.requires_grad_()
+    loss = clop_kernels.ntxent_loss(z, backend=backend)
+    (grad,) = torch.autograd.grad(loss, z, retain_graph=True)
+    assert grad.isfinite().all()
+    assert grad[3].abs().max() == torch.finfo(torch.float16).max
+    (grad,) = torch.autograd.grad(loss * 1e7, z)
+    assert not grad[0].isfinite().all()

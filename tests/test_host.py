@@ -21,7 +21,17 @@ from clop_kernels.backends import cuda
 from clop_kernels.backends.contract import DISTANCES, POSITIVES, REDUCTIONS, LossOptions, Needs
 
 from . import host
-from .oracle import Problem, assert_accurate, near_duplicates, random_problem, relative_error
+from .oracle import (
+    Problem,
+    assert_accurate,
+    assert_as_good_as_plain,
+    assert_float16_saturates_and_overflow_shows,
+    assert_strides_and_dtypes_do_not_matter,
+    near_duplicates,
+    random_problem,
+    relative_error,
+    shaped_problem,
+)
 from .test_backends import assert_edge_case, edge_cases
 
 OBSTACLE = host.obstacle()
@@ -148,23 +158,6 @@ WIDTHS = [1, 8, 16, 37, 64, 100, 128, 200, 256, 300]
 SHAPES = [*((shape, 37) for shape in N_ROWS), *(((5, 13), width) for width in WIDTHS), ((7, 43), 128)]
 
 
-def shaped_problem(shape: tuple[int, int], width: int, temperature: float = 0.1) -> Problem:
-    """The options vary with the shape: among them all are met."""
-    n = shape[0] * shape[1] + width
-    options: dict[str, Any] = {"positives": POSITIVES[n % 2], "distance": DISTANCES[n % 3], "reduction": REDUCTIONS[n // 3 % 3]}
-    return random_problem(*shape, width, temperature=temperature, **options)
-
-
-def assert_as_good_as_plain(problem: Problem, dtype: torch.dtype) -> None:
-    expected = problem.solve("reference", torch.float64)
-    plain, actual = problem.solve("reference", dtype), problem.solve("cuda", dtype)
-    for name, value in expected.items():
-        # The temperature's gradient is one number, which plain PyTorch may meet by luck: half a unit of the dtype is allowed.
-        slack = torch.finfo(dtype).eps / 2 if name == "temperature" else 1e-4
-        error, allowed = relative_error(actual[name], value), 2 * relative_error(plain[name], value) + slack
-        assert error <= allowed, f"{name}: {error:.2e}, plain PyTorch allows {allowed:.2e}"
-
-
 @pytest.mark.parametrize(("shape", "width"), [case for case in SHAPES if case[1] > 1], ids=str)
 @pytest.mark.parametrize("temperature", [0.1, 0.01])
 def test_shapes_float32(shape: tuple[int, int], width: int, temperature: float, kernels: host.Kernels) -> None:
@@ -174,7 +167,7 @@ def test_shapes_float32(shape: tuple[int, int], width: int, temperature: float, 
 @pytest.mark.parametrize(("shape", "width"), SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_shapes_half_precision(shape: tuple[int, int], width: int, dtype: torch.dtype, kernels: host.Kernels) -> None:
-    assert_as_good_as_plain(shaped_problem(shape, width), dtype)
+    assert_as_good_as_plain(shaped_problem(shape, width), "cuda", dtype)
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.01])
@@ -208,7 +201,7 @@ def test_wide_rows_in_many_panels(
     if dtype == torch.float32:
         assert_accurate(problem, "cuda")
     elif temperature == 0.1:
-        assert_as_good_as_plain(problem, dtype)
+        assert_as_good_as_plain(problem, "cuda", dtype)
 
 
 @pytest.mark.parametrize(("distance", "reduction"), [*itertools.product(DISTANCES, REDUCTIONS)])
@@ -258,33 +251,11 @@ def test_a_row_that_is_not_finite_shows(value: float, n_views: int, kernels: hos
 
 
 def test_float16_rows_of_zeros_saturate_and_overflow_shows(kernels: host.Kernels) -> None:
-    z = torch.randn(8, 4).half()
-    z[3] = 0.0
-    z.requires_grad_()
-    loss = clop_kernels.ntxent_loss(z, backend="cuda")
-    (grad,) = torch.autograd.grad(loss, z, retain_graph=True)
-    assert grad.isfinite().all()
-    assert grad[3].abs().max() == torch.finfo(torch.float16).max
-    (grad,) = torch.autograd.grad(loss * 1e7, z)
-    assert not grad[0].isfinite().all()  # for a gradient scaler to see
+    assert_float16_saturates_and_overflow_shows("cuda")
 
 
 def test_strides_and_prototype_dtypes(kernels: host.Kernels) -> None:
-    """Neither copies nor contiguous tensors are asked of the user."""
-    problem = random_problem(2, 9, 6)
-    assert problem.prototypes is not None
-    expected = problem.solve("cuda", torch.float32)
-    z = problem.embeddings.float()
-    prototypes = problem.prototypes.T.contiguous().T
-    for strided in (z.T.contiguous().T, torch.stack([z, z], dim=1).flatten(1)[:, :6]):
-        assert not strided.is_contiguous()
-        leaf = strided.detach().requires_grad_()
-        loss = clop_kernels.clop_loss(
-            leaf, problem.labels, prototypes, temperature=problem.temperature, backend="cuda", **problem.options
-        )
-        (grad,) = torch.autograd.grad(loss, leaf)
-        assert torch.equal(loss.detach().double(), expected["loss"])
-        assert torch.equal(grad.double(), expected["embeddings"])
+    assert_strides_and_dtypes_do_not_matter("cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

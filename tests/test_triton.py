@@ -23,7 +23,17 @@ from benchmarks import resources
 from clop_kernels import backends
 from clop_kernels.backends.contract import DISTANCES, POSITIVES, REDUCTIONS, LossOptions, Needs, Residuals
 
-from .oracle import Problem, assert_accurate, near_duplicates, random_problem, relative_error
+from .oracle import (
+    Problem,
+    assert_accurate,
+    assert_as_good_as_plain,
+    assert_float16_saturates_and_overflow_shows,
+    assert_strides_and_dtypes_do_not_matter,
+    near_duplicates,
+    random_problem,
+    relative_error,
+    shaped_problem,
+)
 from .test_backends import assert_edge_case, edge_cases
 
 ROOT = Path(__file__).parents[1]
@@ -59,16 +69,6 @@ def is_wide(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return bool(request.param)
 
 
-def assert_as_good_as_plain(problem: Problem, dtype: torch.dtype) -> None:
-    expected = problem.solve("reference", torch.float64)
-    plain, actual = problem.solve("reference", dtype), problem.solve("triton", dtype)
-    for name, value in expected.items():
-        # The temperature's gradient is one number, which plain PyTorch may meet by luck: half a unit of the dtype is allowed.
-        slack = torch.finfo(dtype).eps / 2 if name == "temperature" else 1e-4
-        error, allowed = relative_error(actual[name], value), 2 * relative_error(plain[name], value) + slack
-        assert error <= allowed, f"{name}: {error:.2e}, plain PyTorch allows {allowed:.2e}"
-
-
 # ---- numbers -------------------------------------------------------------------------------------------------------
 
 N_ROWS = [(1, 1), (2, 1), (1, 63), (2, 32), (5, 13), (7, 43)]  # 1, 2, 63, 64, 65, 301 rows
@@ -76,13 +76,6 @@ WIDTHS = [16, 37, 64, 128, 200, 256, 512, 1024]
 
 
 SHAPES = [*((shape, 37) for shape in N_ROWS), *(((5, 13), width) for width in WIDTHS), ((7, 43), 200)]
-
-
-def shaped_problem(shape: tuple[int, int], width: int, temperature: float) -> Problem:
-    """The options vary with the shape: among them all are met."""
-    n = shape[0] * shape[1] + width
-    options: dict[str, Any] = {"positives": POSITIVES[n % 2], "distance": DISTANCES[n % 3], "reduction": REDUCTIONS[n // 3 % 3]}
-    return random_problem(*shape, width, temperature=temperature, **options)
 
 
 @interpreted
@@ -107,7 +100,7 @@ def test_width_one(temperature: float) -> None:
 @interpreted
 @pytest.mark.parametrize(("shape", "width"), SHAPES[:-1], ids=str)
 def test_shapes_float16(shape: tuple[int, int], width: int) -> None:
-    assert_as_good_as_plain(shaped_problem(shape, width, 0.1), torch.float16)
+    assert_as_good_as_plain(shaped_problem(shape, width, 0.1), "triton", torch.float16)
 
 
 @interpreted
@@ -124,7 +117,7 @@ def test_many_tiles(
     if dtype == torch.float32:
         assert_accurate(problem, "triton")
     elif temperature == 0.1:
-        assert_as_good_as_plain(problem, dtype)
+        assert_as_good_as_plain(problem, "triton", dtype)
 
 
 @interpreted
@@ -164,36 +157,12 @@ def test_a_row_that_is_not_finite_shows(value: float, n_views: int) -> None:
 
 @interpreted
 def test_float16_rows_of_zeros_saturate_and_overflow_shows() -> None:
-    z = torch.randn(8, 4).half()
-    z[3] = 0.0
-    z.requires_grad_()
-    loss = clop_kernels.ntxent_loss(z, backend="triton")
-    (grad,) = torch.autograd.grad(loss, z, retain_graph=True)
-    assert grad.isfinite().all()
-    assert grad[3].abs().max() == torch.finfo(torch.float16).max
-    (grad,) = torch.autograd.grad(loss * 1e7, z)
-    assert not grad[0].isfinite().all()  # for a gradient scaler to see
+    assert_float16_saturates_and_overflow_shows("triton")
 
 
 @interpreted
 def test_strides_and_prototype_dtypes() -> None:
-    """Neither copies nor contiguous tensors are asked of the user."""
-    problem = random_problem(2, 9, 6)
-    assert problem.prototypes is not None
-    expected = problem.solve("triton", torch.float32)
-    z = problem.embeddings.float()
-    transposed = z.T.contiguous().T
-    sliced = torch.stack([z, z], dim=1).flatten(1)[:, :6]
-    prototypes = problem.prototypes.T.contiguous().T
-    for strided in (transposed, sliced):
-        assert not strided.is_contiguous()
-        leaf = strided.detach().requires_grad_()
-        loss = clop_kernels.clop_loss(
-            leaf, problem.labels, prototypes, temperature=problem.temperature, backend="triton", **problem.options
-        )
-        (grad,) = torch.autograd.grad(loss, leaf)
-        assert torch.equal(loss.detach().double(), expected["loss"])
-        assert torch.equal(grad.double(), expected["embeddings"])
+    assert_strides_and_dtypes_do_not_matter("triton")
 
 
 @interpreted

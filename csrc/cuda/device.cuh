@@ -21,7 +21,9 @@ __device__ inline unsigned char* shared_memory() {
   return memory;
 }
 
-__device__ inline uint32_t shared_address(const void* pointer) { return static_cast<uint32_t>(__cvta_generic_to_shared(pointer)); }
+__device__ inline uint32_t shared_address(const void* pointer) {
+  return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
+}
 
 // 2^x to 2 ulp; 0 where that is not a normal number.
 __device__ inline float exp2_approx(float x) {
@@ -85,11 +87,11 @@ __device__ inline void load_matrices_transposed(uint32_t (&r)[4], const void* ro
                : "memory");
 }
 
-#define CLOP_MMA(name, instruction)                                                                           \
-  __device__ inline void name(float(&c)[4], const uint32_t(&a)[4], uint32_t b0, uint32_t b1) {                \
-    asm(instruction " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"                        \
-        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                                      \
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                                      \
+#define CLOP_MMA(name, instruction)                                                              \
+  __device__ inline void name(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { \
+    asm(instruction " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"           \
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])                                         \
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));                         \
   }
 
 // c += a b for 16 x 8 numbers of c, and a depth of 16, or 8 of TF32. Layouts: see multiply() in tests/host/simt.cpp, or the PTX ISA.
@@ -98,7 +100,9 @@ CLOP_MMA(mma_f16, "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32")
 CLOP_MMA(mma_tf32, "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32")
 #undef CLOP_MMA
 
-inline cudaError_t set_to_zero(unsigned* number, cudaStream_t stream) { return cudaMemsetAsync(number, 0, sizeof *number, stream); }
+inline cudaError_t set_to_zero(unsigned* number, cudaStream_t stream) {
+  return cudaMemsetAsync(number, 0, sizeof *number, stream);
+}
 
 // Why a kernel has no code for the current device, or cudaSuccess.
 template <class Params>

@@ -19,11 +19,11 @@
 // Units. w_i is 1 for an anchor, or the upstream gradient over its largest, so that M <= 2 whatever the loss is scaled by.
 //
 // Flops 4 N^2 D, exponentials N^2 (twice that for tau < 0.026). A pair costs a multiply-add, ex2, add, multiply and half a
-// conversion besides. Bytes: zhat once a block from L2, N^2 D itemsize / kRows, 256 flops a byte at 16 bits; device memory O(N D). From
-// shared memory each warp reads a column tile twice, once for each product, and its rows of q once a tile.
-// Predicted for the H200 of softmax.cuh at N = 65536, 16 bits: D = 128, 2.2 Tflop, 3.5 ms of matrix units, 3.4 ms of shared memory, 1.1 ms
-// of ex2; D = 256 (16 rows a warp) 7.1 ms of matrix units, 11.3 ms of shared memory, which bounds it. With the forward pass 5.3 and 15.8 ms
-// at best: 63% and 42% of 990 Tflop/s by 6 N^2 D. Not measured.
+// conversion besides. Bytes: zhat once a block from L2, N^2 D itemsize / kRows, 256 flops a byte at 16 bits; device memory O(N
+// D). From shared memory each warp reads a column tile twice, once for each product, and its rows of q once a tile. Predicted
+// for the H200 of softmax.cuh at N = 65536, 16 bits: D = 128, 2.2 Tflop, 3.5 ms of matrix units, 3.4 ms of shared memory, 1.1 ms
+// of ex2; D = 256 (16 rows a warp) 7.1 ms of matrix units, 11.3 ms of shared memory, which bounds it. With the forward pass 5.3
+// and 15.8 ms at best: 63% and 42% of 990 Tflop/s by 6 N^2 D. Not measured.
 #pragma once
 
 #include "finish.cuh"
@@ -70,8 +70,8 @@ __global__ void __launch_bounds__(kCoefficientThreads) coefficients_kernel(const
 
 // Tile of S -> tile of M, in place.
 template <class S>
-__device__ void weigh_tile(const Coefficients& of, const Scale& scale, int n_rows, bool is_fixed, bool is_near,
-                           int first_column, const float* a_columns, const float* shift_columns, const Place<S>& place,
+__device__ void weigh_tile(const Coefficients& of, const Scale& scale, int n_rows, bool is_fixed, bool is_near, int first_column,
+                           const float* a_columns, const float* shift_columns, const Place<S>& place,
                            float (&s)[S::kRowTiles][S::kTiles][4]) {
   using Product = typename S::Product;
 #pragma unroll
@@ -112,7 +112,8 @@ __device__ void weigh_tile(const Coefficients& of, const Scale& scale, int n_row
           const int column = first_column + place.column(n, e);
           const bool is_positive = column >= start && column < end;
           const float shift_column = is_fixed ? scale.value : of.shift(column);
-          const float of_row = exp2_approx(scale.apply<Product>(m, shift)), of_column = exp2_approx(scale.apply<Product>(m, shift_column));
+          const float of_row = exp2_approx(scale.apply<Product>(m, shift)),
+                      of_column = exp2_approx(scale.apply<Product>(m, shift_column));
           const float row = is_positive ? b : a, other = is_positive ? of.b(column) : of.a(column);
           m = of_row * row + of_column * other - (is_positive ? c + of.c(column) : 0.0f);
           if (column == position || column >= n_rows) m = 0.0f;
@@ -151,7 +152,8 @@ __global__ void __launch_bounds__(S::kThreads, 1) gradient_kernel(const Backward
   walk<S, kHold>(p, p.zhat, p.coefficients, is_fixed ? 1 : 2, p.n_padded, place, [&](int first_column, int stage, auto& s) {
     const int end = first_column + S::kColumns;
     const bool is_near = (first_column < of.end(last_row) && end > of.start(place.first_row)) || end > p.n_rows;
-    weigh_tile<S>(of, scale, int(p.n_rows), is_fixed, is_near, first_column, memory.numbers(stage, 0), memory.numbers(stage, 1), place, s);
+    weigh_tile<S>(of, scale, int(p.n_rows), is_fixed, is_near, first_column, memory.numbers(stage, 0), memory.numbers(stage, 1),
+                  place, s);
 #pragma unroll
     for (int n = 0; n < S::kTiles; n += kResultTiles) {
       typename Product::A a[S::kRowTiles];
@@ -200,7 +202,8 @@ __global__ void __launch_bounds__(S::kThreads, 1) gradient_kernel(const Backward
       __syncthreads();
 #pragma unroll 1
       for (int index = threadIdx.x / 32; index < S::kRowWarps * kPartRows; index += S::kThreads / 32) {
-        const int row_warp = index / kPartRows, row = index % kPartRows, of_block = (row_warp * S::kRowTiles + r) * 16 + first + row;
+        const int row_warp = index / kPartRows, row = index % kPartRows,
+                  of_block = (row_warp * S::kRowTiles + r) * 16 + first + row;
         if (place.first_row + of_block >= p.n_rows) continue;
         WarpRow<S::kWidth> of_warp{{}, {}, place.lane, int(p.width)};
 #pragma unroll

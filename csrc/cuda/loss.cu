@@ -62,16 +62,16 @@ unsigned n_blocks_for(int64_t n_rows, int64_t per_block) { return unsigned((n_ro
 
 bool is_valid(const Loss& p) {
   constexpr int64_t kLargestInt = 0x7fffffff;  // positions are int32 in `groups`
-  return p.n_rows > 0 && p.n_rows <= kLargestInt - kTallRows && p.width > 0 && p.n_views > 0 &&
-         p.n_views <= kLargestInt && p.n_rows % p.n_views == 0 && (p.prototypes == nullptr || (p.labels != nullptr && p.n_classes > 0));
+  return p.n_rows > 0 && p.n_rows <= kLargestInt - kTallRows && p.width > 0 && p.n_views > 0 && p.n_views <= kLargestInt &&
+         p.n_rows % p.n_views == 0 && (p.prototypes == nullptr || (p.labels != nullptr && p.n_classes > 0));
 }
 
 }  // namespace
 
 int forward(const Forward& p, int64_t n_processors, CUstream_st* stream) {
   if (!is_valid(p) || is_wide(p.width, p.compute_dtype)) return cudaErrorInvalidValue;
-  const Prologue prologue = {p.embeddings, p.stride_z_row, p.stride_z_column, p.groups,       p.labels,     p.prototypes,
-                             p.zhat,       p.norms,        p.distances,       p.n_finished,   p.n_rows,     p.n_views,
+  const Prologue prologue = {p.embeddings, p.stride_z_row, p.stride_z_column, p.groups,        p.labels,  p.prototypes,
+                             p.zhat,       p.norms,        p.distances,       p.n_finished,    p.n_rows,  p.n_views,
                              p.n_classes,  p.width,        p.dtype,           p.compute_dtype, p.distance};
   if (const int error = launch_prologue(prologue, stream); error != cudaSuccess) return error;
   return with_shape(p, is_short(p.n_rows, n_processors), [&](auto tag) {
@@ -93,7 +93,8 @@ int prototype_gradient(const PrototypeGradient& p, CUstream_st* stream) {
   const int64_t n_blocks = (p.width + kPrototypeThreads - 1) / kPrototypeThreads * p.n_classes * p.n_parts;
   if (p.prototypes == nullptr || p.n_parts < 1 || n_blocks > 0x7fffffff) return cudaErrorInvalidValue;
   return with_element(p, [&](auto element) {
-    return launch(prototype_kernel<decltype(element)>, unsigned(n_blocks), kPrototypeThreads, kRowsAtOnce * sizeof(float), stream, p);
+    return launch(prototype_kernel<decltype(element)>, unsigned(n_blocks), kPrototypeThreads, kRowsAtOnce * sizeof(float), stream,
+                  p);
   });
 }
 
@@ -123,8 +124,8 @@ int panel_pairs(const Panel& p, CUstream_st* stream) {
 int panel_finish(const Backward& p, CUstream_st* stream) {
   if (!is_valid(p)) return cudaErrorInvalidValue;
   return with_element(p, [&](auto element) {
-    return launch(panel_finish_kernel<decltype(element)>, n_blocks_for(p.n_rows, kPanelWarps), kPanelThreads, 33 * sizeof(float), stream,
-                  p);
+    return launch(panel_finish_kernel<decltype(element)>, n_blocks_for(p.n_rows, kPanelWarps), kPanelThreads, 33 * sizeof(float),
+                  stream, p);
   });
 }
 

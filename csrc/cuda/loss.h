@@ -18,13 +18,13 @@ enum class Reduction { mean, sum, none };
 
 struct Loss {
   int64_t n_rows, width, n_views, n_classes;
-  Dtype dtype;                // of the embeddings and of their gradient
-  Dtype compute_dtype;        // what the rows zhat are rounded to
-  bool is_tf32;               // float32 zhat: products of operands rounded to TF32, else as accurate as float32's
-  const int32_t* groups;      // (3, N): order, starts, ends. Null: the views of an instance are a group
-  const int64_t* labels;      // (B,), or null
-  const float* prototypes;    // (K, D), or null
-  const float* temperature;   // (), or null: scale and scale_rest hold log2(e) / temperature, as the sum of two floats
+  Dtype dtype;               // of the embeddings and of their gradient
+  Dtype compute_dtype;       // what the rows zhat are rounded to
+  bool is_tf32;              // float32 zhat: products of operands rounded to TF32, else as accurate as float32's
+  const int32_t* groups;     // (3, N): order, starts, ends. Null: the views of an instance are a group
+  const int64_t* labels;     // (B,), or null
+  const float* prototypes;   // (K, D), or null
+  const float* temperature;  // (), or null: scale and scale_rest hold log2(e) / temperature, as the sum of two floats
   float scale, scale_rest;
   float prototype_weight;
   Distance distance;
@@ -35,18 +35,19 @@ struct Forward : Loss {
   const void* embeddings;                 // (N, D) dtype; row v * B + b is view v of instance b
   int64_t stride_z_row, stride_z_column;  // in elements
   // Results; Residuals in clop_kernels/backends/contract.py says what they are. By position, but for `loss`.
-  float* loss;  // (), or with Reduction::none (N,), by row
-  void* zhat;   // (N, D) compute_dtype
+  float* loss;                              // (), or with Reduction::none (N,), by row
+  void* zhat;                               // (N, D) compute_dtype
   float *norms, *shift, *total, *negative;  // (N,); total is infinite for a row without positives
   float* counts;                            // (2,)
   // Scratch.
-  float* distances;      // (N,)
-  float* partial_sums;   // (kPartialSums, n_blocks), most_blocks(N) at most
-  unsigned* n_finished;  // (1,), blocks of the pass over pairs that are done; set to zero by the prologue
+  float* distances;         // (N,)
+  float* partial_sums;      // (kPartialSums, n_blocks), most_blocks(N) at most
+  unsigned* n_finished;     // (1,), blocks of the pass over pairs that are done; set to zero by the prologue
   const float* statistics;  // (4, N), as Panel leaves them; wide rows only
 };
 
-constexpr int kPartialSums = 5;  // of contrastive terms, of distances, and how many anchors, labelled rows, labels without prototype
+constexpr int kPartialSums =
+    5;  // of contrastive terms, of distances, and how many anchors, labelled rows, labels without prototype
 
 struct Backward : Loss {
   const float* upstream;  // (), the gradient of the loss; with Reduction::none the unit that `weights` are in
@@ -57,29 +58,29 @@ struct Backward : Loss {
   void* grad_z;             // (N, D) dtype, by row
   float* grad_temperature;  // (), or null
   // Scratch.
-  float* coefficients;    // (6, n_padded): Coefficients in gradient.cuh
-  int64_t n_padded;       // padded_rows(N)
-  float* partial_sums;    // (n_blocks,), most_blocks(N) at most
-  unsigned* n_finished;   // (1,), set to zero by coefficients_kernel
-  float* sums;            // (N, D): sum_j M_ij zhat_j by position, overwritten; wide rows only
+  float* coefficients;   // (6, n_padded): Coefficients in gradient.cuh
+  int64_t n_padded;      // padded_rows(N)
+  float* partial_sums;   // (n_blocks,), most_blocks(N) at most
+  unsigned* n_finished;  // (1,), set to zero by coefficients_kernel
+  float* sums;           // (N, D): sum_j M_ij zhat_j by position, overwritten; wide rows only
 };
 
 // A rectangle of the similarities of wide rows; see wide.cuh.
 struct Panel : Loss {
   const float* products;  // (n_panel_rows, n_panel_columns): zhat_i . zhat_j
   int64_t first_row, first_column, n_panel_rows, n_panel_columns;
-  float* statistics;      // forward, (4, N) by position: shift, negative, positive, positive_logits; added to
-  float* coefficients;    // backward: as in Backward, with n_padded
+  float* statistics;    // forward, (4, N) by position: shift, negative, positive, positive_logits; added to
+  float* coefficients;  // backward: as in Backward, with n_padded
   int64_t n_padded;
-  void* pairs;            // backward, (n_panel_rows, n_panel_columns) compute_dtype: M
+  void* pairs;  // backward, (n_panel_rows, n_panel_columns) compute_dtype: M
 };
 
 struct PrototypeGradient : Loss {
   const float *upstream, *weights;  // as in Backward
   const void* zhat;                 // as Forward left it, and counts
   const float* counts;
-  const int64_t* by_class;   // (N,), positions sorted by label
-  const int64_t* bounds;     // (K + 1,): class k is by_class[bounds[k]:bounds[k + 1]]
+  const int64_t* by_class;  // (N,), positions sorted by label
+  const int64_t* bounds;    // (K + 1,): class k is by_class[bounds[k]:bounds[k + 1]]
   int64_t n_parts;
   float* partial_gradients;  // (n_parts, K, D), the result as so many summands
 };

@@ -112,8 +112,8 @@ const T* data(const char* name, const std::optional<Tensor>& tensor, ScalarType 
   int64_t dim = 0;
   for (const int64_t size : sizes) is_right = is_right && tensor->size(dim++) == size;
   if (!is_right)
-    refuse(name, std::string("a contiguous ") + dtype_name + " tensor of shape " + shape_text(sizes) +
-                     " on the GPU of the embeddings");
+    refuse(name,
+           std::string("a contiguous ") + dtype_name + " tensor of shape " + shape_text(sizes) + " on the GPU of the embeddings");
   return static_cast<const T*>(tensor->const_data_ptr());
 }
 
@@ -194,7 +194,8 @@ int64_t n_processors_of(int32_t device) {
 }
 
 int32_t device_of(const char* name, const Tensor& tensor) {
-  if (!tensor.is_cuda() || tensor.dim() != 2 || tensor.size(0) < 1 || tensor.size(1) < 1) refuse(name, "(N, D) on a GPU, not empty");
+  if (!tensor.is_cuda() || tensor.dim() != 2 || tensor.size(0) < 1 || tensor.size(1) < 1)
+    refuse(name, "(N, D) on a GPU, not empty");
   return tensor.get_device_index();
 }
 
@@ -235,11 +236,15 @@ Pass pass_of(const Tensor& rows, int32_t device, CLOP_LOSS_PARAMETERS) {
   return p;
 }
 
-#define CLOP_LOSS_ARGUMENTS \
-  groups, labels, prototypes, temperature, scale, scale_rest, n_views, prototype_weight, distance, reduction, compute_dtype, is_tf32
+#define CLOP_LOSS_ARGUMENTS                                                                                                  \
+  groups, labels, prototypes, temperature, scale, scale_rest, n_views, prototype_weight, distance, reduction, compute_dtype, \
+      is_tf32
 
 const void* zhat_of(const Tensor& normalized, const Loss& p, ScalarType compute_dtype, int32_t device) {
-  return data<char>("normalized", normalized, compute_dtype, "compute_dtype", device, {p.n_rows, p.width});
+  const void* const zhat = data<char>("normalized", normalized, compute_dtype, "compute_dtype", device, {p.n_rows, p.width});
+  if (reinterpret_cast<uintptr_t>(zhat) % 16 != 0)
+    refuse("normalized", "memory aligned to 16 bytes, as the forward pass leaves it");
+  return zhat;
 }
 
 // What a forward pass writes beside zhat and the norms, and its scratch. Tensors live as long as the launches are not yet queued;
@@ -325,7 +330,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tenso
   p.stride_z_column = embeddings.stride(1);
   const LossTensors of(p, embeddings);
   const Tensor normalized = allocate("normalized", embeddings, {p.n_rows, p.width}, compute_dtype);
-  const Tensor norms = allocate("norms", embeddings, {p.n_rows}, kFloat), distances = allocate("distances", embeddings, {p.n_rows}, kFloat);
+  const Tensor norms = allocate("norms", embeddings, {p.n_rows}, kFloat),
+               distances = allocate("distances", embeddings, {p.n_rows}, kFloat);
   p.zhat = normalized.mutable_data_ptr();
   p.norms = mutable_floats(norms);
   p.distances = mutable_floats(distances);

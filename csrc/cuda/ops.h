@@ -22,14 +22,14 @@ std::tuple<Tensor, Tensor, Tensor> prologue(Tensor embeddings, std::optional<Ten
                                             ScalarType compute_dtype);
 
 // What describes a loss to every operator below.
-#define CLOP_LOSS_PARAMETERS                                                                                               \
-  Tensor groups, std::optional<Tensor> labels, std::optional<Tensor> prototypes, std::optional<Tensor> temperature,        \
-      double scale, double scale_rest, int64_t n_views, double prototype_weight, int64_t distance, int64_t reduction,      \
+#define CLOP_LOSS_PARAMETERS                                                                                          \
+  Tensor groups, std::optional<Tensor> labels, std::optional<Tensor> prototypes, std::optional<Tensor> temperature,   \
+      double scale, double scale_rest, int64_t n_views, double prototype_weight, int64_t distance, int64_t reduction, \
       ScalarType compute_dtype, bool is_tf32
 
 // What the forward pass has left, and the upstream gradient.
-#define CLOP_BACKWARD_PARAMETERS                                                                                           \
-  Tensor upstream, std::optional<Tensor> weights, Tensor embeddings, Tensor normalized, Tensor norms, Tensor shift,        \
+#define CLOP_BACKWARD_PARAMETERS                                                                                    \
+  Tensor upstream, std::optional<Tensor> weights, Tensor embeddings, Tensor normalized, Tensor norms, Tensor shift, \
       Tensor total, Tensor negative, Tensor counts, bool needs_temperature, CLOP_LOSS_PARAMETERS
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor embeddings, CLOP_LOSS_PARAMETERS);

@@ -41,7 +41,7 @@ struct Shape {
   static constexpr int kRows = 16 * kRowTiles * kRowWarps;
   static constexpr int kTiles = kColumns / kColumnWarps / 8;
   static constexpr int kSteps = kWidth * int(sizeof(Element)) / kStepBytes;
-  using Rows = Tile<kWidth * int(sizeof(Element))>;
+  using Rows = Tile<kWidth* int(sizeof(Element))>;
 
   static constexpr int kRowBytes = kRows * Rows::kRowBytes, kColumnBytes = kColumns * Rows::kRowBytes;
   static constexpr int kNumberBytes = kNumbers * kColumns * int(sizeof(float));
@@ -133,7 +133,8 @@ struct Memory {
   __device__ typename S::Rows columns(int stage) const { return {base + S::kRowBytes + stage * S::kColumnBytes}; }
   // Coefficient `which` of the columns of a stage.
   __device__ float* numbers(int stage, int which) const {
-    return reinterpret_cast<float*>(base + S::kRowBytes + S::kStages * S::kColumnBytes + stage * S::kNumberBytes) + which * S::kColumns;
+    return reinterpret_cast<float*>(base + S::kRowBytes + S::kStages * S::kColumnBytes + stage * S::kNumberBytes) +
+           which * S::kColumns;
   }
   // The stages' memory, free when the walk is over.
   __device__ float* scratch() const { return reinterpret_cast<float*>(base + S::kRowBytes); }
@@ -142,8 +143,8 @@ struct Memory {
 // Calls visit(first column, stage, S / scale) for each tile of columns. The first n_numbers rows of `numbers`, (n_numbers, stride),
 // are loaded with the columns; they must be there past the last one. kHold: the A operands of q stay in registers.
 template <class S, bool kHold, class Visit>
-__device__ void walk(const Loss& p, const void* zhat_pointer, const float* numbers, int n_numbers, int64_t stride, const Place<S>& place,
-                     Visit&& visit) {
+__device__ void walk(const Loss& p, const void* zhat_pointer, const float* numbers, int n_numbers, int64_t stride,
+                     const Place<S>& place, Visit&& visit) {
   using Product = typename S::Product;
   const auto* const zhat = static_cast<const typename S::Element*>(zhat_pointer);
   const Memory<S> memory;
@@ -157,7 +158,8 @@ __device__ void walk(const Loss& p, const void* zhat_pointer, const float* numbe
 #pragma unroll
       for (int which = 0; which < kNumbers; ++which)
         if (which < n_numbers && threadIdx.x < S::kColumns / 4)
-          copy_async(memory.numbers(stage, which) + 4 * threadIdx.x, numbers + which * stride + first + 4 * threadIdx.x, kChunkBytes);
+          copy_async(memory.numbers(stage, which) + 4 * threadIdx.x, numbers + which * stride + first + 4 * threadIdx.x,
+                     kChunkBytes);
     }
     commit_copies();
   };

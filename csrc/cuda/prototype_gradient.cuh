@@ -33,7 +33,8 @@ __global__ void __launch_bounds__(kPrototypeThreads) prototype_kernel(const Prot
       for (int i = threadIdx.x / 32; i < count; i += kPrototypeThreads / 32) {
         const T* const row = zhat + p.by_class[first + i] * p.width;
         float square = 0.0f;
-        for (int64_t d = threadIdx.x % 32; d < p.width; d += 32) square += (to_float(row[d]) - target[d]) * (to_float(row[d]) - target[d]);
+        for (int64_t d = threadIdx.x % 32; d < p.width; d += 32)
+          square += (to_float(row[d]) - target[d]) * (to_float(row[d]) - target[d]);
         square = sum_of_warp(square);
         if (threadIdx.x % 32 == 0) lengths[i] = sqrtf(square);
       }

@@ -77,8 +77,8 @@ __device__ inline float contrastive_term(const RowSums& row, int n_positives, co
 
 // Adds one tile of S to the sums of the thread's rows.
 template <class S>
-__device__ void add_tile(const Loss& p, const Scale& scale, bool is_fixed, bool is_near, int first_column,
-                         const Place<S>& place, const float (&s)[S::kRowTiles][S::kTiles][4], RowSums (&sums)[S::kRowTiles][2]) {
+__device__ void add_tile(const Loss& p, const Scale& scale, bool is_fixed, bool is_near, int first_column, const Place<S>& place,
+                         const float (&s)[S::kRowTiles][S::kTiles][4], RowSums (&sums)[S::kRowTiles][2]) {
   using Product = typename S::Product;
 #pragma unroll
   for (int r = 0; r < S::kRowTiles; ++r)
@@ -126,7 +126,8 @@ __device__ void add_tile(const Loss& p, const Scale& scale, bool is_fixed, bool 
 // ---- from the sums to the loss -----------------------------------------------------------------------------------------------
 
 // Stores what the backward pass needs of a row, and adds its share of the loss to `parts`.
-__device__ inline void finish_softmax(const Forward& p, const Scale& scale, int position, const RowSums& row, float (&parts)[kPartialSums]) {
+__device__ inline void finish_softmax(const Forward& p, const Scale& scale, int position, const RowSums& row,
+                                      float (&parts)[kPartialSums]) {
   const Group group = group_of(p, position);
   const int n_positives = group.end - group.start - 1;
   p.shift[position] = row.shift;

@@ -25,7 +25,9 @@ struct Tile {
 
   unsigned char* base;
 
-  __device__ unsigned char* chunk(int row, int chunk) const { return base + row * kRowBytes + ((chunk ^ (row & 7)) * kChunkBytes); }
+  __device__ unsigned char* chunk(int row, int chunk) const {
+    return base + row * kRowBytes + ((chunk ^ (row & 7)) * kChunkBytes);
+  }
   // Chunk 2 step + half, in a form that takes few registers: of a step known to the compiler, a lane needs one of four places and
   // an immediate offset.
   __device__ unsigned char* half_step(int row, int step, int half) const {

@@ -21,7 +21,9 @@ inline void mma_kernel(const Mma p) {
   const bool is_tf32 = p.kind == "tf32";
   const int depth = is_tf32 ? 8 : 16;
   const auto bits = [&](float x) {
-    return is_tf32 ? __float_as_uint(x) : p.kind == "bf16" ? uint32_t(__float2bfloat16_rn(x).bits) : uint32_t(__float2half_rn(x).bits);
+    return is_tf32            ? __float_as_uint(x)
+           : p.kind == "bf16" ? uint32_t(__float2bfloat16_rn(x).bits)
+                              : uint32_t(__float2half_rn(x).bits);
   };
   // A: 16 rows of 32 bytes, then B transposed, 8 rows of 32 bytes.
   unsigned char* const rows = shared_memory();

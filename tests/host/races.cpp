@@ -45,8 +45,10 @@ void step(int64_t n_rows, int64_t width, Dtype dtype, bool by_label, float tempe
   }
   // 16 bytes past each row of zhat are never read, so its vector needs no more than N D numbers of at most 4 bytes.
   std::vector<float> zhat(n_rows * width), norms(n_rows), shift(n_rows), total(n_rows), negative(n_rows), counts(2), loss(n_rows);
-  std::vector<float> distances(n_rows), partial_sums(kPartialSums * n_blocks), coefficients_memory(6 * n_padded), statistics(4 * n_rows);
-  std::vector<float> grad(n_rows * width), sums = normal(n_rows * width), products = normal(n_rows * n_rows), pairs(n_rows * n_rows);
+  std::vector<float> distances(n_rows), partial_sums(kPartialSums * n_blocks), coefficients_memory(6 * n_padded),
+      statistics(4 * n_rows);
+  std::vector<float> grad(n_rows * width), sums = normal(n_rows * width), products = normal(n_rows * n_rows),
+                                           pairs(n_rows * n_rows);
   unsigned n_finished = 0;
   const float upstream = 1.0f;
   float grad_temperature = 0.0f;
@@ -56,7 +58,8 @@ void step(int64_t n_rows, int64_t width, Dtype dtype, bool by_label, float tempe
   of.dtype = Dtype::float32, of.compute_dtype = dtype;
   of.groups = by_label ? groups.data() : nullptr;
   of.labels = labels.data(), of.prototypes = prototypes.data();
-  of.scale = 1.44269504f / temperature, of.prototype_weight = 1.0f, of.distance = Distance::euclidean, of.reduction = Reduction::mean;
+  of.scale = 1.44269504f / temperature, of.prototype_weight = 1.0f, of.distance = Distance::euclidean,
+  of.reduction = Reduction::mean;
 
   Forward f = {};
   static_cast<Loss&>(f) = of;

@@ -303,7 +303,8 @@ void set_order(Order new_order, uint64_t seed) {
 
 void launch(unsigned n_blocks, unsigned n_threads, size_t shared_bytes, const std::function<void()>& kernel) {
   if (n_threads == 0 || n_threads % kLanes != 0 || n_threads > kMostThreads)
-    throw std::runtime_error("simt: a block of " + std::to_string(n_threads) + " threads; expected a multiple of 32, 1024 at most");
+    throw std::runtime_error("simt: a block of " + std::to_string(n_threads) +
+                             " threads; expected a multiple of 32, 1024 at most");
   if (shared_bytes > 227 * 1024) throw std::runtime_error("simt: " + std::to_string(shared_bytes) + " bytes of shared memory");
   // Its own allocation, so that AddressSanitizer knows where it ends.
   const std::unique_ptr<void, void (*)(void*)> shared(std::aligned_alloc(128, (shared_bytes + 127) / 128 * 128), std::free);
@@ -347,13 +348,12 @@ Index block_index() { return {block.index}; }
 Index grid_size() { return {block.n_blocks}; }
 unsigned char* shared_memory() { return block.shared; }
 
-bool is_shared(const void* address) {
-  return address >= block.shared && address < block.shared + block.shared_bytes;
-}
+bool is_shared(const void* address) { return address >= block.shared && address < block.shared + block.shared_bytes; }
 
 void fail(const char* what) {
   if (block.error.empty())
-    block.error = std::string(what) + " (block " + std::to_string(block.index) + ", thread " + std::to_string(block.current) + ")";
+    block.error =
+        std::string(what) + " (block " + std::to_string(block.index) + ", thread " + std::to_string(block.current) + ")";
   for (;;) wait_as(State::done);
 }
 

@@ -164,9 +164,7 @@ inline uint32_t round_to_tf32(float x) {  // to nearest, ties away from zero
 inline uint32_t pack_bf16(float low, float high) {
   return __float2bfloat16_rn(low).bits | uint32_t(__float2bfloat16_rn(high).bits) << 16;
 }
-inline uint32_t pack_f16(float low, float high) {
-  return __float2half_rn(low).bits | uint32_t(__float2half_rn(high).bits) << 16;
-}
+inline uint32_t pack_f16(float low, float high) { return __float2half_rn(low).bits | uint32_t(__float2half_rn(high).bits) << 16; }
 
 // Byte by byte where it must be seen by the sanitizers as this thread's own access.
 inline void move_bytes(unsigned char* to, const unsigned char* from, int bytes) {
