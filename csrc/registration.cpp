@@ -70,6 +70,7 @@ STABLE_TORCH_LIBRARY(clop_native, m) {
 #define CLOP_BACKWARD                                                                                                       \
   "Tensor upstream, Tensor? weights, Tensor embeddings, Tensor normalized, Tensor norms, Tensor shift, Tensor total, "      \
   "Tensor negative, Tensor counts, bool needs_temperature, " CLOP_LOSS
+  m.def("cuda_groups(Tensor labels, int n_views) -> Tensor");  // (B,) int64 -> (3, N) int32, as clop_kernels/groups.py has it
   m.def(
       "cuda_forward(Tensor embeddings, " CLOP_LOSS ") -> (Tensor loss, Tensor normalized, Tensor norms, Tensor shift, "
       "Tensor total, Tensor negative, Tensor counts)");
@@ -114,6 +115,7 @@ STABLE_TORCH_LIBRARY_IMPL(clop_native, CPU, m) {
 #ifdef CLOP_CUDA_VERSION
 STABLE_TORCH_LIBRARY_IMPL(clop_native, CUDA, m) {
   m.impl("cuda_prologue", TORCH_BOX(&clop::cuda::prologue));
+  m.impl("cuda_groups", TORCH_BOX(&clop::cuda::groups));
   m.impl("cuda_forward", TORCH_BOX(&clop::cuda::forward));
   m.impl("cuda_backward", TORCH_BOX(&clop::cuda::backward));
   m.impl("cuda_prototype_gradient", TORCH_BOX(&clop::cuda::prototype_gradient));

@@ -19,6 +19,7 @@ import clop_kernels
 from clop_kernels import backends
 from clop_kernels.backends import cuda
 from clop_kernels.backends.contract import DISTANCES, POSITIVES, REDUCTIONS, LossOptions, Needs
+from clop_kernels.groups import label_groups
 
 from . import host
 from .oracle import (
@@ -209,6 +210,22 @@ def test_wide_rows_in_many_panels(
 def test_every_option(distance: str, reduction: str, positives: str, kernels: host.Kernels) -> None:
     problem = random_problem(3, 50, 20, n_classes=3, distance=distance, reduction=reduction, positives=positives)
     assert_accurate(problem, "cuda")
+
+
+@pytest.mark.parametrize("n_instances", [1, 2, 127, 128, 300])
+@pytest.mark.parametrize("n_views", [1, 3])
+def test_groups_are_those_of_the_sort(n_instances: int, n_views: int, order: str, kernels: host.Kernels) -> None:
+    for n_classes in (1, 5, 1000):
+        labels = torch.randint(-1, n_classes, (n_instances,))
+        assert torch.equal(kernels.cuda_groups(labels, n_views), label_groups(labels, n_views).table())
+
+
+def test_many_instances_are_sorted(kernels: host.Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = random_problem(3, 40, 16, positives="label", n_classes=5)
+    ranked = problem.solve("cuda", torch.float32)
+    monkeypatch.setattr(cuda, "RANKED_INSTANCES", 0)
+    by_sort = problem.solve("cuda", torch.float32)
+    assert all(torch.equal(ranked[name], by_sort[name]) for name in ranked)
 
 
 @pytest.mark.parametrize("width", [40, 100])

@@ -1,8 +1,8 @@
 """The compiled CUDA kernels, csrc/cuda/: the loss fused on tensor cores, with nothing compiled when it is first used.
 
 Launches: 2 forward and 2 backward where a row fits on chip, D <= 256, float32 128. Wider rows take a library's matrix products
-and a kernel between them for each panel. Labels as positives take a sort besides, the gradient of prototypes and
-``reduction="none"`` a few small operations.
+and a kernel between them for each panel. Labels as positives take one launch more, or a sort of more than
+RANKED_INSTANCES; the gradient of prototypes and ``reduction="none"`` a few small operations.
 
 **Not yet run on a GPU**: the kernels' own source runs on a CPU (tests/host/), against the float64 reference.
 """
@@ -22,6 +22,9 @@ from .positions import logit_scale, sorted_by_class, upstream_of, used_prototype
 
 CHECKS_VALUES = True
 """The kernels look at every label anyway, and assert on the device."""
+
+RANKED_INSTANCES = 4096
+"""Up to so many labels are put in order by counting, B^2 comparisons in one launch, against the several launches of a sort."""
 
 kernels: Any = torch.ops.clop_native
 """Where the operators are; tests put ones that run on a CPU in their place."""
@@ -47,7 +50,10 @@ def forward(
         return _loss_of_no_rows(embeddings, options)
     if options.positives == "label":
         assert labels is not None
-        groups = label_groups(labels, options.n_views).table()
+        if labels.shape[0] <= RANKED_INSTANCES:
+            groups = kernels.cuda_groups(labels.contiguous(), options.n_views)
+        else:
+            groups = label_groups(labels, options.n_views).table()
     else:
         groups = embeddings.new_empty((3, 0), dtype=torch.int32)
     arguments = _arguments(groups, labels, prototypes, options)

@@ -1,6 +1,7 @@
 // The launches of the two passes: which kernels, on how many blocks, in which shape.
 
 #include "gradient.cuh"
+#include "groups.cuh"
 #include "prologue.h"
 #include "prototype_gradient.cuh"
 #include "softmax.cuh"
@@ -67,6 +68,12 @@ bool is_valid(const Loss& p) {
 }
 
 }  // namespace
+
+int group(const Grouping& p, CUstream_st* stream) {
+  if (p.n_instances < 1 || p.n_views < 1 || p.n_instances * p.n_views > 0x7fffffff) return cudaErrorInvalidValue;
+  return launch(groups_kernel, n_blocks_for(p.n_instances, kGroupThreads), kGroupThreads, kGroupThreads * sizeof(int64_t), stream,
+                p);
+}
 
 int forward(const Forward& p, int64_t n_processors, CUstream_st* stream) {
   if (!is_valid(p) || is_wide(p.width, p.compute_dtype)) return cudaErrorInvalidValue;

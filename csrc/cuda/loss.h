@@ -31,6 +31,12 @@ struct Loss {
   Reduction reduction;
 };
 
+struct Grouping {
+  int64_t n_instances, n_views;
+  const int64_t* labels;  // (B,)
+  int32_t* groups;        // (3, N): order, starts, ends
+};
+
 struct Forward : Loss {
   const void* embeddings;                 // (N, D) dtype; row v * B + b is view v of instance b
   int64_t stride_z_row, stride_z_column;  // in elements
@@ -95,6 +101,7 @@ constexpr bool is_wide(int64_t width, Dtype compute_dtype) { return width > (com
 constexpr int64_t most_blocks(int64_t n_rows) { return (n_rows + 7) / 8; }
 
 // These launch a pass, or for wide rows a part of one. They return a cudaError_t: 0, or why a kernel could not be launched.
+int group(const Grouping& grouping, CUstream_st* stream);
 int forward(const Forward& pass, int64_t n_processors, CUstream_st* stream);
 int backward(const Backward& pass, int64_t n_processors, CUstream_st* stream);
 int prototype_gradient(const PrototypeGradient& pass, CUstream_st* stream);

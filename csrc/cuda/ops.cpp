@@ -321,6 +321,21 @@ Panel panel_of(const Tensor& products, int64_t first_row, int64_t first_column, 
 
 }  // namespace
 
+Tensor groups(Tensor labels, int64_t n_views) {
+  if (!labels.is_cuda() || labels.dim() != 1 || labels.size(0) < 1) refuse("labels", "(B,) on a GPU, not empty");
+  if (n_views < 1 || labels.size(0) > INT32_MAX / n_views) refuse("n_views", "1 or more, and fewer than 2^31 rows in all");
+  const int32_t device = labels.get_device_index();
+  const Device current(device);
+  Grouping p = {};
+  p.n_instances = labels.size(0);
+  p.n_views = n_views;
+  p.labels = data<int64_t>("labels", labels, ScalarType::Long, "int64", device, {p.n_instances});
+  const Tensor table = allocate("groups", labels, {3, n_views * p.n_instances}, ScalarType::Int);
+  p.groups = static_cast<int32_t*>(table.mutable_data_ptr());
+  check("cannot launch the kernel 'groups'", group(p, current_stream(device)), device);
+  return table;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor embeddings, CLOP_LOSS_PARAMETERS) {
   const int32_t device = device_of("embeddings", embeddings);
   const Device current(device);

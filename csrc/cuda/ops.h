@@ -32,6 +32,7 @@ std::tuple<Tensor, Tensor, Tensor> prologue(Tensor embeddings, std::optional<Ten
   Tensor upstream, std::optional<Tensor> weights, Tensor embeddings, Tensor normalized, Tensor norms, Tensor shift, \
       Tensor total, Tensor negative, Tensor counts, bool needs_temperature, CLOP_LOSS_PARAMETERS
 
+Tensor groups(Tensor labels, int64_t n_views);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor embeddings, CLOP_LOSS_PARAMETERS);
 std::tuple<Tensor, Tensor> backward(CLOP_BACKWARD_PARAMETERS);
 Tensor prototype_gradient(Tensor upstream, std::optional<Tensor> weights, Tensor normalized, Tensor counts, Tensor by_class,

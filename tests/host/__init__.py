@@ -157,6 +157,12 @@ class Kernels:
             "reduction": reduction,
         }
 
+    def cuda_groups(self, labels: Tensor, n_views: int) -> Tensor:
+        groups = torch.full((3, n_views * labels.shape[0]), -1, dtype=torch.int32)
+        fields = {"n_instances": labels.shape[0], "n_views": n_views, "labels": labels, "groups": groups}
+        self._check(self.module.group(_addresses(fields)))
+        return groups
+
     def cuda_prologue(
         self,
         embeddings: Tensor,

@@ -38,24 +38,27 @@ Forward forward_of(const py::dict& fields) {
   Forward p = {};
   set_loss(p, fields);
   FIELD(embeddings)
-  FIELD(stride_z_row) FIELD(stride_z_column) FIELD(loss) FIELD(zhat) FIELD(norms) FIELD(shift) FIELD(total) FIELD(negative)
-      FIELD(counts) FIELD(distances) FIELD(partial_sums) FIELD(n_finished) FIELD(statistics) return p;
+  FIELD(stride_z_row)
+  FIELD(stride_z_column) FIELD(loss) FIELD(zhat) FIELD(norms) FIELD(shift) FIELD(total) FIELD(negative) FIELD(counts)
+      FIELD(distances) FIELD(partial_sums) FIELD(n_finished) FIELD(statistics) return p;
 }
 
 Backward backward_of(const py::dict& fields) {
   Backward p = {};
   set_loss(p, fields);
   FIELD(upstream)
-  FIELD(weights) FIELD(zhat) FIELD(norms) FIELD(shift) FIELD(total) FIELD(negative) FIELD(counts) FIELD(grad_z)
-      FIELD(grad_temperature) FIELD(coefficients) FIELD(n_padded) FIELD(partial_sums) FIELD(n_finished) FIELD(sums) return p;
+  FIELD(weights)
+  FIELD(zhat) FIELD(norms) FIELD(shift) FIELD(total) FIELD(negative) FIELD(counts) FIELD(grad_z) FIELD(grad_temperature)
+      FIELD(coefficients) FIELD(n_padded) FIELD(partial_sums) FIELD(n_finished) FIELD(sums) return p;
 }
 
 Panel panel_of(const py::dict& fields) {
   Panel p = {};
   set_loss(p, fields);
   FIELD(products)
-  FIELD(first_row) FIELD(first_column) FIELD(n_panel_rows) FIELD(n_panel_columns) FIELD(statistics) FIELD(coefficients)
-      FIELD(n_padded) FIELD(pairs) return p;
+  FIELD(first_row)
+  FIELD(first_column) FIELD(n_panel_rows) FIELD(n_panel_columns) FIELD(statistics) FIELD(coefficients) FIELD(n_padded)
+      FIELD(pairs) return p;
 }
 
 PrototypeGradient prototype_gradient_of(const py::dict& fields) {
@@ -68,9 +71,9 @@ PrototypeGradient prototype_gradient_of(const py::dict& fields) {
 Prologue prologue_of(const py::dict& fields) {
   Prologue p = {};
   FIELD(embeddings)
-  FIELD(stride_z_row) FIELD(stride_z_column) FIELD(order) FIELD(labels) FIELD(prototypes) FIELD(zhat) FIELD(norms)
-      FIELD(distances) FIELD(n_finished) FIELD(n_rows) FIELD(n_views) FIELD(n_classes) FIELD(width) FIELD(dtype)
-          FIELD(compute_dtype) FIELD(distance) return p;
+  FIELD(stride_z_row)
+  FIELD(stride_z_column) FIELD(order) FIELD(labels) FIELD(prototypes) FIELD(zhat) FIELD(norms) FIELD(distances) FIELD(n_finished)
+      FIELD(n_rows) FIELD(n_views) FIELD(n_classes) FIELD(width) FIELD(dtype) FIELD(compute_dtype) FIELD(distance) return p;
 }
 
 // ---- the kernels that the harness itself is tested with -------------------------------------------------------------------
@@ -117,6 +120,10 @@ PYBIND11_MODULE(MODULE_NAME, m) {
   });
   m.def("most_blocks", &most_blocks);
   m.def("padded_rows", &padded_rows);
+  m.def("group", [](const py::dict& fields) {
+    Grouping p = {};
+    FIELD(n_instances) FIELD(n_views) FIELD(labels) FIELD(groups) return group(p, nullptr);
+  });
   m.def("prologue", [](const py::dict& fields) { return launch_prologue(prologue_of(fields), nullptr); });
   m.def("forward",
         [](const py::dict& fields, int64_t n_processors) { return forward(forward_of(fields), n_processors, nullptr); });

@@ -32,17 +32,8 @@ void step(int64_t n_rows, int64_t width, Dtype dtype, bool by_label, float tempe
   const int64_t n_instances = n_rows / 2, n_classes = 4, n_padded = padded_rows(n_rows), n_blocks = most_blocks(n_rows);
   const std::vector<float> z = normal(n_rows * width), prototypes = normal(n_classes * width);
   std::vector<int64_t> labels(n_instances);
-  for (int64_t b = 0; b < n_instances; ++b) labels[b] = b * n_classes / n_instances;  // sorted: rows of a label are one run
+  for (int64_t b = 0; b < n_instances; ++b) labels[b] = b % n_classes;
   std::vector<int32_t> groups(3 * n_rows);
-  for (int64_t k = 0, start = 0; k < n_rows; ++k) {
-    groups[k] = int32_t(k % 2 * n_instances + k / 2);
-    if (labels[k / 2] != labels[start / 2]) start = k;
-    groups[n_rows + k] = int32_t(start);
-  }
-  for (int64_t k = n_rows - 1, end = n_rows; k >= 0; --k) {
-    groups[2 * n_rows + k] = int32_t(end);
-    if (groups[n_rows + k] == k) end = k;
-  }
   // 16 bytes past each row of zhat are never read, so its vector needs no more than N D numbers of at most 4 bytes.
   std::vector<float> zhat(n_rows * width), norms(n_rows), shift(n_rows), total(n_rows), negative(n_rows), counts(2), loss(n_rows);
   std::vector<float> distances(n_rows), partial_sums(kPartialSums * n_blocks), coefficients_memory(6 * n_padded),
@@ -75,6 +66,8 @@ void step(int64_t n_rows, int64_t width, Dtype dtype, bool by_label, float tempe
   b.coefficients = coefficients_memory.data(), b.n_padded = n_padded, b.partial_sums = partial_sums.data();
   b.n_finished = &n_finished, b.sums = sums.data();
 
+  Grouping grouping = {n_instances, 2, labels.data(), groups.data()};
+  expect_success(group(grouping, nullptr));
   expect_success(forward(f, n_processors, nullptr));
   expect_success(backward(b, n_processors, nullptr));
 
