@@ -291,6 +291,19 @@ def test_any_order_of_the_threads_gives_the_same_bits(dtype: torch.dtype, kernel
             assert all(torch.equal(results[0][name], other[name]) for name in other)
 
 
+@pytest.mark.parametrize(("positives", "temperature"), [("instance", 0.1), ("label", 0.01)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_agrees_with_triton(positives: str, temperature: float, dtype: torch.dtype, kernels: host.Kernels) -> None:
+    """Whose kernels run in Triton's interpreter: closer to each other than the rounding leaves both to the truth."""
+    triton = next(b for b in backends.BACKENDS if b.name == "triton")
+    if (reason := triton.obstacle(torch.device("cpu"), dtype)) is not None:
+        pytest.skip(f"needs Triton's interpreter: {reason}")
+    problem = random_problem(2, 40, 24, positives=positives, temperature=temperature)
+    ours, theirs = problem.solve("cuda", dtype), problem.solve("triton", dtype)
+    for name, value in ours.items():
+        assert relative_error(theirs[name], value) <= (1e-5 if dtype == torch.float32 else 2 * torch.finfo(dtype).eps), name
+
+
 @pytest.mark.parametrize("temperature", [0.01, 0.0262, 0.0263, 0.1])  # the softmax paths part at log2(e) / 55
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_the_kernels_read_the_temperature(temperature: float, reduction: str, kernels: host.Kernels) -> None:
