@@ -65,6 +65,20 @@ def test_default_is_the_first_that_can_run() -> None:
     assert all(callable(getattr(first.load(), name)) for name in ("forward", "backward"))
 
 
+@pytest.mark.parametrize(
+    ("capability", "preferred"), [((8, 0), "cuda"), ((8, 9), "cuda"), ((9, 0), "triton"), ((10, 0), "triton"), ((12, 0), "cuda")]
+)
+def test_the_architecture_decides_between_cuda_and_triton(
+    capability: tuple[int, int], preferred: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.version, "hip", None)
+    order = [backend.name for backend in backends.by_preference(torch.device("cuda"))]
+    assert order[0] == preferred
+    assert sorted(order) == sorted(backend.name for backend in backends.BACKENDS)
+    assert [name for name in order if name not in ("cuda", "triton")] == ["cpu", "tiled"]
+
+
 def test_nothing_of_size_n_squared_is_allocated() -> None:
     """With N x N in float32 this would take 1.6 GB; every allocation is counted, in both passes."""
     n_rows, width = 20_000, 16

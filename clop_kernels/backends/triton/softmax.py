@@ -49,7 +49,6 @@ def similarities(
     n_rows,
     WIDTH: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    ALL_ROWS: tl.constexpr,
     ALL_COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -61,7 +60,7 @@ def similarities(
     else:
         for first in range(0, WIDTH, BLOCK_K):
             chunk = first + tl.arange(0, BLOCK_K)
-            a = load_rows(zhat, rows, n_rows, chunk, WIDTH, BLOCK_K, ALL_ROWS)
+            a = load_rows(zhat, rows, n_rows, chunk, WIDTH, BLOCK_K, False)
             b = load_rows(zhat, columns, n_rows, chunk, WIDTH, BLOCK_K, ALL_COLUMNS)
             products = tl.dot(a, tl.trans(b), products, input_precision=PRECISION)
     return products
@@ -105,7 +104,7 @@ def row_sums(
     negative, positive, positive_logits = zero, zero, zero
     for index in range(0, n_near):
         columns = near_tile(index, near, near_end, n_rows, BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
-        s = similarities(q, zhat, rows, columns, n_rows, WIDTH, BLOCK_K, False, False, PRECISION)
+        s = similarities(q, zhat, rows, columns, n_rows, WIDTH, BLOCK_K, False, PRECISION)
         s = scaled(s, scale, scale_rest, EXACT_SCALE)
         among_positives = is_positive(rows, columns, start, end)
         is_pair = (columns[None, :] < n_rows) & (columns[None, :] != rows[:, None])
@@ -118,7 +117,7 @@ def row_sums(
         negative += tl.sum(tl.where(among_positives, 0.0, powers), 1)
     for index in range(0, n_far):
         columns = far_tile(index, near, near_end) * BLOCK_N + tl.arange(0, BLOCK_N)
-        s = similarities(q, zhat, rows, columns, n_rows, WIDTH, BLOCK_K, False, True, PRECISION)
+        s = similarities(q, zhat, rows, columns, n_rows, WIDTH, BLOCK_K, True, PRECISION)
         s = scaled(s, scale, scale_rest, EXACT_SCALE)
         if ONLINE:
             s, shift, negative, positive = shifted(s, shift, negative, positive)

@@ -96,7 +96,7 @@ def pair_kernel(
         VIEWS, BY_LABEL, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     scale, scale_rest = logit_scale(temperature, scale, scale_rest, SOFTMAX == "device")
-    s = similarities(None, zhat, rows, columns, n_rows, WIDTH, BLOCK_K, False, False, PRECISION)
+    s = similarities(None, zhat, rows, columns, n_rows, WIDTH, BLOCK_K, False, PRECISION)
     s = scaled(s, scale, scale_rest, EXACT_SCALE)
     if SOFTMAX == "device":
         if fits_unshifted(scale):
