@@ -12,7 +12,15 @@ import clop_kernels
 from clop_kernels.backends import tiled
 from clop_kernels.backends.contract import DISTANCES, POSITIVES, REDUCTIONS
 
-from .oracle import GRADIENT_TOLERANCE, Problem, assert_accurate, near_duplicates, random_problem, relative_error
+from .oracle import (
+    GRADIENT_TOLERANCE,
+    Problem,
+    assert_accurate,
+    assert_float16_saturates_and_overflow_shows,
+    near_duplicates,
+    random_problem,
+    relative_error,
+)
 
 # (n_views, n_instances, width): one to seven views, one row to several tiles, widths that no vector unit likes
 SHAPES = [(1, 1, 3), (1, 70, 5), (2, 1, 4), (2, 33, 1), (2, 35, 64), (3, 43, 37), (4, 16, 200), (7, 19, 16)]
@@ -158,16 +166,8 @@ def assert_edge_case(case: str, distance: str, dtype: torch.dtype, backend: str)
             torch.testing.assert_close(value, expected[name], rtol=tolerance, atol=tolerance * scale)
 
 
-def test_float16_zero_rows_are_finite_and_overflow_is_not_hidden(backend: str) -> None:
-    """A dead row must not cost a step; an upstream gradient that is too large must show, for a gradient scaler to see."""
-    z = torch.randn(12, 8).half()
-    z[3] = 0
-    z.requires_grad_()
-    loss = clop_kernels.ntxent_loss(z, backend=backend)
-    (grad,) = torch.autograd.grad(loss, z, retain_graph=True)
-    assert grad.isfinite().all()
-    (grad,) = torch.autograd.grad(loss * 1e7, z)
-    assert not grad[[0, 1, 2]].isfinite().all()
+def test_float16_rows_of_zeros_saturate_and_overflow_shows(backend: str) -> None:
+    assert_float16_saturates_and_overflow_shows(backend)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])

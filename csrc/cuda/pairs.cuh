@@ -97,8 +97,10 @@ struct Scale {
   // S - shift
   template <class Product>
   __device__ float apply(float product, float shift) const {
-    const float s = fmaf(product, value, -shift);
-    return Product::kIsExact ? fmaf(product, rest, s) : s;  // the rest last: next to a shift it would be lost
+    return Product::kIsExact ? exact(product, shift) : fmaf(product, value, -shift);
+  }
+  __device__ float exact(float product, float shift) const {
+    return fmaf(product, rest, fmaf(product, value, -shift));  // the rest last: next to a shift it would be lost
   }
 };
 
@@ -243,8 +245,8 @@ __device__ float sum_of_block(float x, float* scratch) {
   return sum;
 }
 
-// True in the block that is the last of the grid to come here: it sees what the others have written before they came. `flag`: an
-// int of shared memory.
+// True in the block that is the last of the grid to come here: it sees what the others have written before they came. `flag`: a
+// float of shared memory.
 __device__ inline bool is_last_block(unsigned* n_finished, float* flag) {
   __threadfence();
   __syncthreads();

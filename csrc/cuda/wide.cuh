@@ -1,13 +1,13 @@
 // Rows too wide for a block to hold (D > 256; float32 128): the passes over pairs as panels between products of a library.
 //
-// Tile picture. A panel is a rectangle of the similarities, at most kPanelRows rows and columns of it, that a matrix product of the
-// library has left in memory, as float; it stays in L2 until it is read:
+// Tile picture. A panel is a rectangle of the similarities, at most panel_rows() of clop_kernels/backends/cuda.py rows and columns of
+// it, that a matrix product of the library has left in memory, as float, and that is read while most of it is in L2:
 //
 //     forward:   S_ij = z_i z_j^T  (library)  ->  panel_softmax_kernel adds the panel to its rows' sums       for all i, j
 //     backward:  S_ij              (library)  ->  panel_pairs_kernel makes M of it, rounded as zhat is
 //                grad_i += M z_j,  grad_j += M^T z_i   (library)                                              for i <= j
 //
-// which clop_kernels/backends/cuda.py strings together. A warp takes a row of a panel, lane by lane its columns.
+// which that file strings together. A warp takes a row of a panel, lane by lane its columns.
 //
 // Flops: 2 N^2 D forward, 3 N^2 D backward, all the library's. Bytes: a panel of P x P costs 4 P^2 written and read, and M 2 P^2
 // written and twice read at 16 bits, for 6 P^2 D flops: at D = 512 300 flops a byte, most of them from L2. What keeps these kernels
@@ -31,18 +31,17 @@ __global__ void __launch_bounds__(kPanelThreads) panel_softmax_kernel(const Pane
   const int position = int(p.first_row) + row;
   const Group group = group_of(p, position);
   const float* const products = p.products + row * p.n_panel_columns;
-  const auto apply = [&](float product, float shift) { return fmaf(product, scale.rest, fmaf(product, scale.value, -shift)); };
 
   RowSums sums = {is_fixed ? scale.value : kLeastShift, 0.0f, 0.0f, 0.0f};
   for (int64_t k = lane; k < p.n_panel_columns; k += 32) {
     const int column = int(p.first_column + k);
     if (column == position) continue;
     const float product = products[k];
-    if (!is_fixed) sums = merge(sums, {fmaxf(sums.shift, apply(product, 0.0f)), 0.0f, 0.0f, 0.0f});
-    const float power = exp2_approx(apply(product, sums.shift));
+    if (!is_fixed) sums = merge(sums, {fmaxf(sums.shift, scale.exact(product, 0.0f)), 0.0f, 0.0f, 0.0f});
+    const float power = exp2_approx(scale.exact(product, sums.shift));
     const bool is_positive = column >= group.start && column < group.end;
     sums.positive += is_positive ? power : 0.0f;
-    sums.positive_logits += is_positive ? apply(product, scale.value) : 0.0f;
+    sums.positive_logits += is_positive ? scale.exact(product, scale.value) : 0.0f;
     sums.negative += is_positive ? 0.0f : power;
   }
   sums = merge_lanes<32>(sums, lane);
@@ -83,7 +82,7 @@ __global__ void __launch_bounds__(kPanelThreads) panel_pairs_kernel(const Panel 
     const int column = int(p.first_column + k);
     const bool is_positive = column >= start && column < end;
     const float product = products[k], of_a = is_positive ? b : a, of_column = is_positive ? of.b(column) : of.a(column);
-    const auto power = [&](float from) { return exp2_approx(fmaf(product, scale.rest, fmaf(product, scale.value, -from))); };
+    const auto power = [&](float from) { return exp2_approx(scale.exact(product, from)); };
     float m = is_fixed ? power(shift) * (of_a + of_column) : power(shift) * of_a + power(of.shift(column)) * of_column;
     if (is_positive) m -= c + of.c(column);
     round_to(pairs[k], column == position ? 0.0f : m);
