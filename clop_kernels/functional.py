@@ -58,8 +58,9 @@ def clop_loss(
     An empty A or S contributes zero. Time is O(N^2 D) and memory O(N D) for N = V * B, on every backend but "reference".
 
     Args:
-        embeddings: (V*B, D), float64, float32, float16 or bfloat16, D >= 1; need not be contiguous. Rows are view-major:
-            row ``v * B + b`` is view v of instance b, as ``torch.cat([view_0, view_1])`` lays them out. Interleaved rows (a0 a1 b0 b1) give another loss, which nothing can detect.
+        embeddings: (V*B, D), float64, float32, float16 or bfloat16, D >= 1; need not be contiguous. Rows are view-major: row
+            ``v * B + b`` is view v of instance b, as ``torch.cat([view_0, view_1])`` lays them out. Interleaved rows
+            (a0 a1 b0 b1) give another loss, which nothing can detect.
         labels: (B,) integers, one an instance, on the device of ``embeddings``; -1 means unlabelled. None: all unlabelled.
         prototypes: (K, D), any floating dtype, used as they are; see :func:`clop_kernels.orthonormal_prototypes`. None: no
             prototype term.
@@ -71,8 +72,8 @@ def clop_loss(
         distance: d, "cosine" (1 - zhat . c), "euclidean" (|zhat - c|_2) or "manhattan" (|zhat - c|_1).
         reduction: "mean", L above; "none", (V*B,): each row's contrastive term (0 outside A) + lambda * its prototype term
             (0 outside S); "sum", the sum of those.
-        normalize: False takes z itself for zhat. For rows that have unit length already that is the same loss, whose gradient keeps
-            its part along the row.
+        normalize: False takes z itself for zhat. For rows that have unit length already that is the same loss, whose gradient
+            keeps its part along the row.
         backend: None takes the fastest that can run; or "cuda", "triton", "cpu", "tiled", "reference". See
             ``python -m clop_kernels info``.
 
@@ -169,8 +170,8 @@ def clip_loss(
 ) -> Tensor:
     r"""Two-sided contrastive loss (CLIP, arXiv 2103.00020): left rows against right ones, and the other way, in one pass.
 
-    With :math:`\hat x_i`, :math:`\hat y_j` the rows of length 1, :math:`s_{ij} = \hat x_i \cdot \hat y_j / \tau`, P(i) the rows of
-    the other side that row i belongs to, A the rows of both sides that have such, and
+    With :math:`\hat x_i`, :math:`\hat y_j` the rows of length 1, :math:`s_{ij} = \hat x_i \cdot \hat y_j / \tau`, P(i) the rows
+    of the other side that row i belongs to, A the rows of both sides that have such, and
     :math:`\ell(x_i) = \log \sum_j e^{s_{ij}} - \frac{1}{|P(i)|} \sum_{p \in P(i)} s_{ip}`, which for :math:`y_j` sums over i:
 
     .. math:: L = \frac{1}{|A|} \Big( \sum_{x_i \in A} \ell(x_i) + \sum_{y_j \in A} \ell(y_j) \Big)
@@ -181,18 +182,18 @@ def clip_loss(
     Args:
         left: (M, D), float64, float32, float16 or bfloat16, D >= 1: images, say; need not be contiguous.
         right: (N, D), of the dtype and device of ``left``: texts, say.
-        left_labels: (M,) integers; a row belongs to the rows of the other side that have the same label, -1 to none. None for both
-            sides: M = N, and row i of one belongs to row i of the other.
+        left_labels: (M,) integers; a row belongs to the rows of the other side that have the same label, -1 to none. None for
+            both sides: M = N, and row i of one belongs to row i of the other.
         right_labels: (N,) integers.
         temperature: tau > 0, a number, or a 0-dim floating tensor on the device of ``left``, which may require grad; the inverse
             of CLIP's logit scale.
-        reduction: "mean", L above; "none", (M + N,): the left rows' terms and then the right ones', 0 outside A; "sum", their sum.
+        reduction: "mean", L above; "none", (M + N,): the left rows' terms, then the right ones', 0 outside A; "sum", their sum.
         normalize: False takes the rows as they are.
         backend: as for :func:`clop_loss`.
 
     Returns:
-        () or, for ``reduction="none"``, (M + N,); float32, or float64 for float64 rows. Gradients are exact for ``left``, ``right``
-        and ``temperature``.
+        () or, for ``reduction="none"``, (M + N,); float32, or float64 for float64 rows. Gradients are exact for ``left``,
+        ``right`` and ``temperature``.
 
     Raises:
         As :func:`clop_loss`.
@@ -247,12 +248,10 @@ def negative_logsumexp(
         (N,), 0 for a row without negatives; float32, or float64 for float64 embeddings. Exact gradients, O(N D) memory.
     """
     _check_rows("embeddings", embeddings)
-    labels = _checked_labels("labels", labels, embeddings.shape[0], embeddings.device)
-    if labels is None:
-        raise TypeError("labels is None: expected a torch.Tensor")
+    _check_tensor("labels", labels)
     return _loss(
         embeddings,
-        labels,
+        _checked_labels("labels", labels, embeddings.shape[0], embeddings.device),
         n_views=1,
         positives="label",
         temperature=temperature,
