@@ -19,7 +19,8 @@ is, and serve both directions just so. Of M rows against N that is 2 M N D flops
 
 No shift, and one exponential a pair. A product of rows is bounded, |s_ij| <= max |zhat|^2 / tau, so unless the temperature is
 tiny (or rows that are not normalised are long) exp(s_ij) neither overflows nor underflows, and its plain sum is as accurate as
-a shifted one and needs no pass for a maximum. With w_i the upstream gradient of row i's term, n_i the number of its positives, q_i = w_i / n_i, and a_i = w_i / sum_j exp s_ij::
+a shifted one and needs no pass for a maximum. With w_i the upstream gradient of row i's term, n_i the number of its positives,
+q_i = w_i / n_i, and a_i = w_i / sum_j exp s_ij::
 
     dL/dzhat_i = 1/tau sum_{j != i} M_ij zhat_j,    M_ij = exp(s_ij) (a_i + a_j) - [j in P(i)] (q_i + q_j)
 
