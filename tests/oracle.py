@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 import clop_kernels
+from clop_kernels import compat
 from clop_kernels.backends import BACKENDS
 from clop_kernels.backends.contract import DISTANCES, POSITIVES, REDUCTIONS
 
@@ -211,3 +213,14 @@ def assert_float16_saturates_and_overflow_shows(backend: str) -> None:
     assert grad[3].abs().max() == torch.finfo(torch.float16).max
     (grad,) = torch.autograd.grad(loss * 1e7, z)
     assert not grad[0].isfinite().all()
+
+
+DROP_INS: dict[str, tuple[Any, Callable[[Tensor], tuple[Any, ...]]]] = {
+    "lightly": (compat.lightly.NTXentLoss, lambda z: (z, z.flip(0))),
+    "supcontrast": (compat.supcontrast.SupConLoss, lambda z: (z.unsqueeze(1), torch.arange(len(z)) % 3)),
+    "metric_learning.SupConLoss": (compat.pytorch_metric_learning.SupConLoss, lambda z: (z, torch.arange(len(z)) % 3)),
+    "metric_learning.NTXentLoss": (compat.pytorch_metric_learning.NTXentLoss, lambda z: (z, torch.arange(len(z)) % 3)),
+    "open_clip": (compat.open_clip.ClipLoss, lambda z: (z, z.flip(0), 5.0)),
+    "clop": (lambda **options: compat.clop.CLOPLoss(3, 8, **options), lambda z: (z, z.flip(0), torch.arange(len(z)) % 3)),
+}
+"""The classes of other libraries: (constructor, unit rows (N, 8) -> arguments of a call)."""

@@ -18,7 +18,7 @@ import clop_kernels
 from clop_kernels import compat
 from clop_kernels.compat._conventions import without_special_labels
 
-from .oracle import relative_error
+from .oracle import DROP_INS, relative_error
 
 pml = pytest.importorskip("pytorch_metric_learning")
 from pytorch_metric_learning import distances, losses, reducers  # noqa: E402
@@ -349,19 +349,10 @@ def test_published_clop_anchors() -> None:
 
 # ---- all ---------------------------------------------------------------------------------------------------------------
 
-CALLS: dict[str, tuple[Any, Callable[[Tensor], tuple[Any, ...]]]] = {
-    "lightly": (compat.lightly.NTXentLoss, lambda z: (z, z.flip(0))),
-    "supcontrast": (compat.supcontrast.SupConLoss, lambda z: (z.unsqueeze(1), torch.arange(len(z)) % 3)),
-    "metric_learning.SupConLoss": (compat.pytorch_metric_learning.SupConLoss, lambda z: (z, torch.arange(len(z)) % 3)),
-    "metric_learning.NTXentLoss": (compat.pytorch_metric_learning.NTXentLoss, lambda z: (z, torch.arange(len(z)) % 3)),
-    "open_clip": (compat.open_clip.ClipLoss, lambda z: (z, z.flip(0), 5.0)),
-    "clop": (lambda **options: compat.clop.CLOPLoss(3, 8, **options), lambda z: (z, z.flip(0), torch.arange(len(z)) % 3)),
-}
 
-
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", DROP_INS)
 def test_every_class_raises_as_the_core_does(name: str) -> None:
-    make, arguments = CALLS[name]
+    make, arguments = DROP_INS[name]
     for bad, error, message in (
         (rows(9, 8).long(), TypeError, "has dtype torch.int64: expected one of torch.float64"),
         (rows(9, 8)[:, :0], ValueError, r"has shape \(\d+, 0\): expected a width D of at least 1|prototypes has shape"),
@@ -375,9 +366,9 @@ def test_every_class_raises_as_the_core_does(name: str) -> None:
             make(temperature=0)(*arguments(rows(9, 8)))
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", DROP_INS)
 def test_every_class_takes_a_backend_and_shows_a_nan(name: str, backend: str) -> None:
-    make, arguments = CALLS[name]
+    make, arguments = DROP_INS[name]
     z = F.normalize(rows(9, 8), dim=1)
     expected = make(backend="reference")
     actual = make(backend=backend)
@@ -387,10 +378,12 @@ def test_every_class_takes_a_backend_and_shows_a_nan(name: str, backend: str) ->
     assert actual(*arguments(z)).isnan()
 
 
-@pytest.mark.parametrize("name", [name for name in CALLS if name != "metric_learning.NTXentLoss"])  # its pairs depend on values
+@pytest.mark.parametrize(
+    "name", [name for name in DROP_INS if name != "metric_learning.NTXentLoss"]
+)  # its pairs depend on values
 def test_every_class_compiles_without_a_graph_break(name: str) -> None:
     torch._dynamo.reset()
-    make, arguments = CALLS[name]
+    make, arguments = DROP_INS[name]
     criterion, z = make(), F.normalize(torch.randn(9, 8), dim=1).requires_grad_()
     compiled = torch.compile(lambda z: criterion(*arguments(z)), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(torch.autograd.grad(compiled(z), z), torch.autograd.grad(criterion(*arguments(z)), z))

@@ -22,6 +22,7 @@ from clop_kernels import backends
 from clop_kernels.backends.contract import DISTANCES, POSITIVES, REDUCTIONS
 
 from .oracle import (
+    DROP_INS,
     GRADIENT_TOLERANCE,
     LOSS_TOLERANCE,
     Problem,
@@ -32,7 +33,6 @@ from .oracle import (
     two_sided_problem,
 )
 from .test_backends import edge_cases
-from .test_compat import CALLS
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none")
 
@@ -172,7 +172,8 @@ def test_edge_cases(case: str, backend: str) -> None:
 
 # Left rows, right rows, width: ragged, sides of one row and of none, both paths of width.
 SIDES = [
-    (1, 1, 16), (33, 33, 24), (777, 777, 128), (301, 1000, 256), (1, 65, 37), (2100, 300, 128), (300, 300, 512), (0, 5, 8), (5, 0, 8)
+    (1, 1, 16), (33, 33, 24), (777, 777, 128), (301, 1000, 256), (1, 65, 37), (2100, 300, 128), (300, 300, 512), (0, 5, 8),
+    (5, 0, 8),
 ]  # fmt: skip
 
 
@@ -208,9 +209,9 @@ def test_negatives_alone(shape: tuple[int, int], temperature: float, backend: st
     assert_accurate(negatives_problem(*shape, temperature=temperature), backend, torch.float32, record_property)
 
 
-@pytest.mark.parametrize("name", CALLS)
+@pytest.mark.parametrize("name", DROP_INS)
 def test_classes_of_other_libraries(name: str, backend: str) -> None:
-    make, arguments = CALLS[name]
+    make, arguments = DROP_INS[name]
     expected, actual = make(backend="reference"), make(backend=backend).cuda()
     actual.load_state_dict(expected.state_dict())
     z = torch.nn.functional.normalize(torch.randn(90, 8, dtype=torch.float64), dim=1).requires_grad_()
@@ -281,9 +282,9 @@ def test_no_host_synchronisation(backend: str) -> None:
 
 
 @pytest.mark.usefixtures("no_synchronisation")
-@pytest.mark.parametrize("name", [name for name in CALLS if name != "metric_learning.NTXentLoss"])  # it enumerates its pairs
+@pytest.mark.parametrize("name", [name for name in DROP_INS if name != "metric_learning.NTXentLoss"])  # it enumerates its pairs
 def test_classes_of_other_libraries_do_not_synchronise(name: str, backend: str) -> None:
-    make, arguments = CALLS[name]
+    make, arguments = DROP_INS[name]
     torch.cuda.set_sync_debug_mode("default")
     criterion, z = make(backend=backend).cuda(), torch.randn(12, 8, device="cuda", requires_grad=True)
     given = [x.cuda() if isinstance(x, Tensor) else x for x in arguments(z)]
