@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 import clop_kernels
 from clop_kernels import compat
-from clop_kernels.compat._conventions import without_special_labels
 
 from .oracle import DROP_INS, relative_error
 
@@ -133,13 +132,30 @@ def test_metric_learning_references(ours: Any, theirs: Any, kind: str, sizes: tu
 def test_metric_learning_pairs_are_those_of_the_library() -> None:
     from pytorch_metric_learning.utils.loss_and_miner_utils import get_all_pairs_indices
 
+    seen: list[tuple[Tensor, Tensor]] = []
+    ours = compat.pytorch_metric_learning.NTXentLoss(reducer=lambda losses, *_: seen.append(losses["loss"]["indices"]))
     for kind in LABELS:
         labels, others = labels_of(kind, 17), labels_of(kind, 9)
-        for arguments in (without_special_labels(labels), without_special_labels(labels, others)):
+        seen.clear()
+        ours(rows(17, 3), labels)
+        ours(rows(17, 3), labels, ref_emb=rows(9, 3), ref_labels=others)
+        for pairs, arguments in zip(seen, ((labels,), (labels, others)), strict=True):
             expected = set(zip(*(x.tolist() for x in get_all_pairs_indices(*arguments)[:2]), strict=True))
-            pairs = compat.pytorch_metric_learning.positive_pairs(*arguments)
             assert len(pairs[0]) == len(expected)
             assert set(zip(*(x.tolist() for x in pairs), strict=True)) == expected
+
+
+@pytest.mark.parametrize("kind", LABELS)
+def test_metric_learning_takes_its_positives_some_rows_at_a_time(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    labels, others = labels_of(kind, 40), labels_of(kind, 33)
+    ours = compat.pytorch_metric_learning.NTXentLoss()
+    calls: list[Loss] = [lambda z: ours(z, labels), lambda z: ours(z, labels, ref_emb=rows(33, 9), ref_labels=others)]
+    for call in calls:
+        expected = values_and_gradients(call, rows(40, 9))
+        with monkeypatch.context() as patch:
+            patch.setattr(compat.pytorch_metric_learning, "ROWS_AT_A_TIME", 7)
+            for actual, value in zip(values_and_gradients(call, rows(40, 9)), expected, strict=True):
+                torch.testing.assert_close(actual, value)
 
 
 @by_metric_loss

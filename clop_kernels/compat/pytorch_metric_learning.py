@@ -6,12 +6,14 @@ without negative pairs has a loss of 0.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from ..functional import clip_loss, clop_loss, negative_logsumexp
 from ..groups import label_groups
@@ -93,21 +95,21 @@ class _MetricLoss(nn.Module):
         return self._reduced(embeddings, labels, ref_emb, ref_labels)
 
     def _reduced(self, embeddings: Tensor, labels: Tensor, others: Tensor | None, other_labels: Tensor | None) -> Tensor:
-        losses = self._losses(embeddings, labels, others, other_labels)
         of_others = labels if other_labels is None else other_labels
-        if len(labels) * len(of_others) <= 2:  # the library takes one positive and one negative pair for none
-            losses["losses"] = 0.0 * losses["losses"]
-        return (
-            self._default_reduction(losses["losses"])
-            if self.reducer is None
-            else self.reducer({"loss": losses}, embeddings, labels)
-        )
+        # The library takes one positive and one negative pair for none.
+        factor = 0.0 if len(labels) * len(of_others) <= 2 else 1.0
+        if self.reducer is None:
+            return factor * self._mean(embeddings, labels, others, other_labels)
+        losses = self._losses(embeddings, labels, others, other_labels)
+        losses["losses"] = factor * losses["losses"]
+        return self.reducer({"loss": losses}, embeddings, labels)
 
     def _losses(self, embeddings: Tensor, labels: Tensor, others: Tensor | None, other_labels: Tensor | None) -> dict[str, Any]:
-        """In the form that the library's reducers take."""
+        """One loss for each row or pair, in the form that the library's reducers take."""
         raise NotImplementedError
 
-    def _default_reduction(self, losses: Tensor) -> Tensor:
+    def _mean(self, embeddings: Tensor, labels: Tensor, others: Tensor | None, other_labels: Tensor | None) -> Tensor:
+        """What the loss's default reducer makes of them."""
         raise NotImplementedError
 
 
@@ -153,7 +155,8 @@ class SupConLoss(_MetricLoss):
             "reduction_type": "element",
         }
 
-    def _default_reduction(self, losses: Tensor) -> Tensor:
+    def _mean(self, embeddings: Tensor, labels: Tensor, others: Tensor | None, other_labels: Tensor | None) -> Tensor:
+        losses = self._losses(embeddings, labels, others, other_labels)["losses"]
         counts = ~(losses <= 0)  # a NaN counts, so that it shows
         return torch.where(counts, losses, 0.0).sum() / counts.sum().clamp(min=1)
 
@@ -161,8 +164,11 @@ class SupConLoss(_MetricLoss):
 class NTXentLoss(_MetricLoss):
     """One term for each positive pair (a, p): -log(exp s_ap / (exp s_ap + the sum of exp s_an over negatives)); their mean.
 
-    The sums over negatives take O(N D) memory; the P positive pairs are enumerated, which takes O(P D) memory and a
-    synchronisation with a GPU. :class:`clop_kernels.NTXentLoss` is SimCLR's, and the same where each row has one positive.
+    The slow one. The sums over negatives are fused; the positives take a second pass in plain PyTorch, over tiles of T rows that
+    hold the rows' whole classes, of C rows, and are made again in the backward pass: memory O(N D + T C), and a synchronisation
+    with a GPU. A reducer of the library takes O(P) memory beside, for P positive pairs. Where each row has one positive,
+    :class:`clop_kernels.NTXentLoss`, SimCLR's, is the same loss without all that.
+
     Options and call: :class:`_MetricLoss`.
     """
 
@@ -170,6 +176,23 @@ class NTXentLoss(_MetricLoss):
         super().__init__(temperature, **options)
 
     def _losses(self, embeddings: Tensor, labels: Tensor, others: Tensor | None, other_labels: Tensor | None) -> dict[str, Any]:
+        losses, anchors, positives = [], [], []
+        for tile in self._tiles(embeddings, labels, others, other_labels):
+            row, column = tile.mask().nonzero(as_tuple=True)
+            losses.append(tile.losses()[row, column])
+            anchors.append(tile.row_names[row])
+            positives.append(tile.column_names[column])
+        return {"losses": torch.cat(losses), "indices": (torch.cat(anchors), torch.cat(positives)), "reduction_type": "pos_pair"}
+
+    def _mean(self, embeddings: Tensor, labels: Tensor, others: Tensor | None, other_labels: Tensor | None) -> Tensor:
+        tiles = self._tiles(embeddings, labels, others, other_labels)
+        sums, counts = zip(*((checkpoint(tile.sum, use_reentrant=False), tile.mask().sum()) for tile in tiles), strict=True)
+        return torch.stack(sums).sum() / torch.stack(counts).sum().clamp(min=1)
+
+    def _tiles(
+        self, embeddings: Tensor, labels: Tensor, others: Tensor | None, other_labels: Tensor | None
+    ) -> Iterator[_PositiveTile]:
+        """The rows sorted by label, some at a time, with all columns that hold positives of theirs. One tile at least."""
         negatives = negative_logsumexp(
             embeddings,
             labels,
@@ -179,33 +202,75 @@ class NTXentLoss(_MetricLoss):
             normalize=self.normalize,
             backend=self.backend,
         )
-        anchors, positives = positive_pairs(labels, other_labels)
-        rows = self._rows(embeddings)
-        other_rows = rows if others is None else self._rows(others)
-        similarity = torch.linalg.vecdot(rows[anchors], other_rows[positives]) / self.temperature
+        # exp of this is 0: what a row without negatives has in its denominators beside the positive.
         is_compared = _has_negatives(labels, labels if other_labels is None else other_labels)
-        losses = torch.where(is_compared[anchors], F.softplus(negatives[anchors] - similarity), 0.0)
-        return {"losses": losses, "indices": (anchors, positives), "reduction_type": "pos_pair"}
+        negatives = torch.where(is_compared, negatives, -torch.inf)
+        n_rows = len(labels)
+        if others is None or other_labels is None:
+            groups, first_column, of_columns = label_groups(labels, 1), 0, embeddings
+        else:
+            groups, first_column, of_columns = label_groups(torch.cat([labels, other_labels]), 1, n_rows), n_rows, others
+        row_names, column_names = groups.order[:n_rows], groups.order[first_column:] - first_column
+        rows, columns = self._rows(embeddings)[row_names], self._rows(of_columns)[column_names]
+        starts, ends = groups.starts[:n_rows] - first_column, groups.ends[:n_rows] - first_column
+        for first in range(0, max(n_rows, 1), ROWS_AT_A_TIME):
+            some = slice(first, min(first + ROWS_AT_A_TIME, n_rows))
+            # Both are sorted: the first start and the last end are those of the tile.
+            begin, end = (int(starts[some.start]), int(ends[some.stop - 1])) if n_rows > 0 else (0, 0)
+            yield _PositiveTile(
+                rows[some],
+                columns[begin:end],
+                negatives[row_names[some]],
+                self.temperature,
+                starts[some] - begin,
+                ends[some] - begin,
+                first - begin if others is None else None,
+                row_names[some],
+                column_names[begin:end],
+            )
 
     def _rows(self, embeddings: Tensor) -> Tensor:
         """As the sums over negatives see them: rounded to the dtype of the embeddings."""
         precise = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
         return F.normalize(precise, dim=1).to(embeddings.dtype).to(precise.dtype) if self.normalize else precise
 
-    def _default_reduction(self, losses: Tensor) -> Tensor:
-        return losses.sum() / max(losses.numel(), 1)
+
+ROWS_AT_A_TIME = 512
 
 
-def positive_pairs(labels: Tensor, other_labels: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """(P,) anchors and (P,) positives: the pairs of rows, or of a row and another side's row, with the same label."""
-    n_left = None if other_labels is None else len(labels)
-    groups = label_groups(labels if other_labels is None else torch.cat([labels, other_labels]), 1, n_left)
-    starts, sizes = groups.starts[:n_left], (groups.ends - groups.starts)[:n_left]
-    before = torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes)
-    position = torch.repeat_interleave(torch.arange(len(sizes), device=labels.device), sizes)
-    positive = torch.arange(len(position), device=labels.device) - before + starts[position]
-    anchors, positives = groups.order[position], groups.order[positive]
-    if n_left is not None:
-        return anchors, positives - n_left
-    is_pair = position != positive
-    return anchors[is_pair], positives[is_pair]
+@dataclass(frozen=True)
+class _PositiveTile:
+    """R rows against C columns, among them all positives of the rows.
+
+    Attributes:
+        rows, columns: (R, D) and (C, D), as they are compared.
+        negatives: (R,), log sum exp over the negatives of each row.
+        starts, ends: (R,), the run of columns of each row's class.
+        itself: the column that is the first row, as the next is the next one; None where rows and columns differ.
+        row_names, column_names: (R,) and (C,), their indices in the user's tensors.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    negatives: Tensor
+    temperature: float
+    starts: Tensor
+    ends: Tensor
+    itself: int | None
+    row_names: Tensor
+    column_names: Tensor
+
+    def mask(self) -> Tensor:
+        """(R, C), the positive pairs."""
+        column = torch.arange(len(self.columns), device=self.rows.device)
+        mask = (self.starts[:, None] <= column) & (column < self.ends[:, None])
+        if self.itself is not None:
+            mask &= torch.arange(self.itself, self.itself + len(self.rows), device=column.device)[:, None] != column
+        return mask
+
+    def losses(self) -> Tensor:
+        """(R, C); of pairs that are not in the mask, any number."""
+        return F.softplus(self.negatives[:, None] - self.rows @ self.columns.T / self.temperature)
+
+    def sum(self) -> Tensor:
+        return torch.where(self.mask(), self.losses(), 0.0).sum()
