@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from .problems import MODES, Case
+from .problems import MODES, Case, Mode
 from .providers import PROVIDERS
 from .results import Row, default_of, is_too_large, memory_ratio, ratio
 from .scaling import FIT_FROM_MB, FIT_FROM_N, PowerLaw, Series, memory_law, representative, series_over, time_law
@@ -90,10 +90,10 @@ def _draw_memory(series: Series, folder: Path) -> Picture:
 
 
 def _draw_width(series: Series, folder: Path) -> Picture:
-    title = f"{_loss(series.common)}: time against that of clop_kernels, by width"
+    title = f"{_loss(series.common)}: time as a multiple of clop_kernels', against width"
     figure, axes = _canvas(title, _settings(series.common), series.rows)
     _draw_lines(axes, series, lambda row: ratio(row, default_of(series.rows, row.case)))
-    _log_axes(axes, series, "times the time of the default")
+    _log_axes(axes, series, "time, multiple of the default's")
     caption = "The wider the rows, the more of the time is the matrix product, which all have in common."
     return _save(figure, folder, f"width-{_slug(series)}", title, caption)
 
@@ -102,8 +102,9 @@ def _draw_rate(series: Series, folder: Path) -> Picture:
     title = f"{_loss(series.common)}: share of the rate of a matrix product"
     figure, axes = _canvas(title, _settings(series.common), series.rows)
     _draw_lines(axes, series, Row.share_of_matrix_rate)
-    _log_axes(axes, series, "share", linear=True)
+    _log_axes(axes, series, "share of the matrix rate", linear=True)
     axes.axhline(1, color="0.6", linewidth=1, linestyle="--", zorder=0)
+    axes.text(1, 1, " torch's matrix product", transform=axes.get_yaxis_transform(), va="center", fontsize=9, color="0.4")
     axes.set_ylim(bottom=0)
     caption = (
         "The textbook's products (6 N² D operations forward and backward) in the time of the call, against the rate of torch's "
@@ -113,40 +114,32 @@ def _draw_rate(series: Series, folder: Path) -> Picture:
 
 
 def _draw_bars(rows: Sequence[Row], cases: Sequence[Case], folder: Path) -> Picture:
-    """Times and memory of every provider over those of the default: a bar a mode."""
-    case = cases[0]
-    of_cases = [row for row in rows if row.case in cases and row.seconds]
-    names = list(dict.fromkeys(row.provider for row in of_cases))
-    default = next((PROVIDERS[row.provider].summary for row in of_cases if row.is_default), "the default")
-    title = f"{LOSSES.get(case.problem, case.problem)}: how many times more than {default}"
-    figure, panels = _canvas(title, f"N = {case.N}, {_settings(case)}", of_cases, n_panels=2, height=1.8 + 0.55 * len(names))
-    quantities: tuple[tuple[str, Callable[[Row, Row | None], float | None], Sequence[str]], ...] = (
-        ("time", ratio, MODES),
-        # The extra memory of a backward pass alone leaves out what the forward pass holds for it.
-        ("peak extra memory", memory_ratio, ("forward", "forward+backward")),
-    )
-    for axes, (what, compare, modes) in zip(panels, quantities, strict=True):
-        shown = [mode for mode in modes if any(row.case.mode == mode for row in of_cases)]
-        for row in of_cases:
-            value = compare(row, default_of(of_cases, row.case))
-            if value is None or row.case.mode not in shown:
-                continue
-            height = 0.8 / len(shown)
-            y = names.index(row.provider) + (shown.index(row.case.mode) - (len(shown) - 1) / 2) * height
-            colour = STYLES.get(row.provider, ("0.5", "o"))[0]
-            axes.barh(y, value, height * 0.92, color=colour, alpha=SHADES[row.case.mode])
-            axes.text(value, y, f" {value:.1f}" if value < 9.95 else f" {value:,.0f}", va="center", fontsize=9)
+    """Times and memory of every provider as multiples of the default's: a bar a mode, the slowest provider on top."""
+    measured = [row for row in rows if row.case in cases and row.seconds]
+    modes = [mode for mode in MODES if any(row.case.mode == mode for row in measured)]
+    last = {row.provider: row.quantile_ms(0.5) or 0.0 for row in measured if row.case.mode == modes[-1]}
+    names = sorted(last, key=lambda name: last[name])
+    default = next((_label(row.provider) for row in measured if row.is_default), "the default")
+    title = f"{LOSSES.get(cases[0].problem, cases[0].problem)}: time and memory, those of {default} being 1"
+    figure, panels = _canvas(title, _settings(cases[0]), measured, n_panels=2, height=1.8 + 0.55 * len(names))
+    for axes, what, multiple in ((panels[0], "time", ratio), (panels[1], "peak extra memory", memory_ratio)):
+        bars = {(row.provider, row.case.mode): multiple(row, default_of(measured, row.case)) for row in measured}
+        shown = [mode for mode in modes if any(bars.get((name, mode)) is not None for name in names)]
+        height = 0.8 / max(len(shown), 1)
+        for (name, mode), value in bars.items():
+            if value is not None and name in names:
+                y = names.index(name) - (shown.index(mode) - (len(shown) - 1) / 2) * height
+                axes.barh(y, value, height * 0.92, color=_style(name)[0], alpha=SHADES[mode])
+                axes.text(value, y, f" {value:.1f}" if value < 9.95 else f" {value:,.0f}", va="center", fontsize=9)
         axes.set_yticks(range(len(names)), [_label(name) for name in names] if axes is panels[0] else [""] * len(names))
-        axes.invert_yaxis()
-        axes.set_xlabel(f"{what}, times that of {default}")
+        axes.set_xlabel(f"{what}, multiple")
         axes.margins(x=0.16)
         axes.spines[["top", "right"]].set_visible(False)
-    measured = [mode for mode in MODES if any(row.case.mode == mode for row in of_cases)]
-    if len(measured) > 1:
-        handles = [Patch(color="black", alpha=SHADES[mode], label=mode) for mode in measured]
+    if len(modes) > 1:
+        handles = [Patch(color="black", alpha=SHADES[mode], label=_spelled(mode)) for mode in modes]
         panels[0].legend(handles=handles, frameon=False, fontsize=9, loc="lower right")
-    caption = "Medians over rounds of the ratio within a round; a shorter bar is better, and 1 is the backend that a user gets."
-    return _save(figure, folder, f"ratios-{case.problem}-{case.dtype}{_temperature(case)}", title, caption)
+    caption = "Medians over rounds of the ratio within a round; shorter is better, and 1 is the backend that a user gets."
+    return _save(figure, folder, f"ratios-{cases[0].problem}-{cases[0].dtype}{_temperature(cases[0])}", title, caption)
 
 
 # ---- what they share -------------------------------------------------------------------------------------------------
@@ -165,23 +158,23 @@ def _draw_lines(
     axes: Axes,
     series: Series,
     cost: Callable[[Row], float | None],
-    law: Callable[[list[Row]], PowerLaw | None] = lambda rows: None,
+    law: Callable[[list[Row]], PowerLaw | None] | None = None,
     spread: bool = False,
     predicted: bool = False,
 ) -> None:
     """A line a provider; the legend has them in the order in which they lie at the last place that all reach."""
     lines = []
     for name, rows in series.by_provider().items():
-        colour, marker = STYLES.get(name, ("0.5", "o"))
+        colour, marker = _style(name)
         points = {_place(row, series): value for row in rows if (value := cost(row)) is not None}
         if not points:
             continue
-        label, fitted = _label(name), law(rows)
-        if fitted is not None:
-            label += f"  ∝ N$^{{{fitted.exponent:.2f}}}$"
+        label = _label(name)
         unrun = {_place(row, series): row.predicted_mb for row in rows if is_too_large(row)}
-        if unrun:
-            label += f"\n{series.axis} = {max(unrun)} would need {unrun[max(unrun)] / 1e3:,.0f} GB"
+        if law is not None:
+            fitted = law(rows)
+            label += f"  ∝ N$^{{{fitted.exponent:.2f}}}$" if fitted is not None else ""
+            label += f"\n{series.axis} = {max(unrun)} would need {unrun[max(unrun)] / 1e3:,.0f} GB" if unrun else ""
         (line,) = axes.plot(list(points), list(points.values()), color=colour, marker=marker, markersize=5, label=label)
         lines.append((points, line))
         if spread:
@@ -224,12 +217,21 @@ def _save(figure: Figure, folder: Path, name: str, title: str, caption: str) -> 
     return Picture(f"{name}.png", title, caption)
 
 
+def _style(provider: str) -> tuple[str, str]:
+    """Colour and marker."""
+    return STYLES.get(provider, ("0.5", "o"))
+
+
 def _label(provider: str) -> str:
     return PROVIDERS[provider].summary if provider in PROVIDERS else provider
 
 
 def _loss(case: Case) -> str:
-    return f"{LOSSES.get(case.problem, case.problem)}, {case.mode.replace('+', ' + ')}"
+    return f"{LOSSES.get(case.problem, case.problem)}, {_spelled(case.mode)}"
+
+
+def _spelled(mode: Mode) -> str:
+    return mode.replace("+", " + ")
 
 
 def _settings(case: Case) -> str:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from .problems import Case
 from .providers import PROVIDERS
-from .results import Row, default_of, markdown_table, memory_ratio, number, ratio, read_csv, summary
+from .results import Row, default_of, find, markdown_table, memory_ratio, ratio, read_csv, summary
 from .scaling import FIT_FROM_MB, FIT_FROM_N, memory_law, representative, series_over, time_law
 from .targets import verdicts
 
@@ -59,20 +59,19 @@ def _versions(rows: Sequence[Row]) -> list[str]:
 
 
 def _findings(rows: Sequence[Row]) -> list[str]:
-    """The ratios that matter most, in words."""
-    lines = []
-    for case in representative(rows):
+    """The ratios that matter most: a line a case, a column a provider."""
+    table = []
+    cases = representative(rows)
+    others = dict.fromkeys(row.provider for row in rows if row.case in cases and row.seconds and not row.is_default)
+    for case in cases:
         default = default_of(rows, case)
-        others = [row for row in rows if row.case == case and row is not default and row.seconds]
-        if default is None or not others:
-            continue
-        told = []
-        for row in others:
-            time, memory = ratio(row, default), memory_ratio(row, default)
-            label = PROVIDERS[row.provider].summary if row.provider in PROVIDERS else row.provider
-            told.append(f"{label} {number(time, 1)} times the time, {number(memory, 1)} times the memory")
-        lines.append(f"- {case}, against `{default.provider}`: {'; '.join(told)}.")
-    return ["## In short", "\n".join(lines)] if lines else []
+        if default is not None:
+            found = {name: find(rows, name, case) for name in others}
+            multiples = {name: (ratio(row, default), memory_ratio(row, default)) for name, row in found.items()}
+            cells = {name: ", ".join(f"{x:.1f}x" for x in (t, m) if x is not None) for name, (t, m) in multiples.items()}
+            table.append({"case": _title(case), "default": default.provider, **cells})
+    text = "Time and peak extra memory, each as a multiple of the default's."
+    return ["## In short", text, markdown_table(table)] if table else []
 
 
 def _growth(rows: Sequence[Row]) -> list[str]:

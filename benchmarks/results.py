@@ -137,7 +137,8 @@ def ratio(slow: Row | None, fast: Row | None) -> float | None:
 
 
 def memory_ratio(large: Row | None, small: Row | None) -> float | None:
-    if large is None or small is None or large.peak_extra_mb is None or not small.peak_extra_mb:
+    """None for a backward pass alone, whose extra memory leaves out what the forward pass holds for it."""
+    if large is None or small is None or large.peak_extra_mb is None or not small.peak_extra_mb or large.case.mode == "backward":
         return None
     return large.peak_extra_mb / small.peak_extra_mb
 
