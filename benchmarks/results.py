@@ -98,7 +98,7 @@ class Row:
             "is_default": self.is_default,
             **asdict(self.case),
             **{f"{name}_ms": _rounded(self.quantile_ms(q)) for name, q in (("median", 0.5), ("q25", 0.25), ("q75", 0.75))},
-            "rounds_ms": " ".join(f"{1e3 * s:.4g}" for s in self.seconds),
+            "rounds_ms": " ".join(f"{1e3 * s:.6g}" for s in self.seconds),
             "peak_extra_mb": _rounded(self.peak_extra_mb),
             "predicted_mb": _rounded(self.predicted_mb),
             "matrix_tflops": _rounded(self.matrix_tflops),
