@@ -15,8 +15,8 @@ from .results import Row
 FIT_FROM_N = 2048
 """Times are fitted from here on: below, calls and threads cost as much as the loss does."""
 
-FIT_FROM_MB = 8.0
-"""Memory is fitted from here on: the resident memory of a process is uncertain by about 1 MB."""
+FIT_FROM_MB = 20.0
+"""Memory is fitted from here on: below, buffers of fixed size count as much, and the noise of some MB."""
 
 FEWEST_POINTS = 3
 
