@@ -11,7 +11,7 @@ from .diagnostics import (
     nearest_prototype_accuracy,
     prototype_alignment,
 )
-from .functional import clop_loss, ntxent_loss, supcon_loss
+from .functional import clip_loss, clop_loss, negative_logsumexp, ntxent_loss, supcon_loss
 from .losses import CLOPLoss, NTXentLoss, SupConLoss
 from .prototypes import orthonormal_prototypes, simplex_prototypes
 
@@ -23,12 +23,14 @@ __all__ = [
     "CollapseReport",
     "NTXentLoss",
     "SupConLoss",
+    "clip_loss",
     "clop_loss",
     "collapse_report",
     "critical_learning_rate",
     "effective_rank",
     "mean_resultant_length",
     "nearest_prototype_accuracy",
+    "negative_logsumexp",
     "ntxent_loss",
     "orthonormal_prototypes",
     "prototype_alignment",

@@ -27,6 +27,9 @@ class _Arguments(TypedDict):
     prototype_weight: float
     distance: str
     reduction: str
+    normalize: bool
+    n_left: int | None
+    negatives_only: bool
 
 
 def clop_loss(
@@ -40,6 +43,7 @@ def clop_loss(
     prototype_weight: float = 1.0,
     distance: str = "cosine",
     reduction: str = "mean",
+    normalize: bool = True,
     backend: str | None = None,
 ) -> Tensor:
     r"""Contrastive loss plus a pull of each labelled row to the prototype of its class (CLOP, arXiv 2403.18699).
@@ -54,9 +58,9 @@ def clop_loss(
     An empty A or S contributes zero. Time is O(N^2 D) and memory O(N D) for N = V * B, on every backend but "reference".
 
     Args:
-        embeddings: (V*B, D), float64, float32, float16 or bfloat16, D >= 1; need not be normalised or contiguous. Rows are
-            view-major: row ``v * B + b`` is view v of instance b, as ``torch.cat([view_0, view_1])`` lays them out.
-            Interleaved rows (a0 a1 b0 b1) give another loss, which nothing can detect.
+        embeddings: (V*B, D), float64, float32, float16 or bfloat16, D >= 1; need not be contiguous. Rows are view-major: row
+            ``v * B + b`` is view v of instance b, as ``torch.cat([view_0, view_1])`` lays them out. Interleaved rows
+            (a0 a1 b0 b1) give another loss, which nothing can detect.
         labels: (B,) integers, one an instance, on the device of ``embeddings``; -1 means unlabelled. None: all unlabelled.
         prototypes: (K, D), any floating dtype, used as they are; see :func:`clop_kernels.orthonormal_prototypes`. None: no
             prototype term.
@@ -68,6 +72,8 @@ def clop_loss(
         distance: d, "cosine" (1 - zhat . c), "euclidean" (|zhat - c|_2) or "manhattan" (|zhat - c|_1).
         reduction: "mean", L above; "none", (V*B,): each row's contrastive term (0 outside A) + lambda * its prototype term
             (0 outside S); "sum", the sum of those.
+        normalize: False takes z itself for zhat. For rows that have unit length already that is the same loss, whose gradient
+            keeps its part along the row.
         backend: None takes the fastest that can run; or "cuda", "triton", "cpu", "tiled", "reference". See
             ``python -m clop_kernels info``.
 
@@ -85,33 +91,30 @@ def clop_loss(
         >>> loss = clop_loss(torch.cat([encoder(view_1), encoder(view_2)]), labels, prototypes)
     """
     _check_embeddings(embeddings, n_views)
-    n_instances = embeddings.shape[0] // n_views
-    labels = _checked_labels(labels, n_instances, embeddings.device)
+    if labels is not None:
+        labels = _checked_labels("labels", labels, embeddings.shape[0] // n_views, embeddings.device)
     _check_choice("positives", positives, POSITIVES)
     _check_choice("distance", distance, DISTANCES)
-    _check_choice("reduction", reduction, REDUCTIONS)
-    if backend is not None:
-        _check_choice("backend", backend, backends.NAMES)
     if positives == "label" and labels is None:
         raise ValueError('labels=None with positives="label": expected (B,) integers, -1 for unlabelled, to find positives by')
     if prototypes is not None:
         _check_prototypes(prototypes, embeddings)
-    arguments = _Arguments(
+    weight = _checked_number("prototype_weight", prototype_weight)
+    if weight < 0:
+        raise ValueError(f"prototype_weight={prototype_weight}: expected a number of at least 0")
+    return _loss(
+        embeddings,
+        labels,
+        prototypes,
         n_views=n_views,
         positives=positives,
-        temperature=_checked_temperature(temperature, embeddings.device),
-        prototype_weight=_checked_number("prototype_weight", prototype_weight),
+        temperature=temperature,
+        prototype_weight=weight,
         distance=distance,
         reduction=reduction,
+        normalize=normalize,
+        backend=backend,
     )
-    if arguments["prototype_weight"] < 0:
-        raise ValueError(f"prototype_weight={prototype_weight}: expected a number of at least 0")
-
-    if backend == backends.REFERENCE:
-        if not torch.compiler.is_compiling():
-            ops.check_values(labels, prototypes, temperature if isinstance(temperature, Tensor) else None)
-        return reference.clop_loss(embeddings, labels, prototypes, **arguments)
-    return ops.loss(embeddings, labels, prototypes, backend=backend, **arguments)
 
 
 def ntxent_loss(
@@ -120,10 +123,13 @@ def ntxent_loss(
     n_views: int = 2,
     temperature: float | Tensor = 0.1,
     reduction: str = "mean",
+    normalize: bool = True,
     backend: str | None = None,
 ) -> Tensor:
     """NT-Xent (SimCLR, arXiv 2002.05709): :func:`clop_loss` without labels and prototypes. (V*B, D), view-major rows."""
-    return clop_loss(embeddings, n_views=n_views, temperature=temperature, reduction=reduction, backend=backend)
+    return clop_loss(
+        embeddings, n_views=n_views, temperature=temperature, reduction=reduction, normalize=normalize, backend=backend
+    )
 
 
 def supcon_loss(
@@ -133,6 +139,7 @@ def supcon_loss(
     n_views: int = 1,
     temperature: float | Tensor = 0.1,
     reduction: str = "mean",
+    normalize: bool = True,
     backend: str | None = None,
 ) -> Tensor:
     """SupCon (arXiv 2004.11362, eq. 2): :func:`clop_loss` with ``positives="label"`` and no prototypes. (V*B, D) and (B,).
@@ -140,8 +147,169 @@ def supcon_loss(
     Against the authors' code: no factor temperature / base_temperature, and rows without positives are not in the mean.
     """
     return clop_loss(
-        embeddings, labels, n_views=n_views, positives="label", temperature=temperature, reduction=reduction, backend=backend
+        embeddings,
+        labels,
+        n_views=n_views,
+        positives="label",
+        temperature=temperature,
+        reduction=reduction,
+        normalize=normalize,
+        backend=backend,
     )
+
+
+def clip_loss(
+    left: Tensor,
+    right: Tensor,
+    left_labels: Tensor | None = None,
+    right_labels: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 0.1,
+    reduction: str = "mean",
+    normalize: bool = True,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Two-sided contrastive loss (CLIP, arXiv 2103.00020): left rows against right ones, and the other way, in one pass.
+
+    With :math:`\hat x_i`, :math:`\hat y_j` the rows of length 1, :math:`s_{ij} = \hat x_i \cdot \hat y_j / \tau`, P(i) the rows
+    of the other side that row i belongs to, A the rows of both sides that have such, and
+    :math:`\ell(x_i) = \log \sum_j e^{s_{ij}} - \frac{1}{|P(i)|} \sum_{p \in P(i)} s_{ip}`, which for :math:`y_j` sums over i:
+
+    .. math:: L = \frac{1}{|A|} \Big( \sum_{x_i \in A} \ell(x_i) + \sum_{y_j \in A} \ell(y_j) \Big)
+
+    Without labels that is the mean of the cross entropies of both directions. Time is O(M N D) and memory O((M + N) D), on every
+    backend but "reference".
+
+    Args:
+        left: (M, D), float64, float32, float16 or bfloat16, D >= 1: images, say; need not be contiguous.
+        right: (N, D), of the dtype and device of ``left``: texts, say.
+        left_labels: (M,) integers; a row belongs to the rows of the other side that have the same label, -1 to none. None for
+            both sides: M = N, and row i of one belongs to row i of the other.
+        right_labels: (N,) integers.
+        temperature: tau > 0, a number, or a 0-dim floating tensor on the device of ``left``, which may require grad; the inverse
+            of CLIP's logit scale.
+        reduction: "mean", L above; "none", (M + N,): the left rows' terms, then the right ones', 0 outside A; "sum", their sum.
+        normalize: False takes the rows as they are.
+        backend: as for :func:`clop_loss`.
+
+    Returns:
+        () or, for ``reduction="none"``, (M + N,); float32, or float64 for float64 rows. Gradients are exact for ``left``,
+        ``right`` and ``temperature``.
+
+    Raises:
+        As :func:`clop_loss`.
+    """
+    _check_sides("left", left, "right", right)
+    if (left_labels is None) != (right_labels is None):
+        missing = "left_labels" if left_labels is None else "right_labels"
+        raise ValueError(f"{missing}=None: expected labels of both sides or of neither")
+    if left_labels is None and left.shape[0] != right.shape[0]:
+        raise ValueError(
+            f"left has {left.shape[0]} rows and right {right.shape[0]}: expected as many, row by row, or labels of both sides"
+        )
+    labels = None
+    if left_labels is not None:
+        of_left = _checked_labels("left_labels", left_labels, left.shape[0], left.device)
+        labels = torch.cat([of_left, _checked_labels("right_labels", right_labels, right.shape[0], left.device)])
+    return _loss(
+        torch.cat([left, right]),
+        labels,
+        n_views=2 if labels is None else 1,
+        positives="instance" if labels is None else "label",
+        temperature=temperature,
+        reduction=reduction,
+        normalize=normalize,
+        n_left=left.shape[0],
+        backend=backend,
+    )
+
+
+def negative_logsumexp(
+    embeddings: Tensor,
+    labels: Tensor,
+    others: Tensor | None = None,
+    other_labels: Tensor | None = None,
+    *,
+    temperature: float | Tensor = 0.1,
+    normalize: bool = True,
+    backend: str | None = None,
+) -> Tensor:
+    r"""Of each row :math:`\log \sum_{j : y_j \ne y_i} e^{s_{ij}}`, over rows of other labels: for losses whose denominators leave
+    positives out.
+
+    Args:
+        embeddings: (N, D), as for :func:`clop_loss`.
+        labels: (N,) integers; a row with label -1 is a negative of every other row.
+        others: (M, D), the rows j to compare with; None: ``embeddings`` themselves.
+        other_labels: (M,) integers, if ``others`` are given.
+        temperature, normalize, backend: as for :func:`clop_loss`.
+
+    Returns:
+        (N,), 0 for a row without negatives; float32, or float64 for float64 embeddings. Exact gradients, O((N + M) D) memory.
+
+    Raises:
+        As :func:`clop_loss`.
+    """
+    _check_rows("embeddings", embeddings)
+    n_rows = embeddings.shape[0]
+    labels = _checked_labels("labels", labels, n_rows, embeddings.device)
+    if others is not None:
+        _check_sides("embeddings", embeddings, "others", others)
+        other_labels = _checked_labels("other_labels", other_labels, others.shape[0], embeddings.device)
+        embeddings, labels = torch.cat([embeddings, others]), torch.cat([labels, other_labels])
+    terms = _loss(
+        embeddings,
+        labels,
+        n_views=1,
+        positives="label",
+        temperature=temperature,
+        reduction="none",
+        normalize=normalize,
+        n_left=None if others is None else n_rows,
+        negatives_only=True,
+        backend=backend,
+    )
+    return terms[:n_rows]
+
+
+def _loss(
+    embeddings: Tensor,
+    labels: Tensor | None,
+    prototypes: Tensor | None = None,
+    *,
+    n_views: int,
+    positives: str,
+    temperature: float | Tensor,
+    reduction: str,
+    normalize: bool,
+    backend: str | None,
+    prototype_weight: float = 0.0,
+    distance: str = "cosine",
+    n_left: int | None = None,
+    negatives_only: bool = False,
+) -> Tensor:
+    """Checks what all losses have in common, and calls the operator, or the reference."""
+    _check_choice("reduction", reduction, REDUCTIONS)
+    if backend is not None:
+        _check_choice("backend", backend, backends.NAMES)
+    if not isinstance(normalize, bool):
+        raise TypeError(f"normalize={normalize!r} of type {type(normalize).__name__}: expected a bool")
+    arguments = _Arguments(
+        n_views=n_views,
+        positives=positives,
+        temperature=_checked_temperature(temperature, embeddings.device),
+        prototype_weight=prototype_weight,
+        distance=distance,
+        reduction=reduction,
+        normalize=normalize,
+        n_left=n_left,
+        negatives_only=negatives_only,
+    )
+    if backend == backends.REFERENCE:
+        if not torch.compiler.is_compiling():
+            ops.check_values(labels, prototypes, temperature if isinstance(temperature, Tensor) else None)
+        return reference.clop_loss(embeddings, labels, prototypes, **arguments)
+    return ops.loss(embeddings, labels, prototypes, backend=backend, **arguments)
 
 
 def _check_tensor(name: str, value: object) -> None:
@@ -149,15 +317,30 @@ def _check_tensor(name: str, value: object) -> None:
         raise TypeError(f"{name} is a {type(value).__name__}: expected a torch.Tensor")
 
 
+def _check_rows(name: str, rows: Tensor, shape: str = "(N, D)", remedy: str = "") -> None:
+    _check_tensor(name, rows)
+    if rows.dim() != 2:
+        raise ValueError(f"{name} has shape {tuple(rows.shape)}: expected 2 dimensions, {shape}{remedy}")
+    if rows.dtype not in _EMBEDDING_DTYPES:
+        raise TypeError(f"{name} has dtype {rows.dtype}: expected one of {', '.join(map(str, _EMBEDDING_DTYPES))}")
+    if rows.shape[1] < 1:
+        raise ValueError(f"{name} has shape {tuple(rows.shape)}: expected a width D of at least 1")
+
+
+def _check_sides(left_name: str, left: Tensor, right_name: str, right: Tensor) -> None:
+    _check_rows(left_name, left)
+    _check_rows(right_name, right)
+    if right.shape[1] != left.shape[1] or right.dtype != left.dtype or right.device != left.device:
+        raise ValueError(
+            f"{right_name} has width {right.shape[1]}, dtype {right.dtype} and is on {right.device}: expected those of "
+            f"{left_name}, {left.shape[1]}, {left.dtype} and {left.device}"
+        )
+
+
 def _check_embeddings(embeddings: Tensor, n_views: int) -> None:
-    _check_tensor("embeddings", embeddings)
-    if embeddings.dim() != 2:
-        remedy = "; for (B, V, D) features pass torch.cat(features.unbind(1)) with n_views=V" if embeddings.dim() == 3 else ""
-        raise ValueError(f"embeddings has shape {tuple(embeddings.shape)}: expected 2 dimensions, (n_views * B, D){remedy}")
-    if embeddings.dtype not in _EMBEDDING_DTYPES:
-        raise TypeError(f"embeddings has dtype {embeddings.dtype}: expected one of {', '.join(map(str, _EMBEDDING_DTYPES))}")
-    if embeddings.shape[1] < 1:
-        raise ValueError(f"embeddings has shape {tuple(embeddings.shape)}: expected a width D of at least 1")
+    remedy = "; for (B, V, D) features pass torch.cat(features.unbind(1)) with n_views=V"
+    is_stacked = isinstance(embeddings, Tensor) and embeddings.dim() == 3
+    _check_rows("embeddings", embeddings, "(n_views * B, D)", remedy if is_stacked else "")
     if isinstance(n_views, bool) or not isinstance(n_views, int):
         raise TypeError(f"n_views={n_views!r} of type {type(n_views).__name__}: expected an int")
     if n_views < 1:
@@ -169,19 +352,18 @@ def _check_embeddings(embeddings: Tensor, n_views: int) -> None:
         )
 
 
-def _checked_labels(labels: Tensor | None, n_instances: int, device: torch.device) -> Tensor | None:
-    if labels is None:
-        return None
-    _check_tensor("labels", labels)
+def _checked_labels(name: str, labels: object, n_instances: int, device: torch.device) -> Tensor:
+    _check_tensor(name, labels)
+    assert isinstance(labels, Tensor)
     if labels.dtype not in _INTEGER_DTYPES:
-        raise TypeError(f"labels has dtype {labels.dtype}: expected an integer dtype, as of labels.long()")
+        raise TypeError(f"{name} has dtype {labels.dtype}: expected an integer dtype, as of labels.long()")
     if labels.dim() != 1 or labels.shape[0] != n_instances:
         raise ValueError(
-            f"labels has shape {tuple(labels.shape)}: expected ({n_instances},), one label an instance and not one a row "
+            f"{name} has shape {tuple(labels.shape)}: expected ({n_instances},), one label an instance and not one a row "
             f"(the views of an instance share its label)"
         )
     if labels.device != device:
-        raise ValueError(f"labels is on {labels.device}: expected the device of embeddings, {device}")
+        raise ValueError(f"{name} is on {labels.device}: expected the device of embeddings, {device}")
     return labels.to(torch.int64)
 
 

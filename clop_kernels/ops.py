@@ -17,7 +17,7 @@ from .backends.contract import LossOptions, Needs, Residuals, accumulate_dtype
 
 _OPTIONS = (
     "float temperature, Tensor? temperature_tensor, int n_views, str positives, float prototype_weight, str distance, "
-    "str reduction, ScalarType compute_dtype, str? backend"
+    "str reduction, ScalarType compute_dtype, bool normalize, SymInt? n_left, bool negatives_only, str? backend"
 )
 
 _library = torch.library.Library("clop", "FRAGMENT")
@@ -43,9 +43,12 @@ def loss(
     prototype_weight: float,
     distance: str,
     reduction: str,
+    normalize: bool,
+    n_left: int | None,
+    negatives_only: bool,
     backend: str | None,
 ) -> Tensor:
-    """The loss of validated arguments; see :func:`clop_kernels.clop_loss`.
+    """The loss of validated arguments; see :class:`clop_kernels.backends.contract.LossOptions`.
 
     Under autocast the operands of the matrix products are rounded to the autocast dtype; all else, the loss included,
     stays in float32.
@@ -67,6 +70,9 @@ def loss(
         distance,
         reduction,
         compute_dtype,
+        normalize,
+        n_left,
+        negatives_only,
         backend,
     )
     return result[0]
@@ -118,12 +124,17 @@ def _options(
     distance: str,
     reduction: str,
     compute_dtype: torch.dtype,
+    normalize: bool,
+    n_left: int | None,
+    negatives_only: bool,
 ) -> LossOptions:
     value: float | Tensor = temperature
     if temperature_tensor is not None:
         on_device = temperature_tensor.to(accumulate_dtype(compute_dtype))
         value = float(on_device) if on_device.device.type == "cpu" else on_device
-    return LossOptions(n_views, positives, value, prototype_weight, distance, reduction, compute_dtype)
+    return LossOptions(
+        n_views, positives, value, prototype_weight, distance, reduction, compute_dtype, normalize, n_left, negatives_only
+    )
 
 
 def _forward(embeddings: Tensor, labels: Tensor | None, prototypes: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
@@ -173,7 +184,7 @@ def _unfilled_gradients(
 
 
 def _forward_fake(embeddings: Tensor, labels: Tensor | None, prototypes: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
-    _temperature, _tensor, _n_views, positives, *_, reduction, compute_dtype, _backend = args
+    _temperature, _tensor, _n_views, positives, _weight, _distance, reduction, compute_dtype, *_ = args
     n_rows = embeddings.shape[0]
     precise = accumulate_dtype(compute_dtype)
     per_row = [embeddings.new_empty(n_rows, dtype=precise) for _ in range(4)]

@@ -13,6 +13,9 @@ of instance ``b``::
     L_con  = 1/|A| sum_{i in A} (lse_i - 1/n_i sum_{p in P(i)} s_ip)
     L_pro  = 1/|S| sum_{i in S} d(zhat_i, c_{y_i})        S = the rows whose label is >= 0
     L      = L_con + prototype_weight * L_pro
+
+Rows of two sides (CLIP: Radford et al., arXiv 2103.00020) are compared with the other side's only, and have their positives
+there. Pairs that are not compared, such as a row and itself, are *excluded*: neither in lse_i nor in P(i).
 """
 
 from __future__ import annotations
@@ -37,8 +40,13 @@ def clop_loss(
     prototype_weight: float = 1.0,
     distance: str = "cosine",
     reduction: str = "mean",
+    normalize: bool = True,
+    n_left: int | None = None,
+    negatives_only: bool = False,
 ) -> Tensor:
     """The CLOP loss by its definition; see :func:`clop_kernels.clop_loss` for the arguments.
+
+    And for the last two :class:`clop_kernels.backends.contract.LossOptions`.
 
     Normalisation and the softmax run in float32 (float64 for float64 input); the matrix product runs in the dtype of
     ``embeddings``, or in autocast's, as plain PyTorch code would have it.
@@ -50,29 +58,37 @@ def clop_loss(
     n_instances = n_rows // n_views
     precise = torch.promote_types(embeddings.dtype, torch.float32)
     rows = torch.arange(n_rows, device=embeddings.device)
-    itself = rows[:, None] == rows[None, :]
     if labels is None:
         labels = torch.full((n_instances,), -1, device=embeddings.device)
     label = labels.repeat(n_views)
     is_labelled = label >= 0
 
-    zhat = torch.nn.functional.normalize(embeddings.to(precise), dim=1, eps=EPS).to(embeddings.dtype)
+    zhat = embeddings
+    if normalize:
+        zhat = torch.nn.functional.normalize(embeddings.to(precise), dim=1, eps=EPS).to(embeddings.dtype)
     similarity = (zhat @ zhat.T).to(precise) / temperature
 
     instance = rows % max(n_instances, 1)
-    same_group = instance[:, None] == instance[None, :]
+    is_positive = instance[:, None] == instance[None, :]
     if positives == "label":
-        same_group = same_group | ((label[:, None] == label[None, :]) & is_labelled[:, None])
-    is_positive = same_group & ~itself
+        is_positive = is_positive | ((label[:, None] == label[None, :]) & is_labelled[:, None])
+    is_excluded = rows[:, None] == rows[None, :]
+    if n_left is not None:
+        is_excluded = is_excluded | ((rows < n_left)[:, None] == (rows < n_left)[None, :])
+    is_positive = is_positive & ~is_excluded
+    if negatives_only:
+        is_excluded, is_positive = is_excluded | is_positive, torch.zeros_like(is_positive)
+    has_none = is_excluded.all(1)
     n_positives = is_positive.sum(1)
-    is_anchor = n_positives > 0
+    is_anchor = ~has_none if negatives_only else n_positives > 0
 
     # Terms are masked by a product, not by a selection, so that a NaN shows up in the loss wherever it stands.
-    if n_rows > 1:
-        lse = similarity.masked_fill(itself, -math.inf).logsumexp(1)
+    if n_rows > 0:
+        # A row that is compared with nothing gets any finite number.
+        lse = similarity.masked_fill(is_excluded & ~has_none[:, None], -math.inf).logsumexp(1)
         contrastive = (lse - (similarity * is_positive).sum(1) / n_positives.clamp(min=1)) * is_anchor
     else:
-        contrastive = similarity.sum(1) * 0.0  # one row has nothing to be compared with
+        contrastive = similarity.sum(1)
 
     if prototypes is None:
         prototype = torch.zeros_like(contrastive)

@@ -37,6 +37,11 @@ class LossOptions:
         distance: one of :data:`DISTANCES`, from a unit row to its prototype.
         reduction: one of :data:`REDUCTIONS`.
         compute_dtype: the operands of the N x N matrix products are rounded to it: that of the embeddings, or autocast's.
+        normalize: whether zhat_i is z_i / max(|z_i|, EPS), or z_i itself.
+        n_left: where the rows have two sides, how many are on the left, the first ones: a row is compared with those of the other
+            side only, and its positives are there. None: with all other rows.
+        negatives_only: positives are no pairs at all, and the term of each row is log sum exp s_ij over its negatives, 0 if it
+            has none; A is the rows that have some.
     """
 
     n_views: int
@@ -46,6 +51,14 @@ class LossOptions:
     distance: str
     reduction: str
     compute_dtype: torch.dtype
+    normalize: bool = True
+    n_left: int | None = None
+    negatives_only: bool = False
+
+    @property
+    def has_pairs(self) -> bool:
+        """False where no row can have a positive, so that there is nothing to compare: the prototype term stands alone."""
+        return self.positives == "label" or self.n_views > 1 or self.negatives_only
 
     @property
     def accumulate_dtype(self) -> torch.dtype:
@@ -66,7 +79,7 @@ class Residuals(NamedTuple):
     2^shift_i * negative_i.
 
     Attributes:
-        normalized: (N, D) in the compute dtype, the rows zhat as all products see them.
+        normalized: (N, D) in the compute dtype, the rows zhat as all products see them, z itself without ``options.normalize``.
         norms: (N,) in the accumulate dtype, the norms |z_i| of the raw rows, not clamped.
         shift: (N,) in the accumulate dtype.
         total: (N,) in the accumulate dtype; 0 where N = 1.

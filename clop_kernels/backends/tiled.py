@@ -14,9 +14,13 @@ five times forward and ten times backward, in cache; a block of T rows of zhat, 
 once a tile, so main memory sees N^2 D / T numbers at most. Extra memory: a few tiles (1.3 MB each at T = 576) and a handful
 of (N, D) arrays; nothing grows with N^2 or with N times the number of tiles.
 
-No shift, and one exponential a pair. A cosine is bounded, |s_ij| <= 1/tau, so unless the temperature is tiny exp(s_ij)
-neither overflows nor underflows, and its plain sum is as accurate as a shifted one and needs no pass for a maximum.
-With w_i the upstream gradient of row i's term, n_i the number of its positives, q_i = w_i / n_i, and a_i = w_i / sum_j exp s_ij::
+Rows of two sides: the tiles whose rows are on the left side and whose columns are on the right one, each once, are all there
+is, and serve both directions just so. Of M rows against N that is 2 M N D flops forward and 6 M N D backward.
+
+No shift, and one exponential a pair. A product of rows is bounded, |s_ij| <= max |zhat|^2 / tau, so unless the temperature is
+tiny (or rows that are not normalised are long) exp(s_ij) neither overflows nor underflows, and its plain sum is as accurate as
+a shifted one and needs no pass for a maximum. With w_i the upstream gradient of row i's term, n_i the number of its positives,
+q_i = w_i / n_i, and a_i = w_i / sum_j exp s_ij::
 
     dL/dzhat_i = 1/tau sum_{j != i} M_ij zhat_j,    M_ij = exp(s_ij) (a_i + a_j) - [j in P(i)] (q_i + q_j)
 
@@ -97,30 +101,29 @@ def tile_rows(n_rows: int, dtype: torch.dtype, device: torch.device) -> int:
     return max(1, min(rows, n_rows))
 
 
-def fits_unshifted(temperature: float | Tensor, dtype: torch.dtype) -> bool:
-    """Whether exp(s) needs no shift: |s| <= 1/tau is small enough for ``dtype``. A GPU's tensor is not read: False."""
-    if isinstance(temperature, Tensor) and temperature.device.type != "cpu":
+def fits_unshifted(norms: Tensor, options: LossOptions) -> bool:
+    """Whether exp(s) needs no shift: |s| <= max |zhat|^2 / tau is small enough. What is on a GPU is not read: False."""
+    needs_reading = not options.normalize or isinstance(options.temperature, Tensor)
+    if needs_reading and norms.device.type != "cpu":
         return False
-    return 1.0 / float(temperature) <= _LARGEST_UNSHIFTED_LOGIT[dtype]
+    largest_norm = 1.0 if options.normalize or len(norms) == 0 else float(norms.max())
+    return largest_norm**2 / float(options.temperature) <= _LARGEST_UNSHIFTED_LOGIT[options.accumulate_dtype]
 
 
 def forward(
     embeddings: Tensor, labels: Tensor | None, prototypes: Tensor | None, options: LossOptions
 ) -> tuple[Tensor, Residuals]:
     """(N, D) embeddings, (B,) int64 labels, (K, D) prototypes -> the loss, and what the backward pass needs."""
-    if options.positives == "label":
-        assert labels is not None
-        groups = label_groups(labels, options.n_views)
-    else:
-        groups = instance_groups(embeddings.shape[0] // options.n_views, options.n_views, embeddings.device)
+    groups = _groups(embeddings.shape[0], labels, options, embeddings.device)
     # index_select makes the copy that is normalised in place
-    zhat, norms = _normalize(embeddings.index_select(0, groups.order).to(options.accumulate_dtype))
+    zhat = embeddings.index_select(0, groups.order).to(options.accumulate_dtype)
+    zhat, norms = _normalize(zhat) if options.normalize else (zhat, torch.linalg.vector_norm(zhat, dim=1))
     normalized = zhat.to(options.compute_dtype)
     zhat = normalized.to(options.accumulate_dtype)
 
-    softmax = _softmax(zhat, groups, options.temperature)
-    is_anchor = groups.n_positives > 0
-    # A row without positives has a plain zero, unless it holds a NaN or an Inf, which must stay visible.
+    softmax = _softmax(zhat, norms, groups, options)
+    is_anchor = softmax.total > 0 if options.negatives_only else groups.n_positives > 0
+    # A row that is no anchor has a plain zero, unless it holds a NaN or an Inf, which must stay visible.
     contrastive = torch.where(is_anchor, _contrastive_terms(softmax, groups), 0.0 * zhat.sum(1))
 
     prototype = torch.zeros_like(contrastive)
@@ -155,17 +158,18 @@ def backward(
     """The upstream gradient, () or (N,), to the gradients of the raw embeddings, the temperature and the prototypes."""
     zhat = residuals.normalized.to(options.accumulate_dtype)
     if options.positives == "label":
-        groups = Groups.of_table(residuals.groups)
+        groups = Groups.of_table(residuals.groups, options.n_left)
     else:
-        groups = instance_groups(zhat.shape[0] // options.n_views, options.n_views, zhat.device)
+        groups = _groups(zhat.shape[0], None, options, zhat.device)
     grad_loss = grad_loss.to(zhat.dtype)
     if options.reduction == "none":
         grad_loss = grad_loss.index_select(0, groups.order)
     shares = grad_loss / residuals.counts.clamp(min=1) if options.reduction == "mean" else (grad_loss, grad_loss)
-    weights = torch.where(groups.n_positives > 0, shares[0], 0.0)  # w_i
+    is_anchor = residuals.total > 0 if options.negatives_only else groups.n_positives > 0
+    weights = torch.where(is_anchor, shares[0], 0.0)  # w_i
 
     # The gradient of zhat first, and at last, in place, that of the raw rows.
-    grad = _similarity_gradient(zhat, residuals, weights, groups, options.temperature).div_(options.temperature)
+    grad = _similarity_gradient(zhat, residuals, weights, groups, options).div_(options.temperature)
     grad_temperature = None
     if needs.temperature:  # s_ij is linear in 1/tau and in each of its two rows: dL/dtau = -1/(2 tau) sum_i zhat_i . dL/dzhat_i
         grad_temperature = _row_dots(zhat, grad).sum() / (-2 * options.temperature)
@@ -187,11 +191,12 @@ def backward(
 
     if not needs.embeddings:
         return Gradients(None, grad_temperature, grad_prototypes)
-    # zhat = z / max(|z|, EPS): the norm takes the radial part out of the gradient, where it is not below EPS.
-    radial = torch.where(residuals.norms < EPS, 0.0, _row_dots(zhat, grad))
-    grad.addcmul_(zhat, radial.unsqueeze(1), value=-1)
-    grad /= residuals.norms.clamp(min=EPS).unsqueeze(1)
-    if embeddings.dtype == torch.float16:
+    if options.normalize:
+        # zhat = z / max(|z|, EPS): the norm takes the radial part out of the gradient, where it is not below EPS.
+        radial = torch.where(residuals.norms < EPS, 0.0, _row_dots(zhat, grad))
+        grad.addcmul_(zhat, radial.unsqueeze(1), value=-1)
+        grad /= residuals.norms.clamp(min=EPS).unsqueeze(1)
+    if embeddings.dtype == torch.float16 and options.normalize:
         # 1 / EPS is beyond float16. A row of zeros gets the largest gradient there is, not an infinity that would cost every
         # step; any other row's overflow stays infinite, for a gradient scaler to see.
         largest = torch.finfo(torch.float16).max
@@ -220,42 +225,65 @@ class _Tile(NamedTuple):
         return self.rows == self.columns
 
 
-def _tiles(zhat: Tensor, groups: Groups, temperature: float | Tensor) -> Iterator[_Tile]:
-    """The tiles on and above the diagonal of S = zhat zhat^T log2(e) / tau, row of tiles by row of tiles."""
+def _tiles(zhat: Tensor, groups: Groups, options: LossOptions, unshifted: bool) -> Iterator[_Tile]:
+    """The tiles on and above the diagonal of S = zhat zhat^T log2(e) / tau, row of tiles by row of tiles.
+
+    Of two sides: those of the left rows and the right columns. Positives that are no pairs have S = -inf and are not marked.
+
+    ``unshifted``, S is small, and the rows are scaled. Else the products are: scaled rows would round S_ij and S_ji apart, an
+    ulp of S, which for S in the thousands is a visible part of exp(s).
+    """
     n_rows = zhat.shape[0]
+    if n_rows == 0 or not options.has_pairs:
+        return
+    n_left, temperature = groups.n_left, options.temperature
     side = tile_rows(n_rows, zhat.dtype, zhat.device)
     # In float32 the factor's own rounding would be an error of one sign in every S_ij, as if of another temperature. In
     # float64 each element rounds for itself. Apple's GPUs have no float64.
     wide = torch.float64 if zhat.device.type != "mps" else zhat.dtype
     scale = _LOG2_E / (temperature.to(wide) if isinstance(temperature, Tensor) else temperature)
+    rounded = torch.as_tensor(scale, dtype=wide).to(zhat.dtype)
+    rest = (scale - rounded.to(wide)).to(zhat.dtype)
     logits_buffer = zhat.new_empty(side * side)
     scratch_buffer = torch.empty_like(logits_buffer)
-    for i in range(0, n_rows, side):
-        rows = slice(i, min(i + side, n_rows))
+    position = torch.arange(n_rows, device=zhat.device)
+    for i in range(0, n_rows if n_left is None else n_left, side):
+        rows = slice(i, min(i + side, n_rows if n_left is None else n_left))
         height = rows.stop - rows.start
-        scaled = torch.mul(zhat[rows].to(wide), scale).to(zhat.dtype)
-        for j in range(i, n_rows, side):
+        scaled = torch.mul(zhat[rows].to(wide), scale).to(zhat.dtype) if unshifted else zhat[rows]
+        for j in range(i if n_left is None else n_left, n_rows, side):
             columns = slice(j, min(j + side, n_rows))
             shape = (height, columns.stop - columns.start)
-            logits = logits_buffer[: shape[0] * shape[1]].view(shape)
+            logits, scratch = (buffer[: shape[0] * shape[1]].view(shape) for buffer in (logits_buffer, scratch_buffer))
             torch.mm(scaled, zhat[columns].T, out=logits)
+            if not unshifted:
+                torch.mul(logits, rest, out=scratch)
+                logits.mul_(rounded).add_(scratch)
+                if i == j:  # nor need a library's product of a matrix with itself be symmetric to the last bit
+                    torch.triu(logits, 1, out=scratch)
+                    logits.triu_().add_(scratch.T)
             positives = None
             if _may_hold_positives(groups, rows, columns):
-                positives = groups.starts[rows, None] == groups.starts[columns]
+                positives = (groups.starts[rows, None] <= position[columns]) & (position[columns] < groups.ends[rows, None])
                 if i == j:
                     positives.fill_diagonal_(False)
-            yield _Tile(rows, columns, logits, scratch_buffer[: logits.numel()].view(shape), positives)
+                if options.negatives_only:
+                    logits.masked_fill_(positives, -math.inf)
+                    positives = None
+            yield _Tile(rows, columns, logits, scratch, positives)
 
 
 def _may_hold_positives(groups: Groups, rows: slice, columns: slice) -> bool:
-    """Whether a group reaches from the rows to the columns. True where only a GPU knows."""
+    """Whether a run of positives reaches from the rows to the columns. True where only a GPU knows."""
     if rows == columns:
         return groups.size != 1
+    if groups.size is not None and groups.n_left is not None:
+        return rows.start + groups.n_left < columns.stop and columns.start < rows.stop + groups.n_left
     if groups.size is not None:
         return (rows.stop - 1) // groups.size == columns.start // groups.size
     if groups.starts.device.type != "cpu":
         return True
-    return bool(groups.ends[rows.stop - 1] > columns.start)
+    return bool(groups.ends[rows.stop - 1] > columns.start and groups.starts[rows.start] < columns.stop)
 
 
 class _Softmax(NamedTuple):
@@ -271,13 +299,13 @@ class _Softmax(NamedTuple):
         return self.negative + self.positive
 
 
-def _softmax(zhat: Tensor, groups: Groups, temperature: float | Tensor) -> _Softmax:
+def _softmax(zhat: Tensor, norms: Tensor, groups: Groups, options: LossOptions) -> _Softmax:
     """The forward pass over pairs: (N, D) -> four (N,)."""
     negative, positive, positive_logits = (zhat.new_zeros(zhat.shape[0]) for _ in range(3))
-    unshifted = fits_unshifted(temperature, zhat.dtype)
+    unshifted = fits_unshifted(norms, options)
     # Without a shift it stays zero. Else a running maximum, at first finite, so that no infinities are subtracted.
     shift = torch.zeros_like(negative) if unshifted else torch.full_like(negative, torch.finfo(zhat.dtype).min / 2)
-    for tile in _tiles(zhat, groups, temperature):
+    for tile in _tiles(zhat, groups, options, unshifted):
         directions = ((1, tile.rows),) if tile.on_diagonal else ((1, tile.rows), (0, tile.columns))
         if tile.positives is not None:
             picked = torch.where(tile.positives, tile.logits, 0.0)
@@ -313,20 +341,16 @@ def _contrastive_terms(softmax: _Softmax, groups: Groups) -> Tensor:
     return torch.where(is_dominated, torch.log1p(softmax.negative / softmax.positive), log2_ratio / _LOG2_E)
 
 
-def _similarity_gradient(
-    zhat: Tensor, residuals: Residuals, weights: Tensor, groups: Groups, temperature: float | Tensor
-) -> Tensor:
+def _similarity_gradient(zhat: Tensor, residuals: Residuals, weights: Tensor, groups: Groups, options: LossOptions) -> Tensor:
     """The backward pass over pairs: sum_{j != i} M_ij zhat_j, (N, D)."""
     grad = torch.zeros_like(zhat)
-    if zhat.shape[0] < 2:
-        return grad
-    unshifted = fits_unshifted(temperature, zhat.dtype)
-    a = weights / residuals.total
+    unshifted = fits_unshifted(residuals.norms, options)
+    a = weights / torch.where(weights == 0, 1.0, residuals.total)  # a row that is compared with nothing has a total of 0
     # Of a positive pair M is 2^S (b_i + b_j) - (c_i + c_j).
     has_one = groups.n_positives == 1
     b = torch.where(has_one, 0.0, a)
     c = torch.where(has_one, a * residuals.negative, weights / groups.n_positives.clamp(min=1))
-    for rows, columns, m, scratch, positives in _tiles(zhat, groups, temperature):
+    for rows, columns, m, scratch, positives in _tiles(zhat, groups, options, unshifted):
         of_positives = None
         if unshifted:
             m.exp2_()
@@ -363,6 +387,13 @@ def _normalize(z: Tensor) -> tuple[Tensor, Tensor]:
     norms = torch.linalg.vector_norm(z, dim=1)
     z /= torch.maximum(norms, EPS / largest).unsqueeze(1)
     return z, norms * largest
+
+
+def _groups(n_rows: int, labels: Tensor | None, options: LossOptions, device: torch.device) -> Groups:
+    if options.positives == "label":
+        assert labels is not None
+        return label_groups(labels, options.n_views, options.n_left)
+    return instance_groups(n_rows // options.n_views, options.n_views, device, options.n_left)
 
 
 def _labels_of_rows(labels: Tensor, groups: Groups, options: LossOptions) -> Tensor:
