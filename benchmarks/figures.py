@@ -35,7 +35,7 @@ STYLES = {
 }
 """Colours of Okabe and Ito, which the colour-blind can tell apart; cpu and cuda are never on one device."""
 
-LOSSES = {"ntxent": "NT-Xent", "supcon": "SupCon"}
+LOSSES = {"ntxent": "NT-Xent", "supcon": "SupCon", "clip": "CLIP's loss"}
 SHADES = {"forward": 0.35, "backward": 0.65, "forward+backward": 1.0}
 
 

@@ -8,6 +8,7 @@ from typing import Literal, get_args
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from clop_kernels import reference
 
@@ -79,9 +80,23 @@ def _plain_supcon(embeddings: Tensor, labels: Tensor, temperature: float) -> Ten
     return reference.clop_loss(embeddings, labels, n_views=1, positives="label", temperature=temperature)
 
 
+def _pairs(n_rows: int, width: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    return torch.randn(n_rows, width, generator=generator), torch.randn(n_rows, width, generator=generator)
+
+
+def _plain_clip(left: Tensor, right: Tensor, temperature: float) -> Tensor:
+    """Not by the reference, which would compare all 2 N rows with each other."""
+    precise = torch.promote_types(left.dtype, torch.float32)
+    left, right = (F.normalize(x.to(precise), dim=1).to(x.dtype) for x in (left, right))
+    logits = (left @ right.T).to(precise) / temperature
+    target = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
 _ALL = (
     Problem("ntxent", f"NT-Xent (SimCLR) of {N_VIEWS} views, N rows in all", _views, _plain_ntxent),
     Problem("supcon", f"SupCon of N rows with labels of {N_CLASSES} classes", _labelled, _plain_supcon),
+    Problem("clip", "the two-sided loss of CLIP, N rows a side", _pairs, _plain_clip),
 )
 
 PROBLEMS = {problem.name: problem for problem in _ALL}

@@ -32,7 +32,8 @@ class Provider:
         package: whose version the results state.
         functions: by problem; what is not here it does not offer.
         obstacle: (device, dtype) -> why it cannot run on such embeddings here, or None if it can.
-        pair_arrays: how many N x N arrays it holds at its peak, as measured and rounded up; 0 if its memory is O(N D).
+        pair_arrays: how many N x N arrays it holds at its peak, as measured at N = 8192 and rounded up, of the problem that
+            takes most; 0 if its memory is O(N D).
         compiles_per_shape: the first call on a shape compiles code for it, which is neither its time nor its memory.
     """
 
@@ -137,7 +138,10 @@ def _backend_functions(backend: str) -> dict[str, LossFunction]:
     def supcon(embeddings: Tensor, labels: Tensor, temperature: float) -> Tensor:
         return clop_kernels.supcon_loss(embeddings, labels, temperature=temperature, backend=backend)
 
-    return {"ntxent": ntxent, "supcon": supcon}
+    def clip(left: Tensor, right: Tensor, temperature: float) -> Tensor:
+        return clop_kernels.clip_loss(left, right, temperature=temperature, backend=backend)
+
+    return {"ntxent": ntxent, "supcon": supcon, "clip": clip}
 
 
 _ALL = (
@@ -155,7 +159,7 @@ _ALL = (
         "torch",
         {name: _compiled(name) for name in PROBLEMS},
         _obstacle_to_compile,
-        pair_arrays=1.5,
+        pair_arrays=2,
         compiles_per_shape=True,
     ),
     Provider(

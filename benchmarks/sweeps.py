@@ -42,18 +42,18 @@ _NOTHING_COMPILED_PER_SHAPE = ("eager", "metric-learning", "lightly", "cuda", "t
 PRESETS = {
     "smoke": (
         Sweep((64, 128, 256), (32,), repeats=3, providers=_NOTHING_COMPILED_PER_SHAPE),
-        Sweep((128,), (16, 32, 64), ("supcon",), repeats=2, providers=_NOTHING_COMPILED_PER_SHAPE),
+        Sweep((128,), (16, 64), ("supcon", "clip"), repeats=2, providers=_NOTHING_COMPILED_PER_SHAPE),
         Sweep((128,), (32,), modes=("forward", "backward"), repeats=2, providers=_NOTHING_COMPILED_PER_SHAPE),
     ),
     "quick": (
         Sweep((1024, 2048, 4096, 8192), seconds=30),
-        Sweep((4096,), problems=("supcon",), seconds=20),
+        Sweep((4096,), problems=("supcon", "clip"), seconds=20),
     ),
     "readme": (
         Sweep((8192,), repeats=7, seconds=120),
         Sweep((1024, 2048, 4096, 16384, 32768, 65536)),
         Sweep((8192,), modes=("forward", "backward")),
-        Sweep((8192,), problems=("supcon",)),
+        Sweep((8192,), problems=("supcon", "clip")),
         Sweep((8192,), (32, 64, 256, 512, 1024), seconds=45),
     ),
     "gpu": (
