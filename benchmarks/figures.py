@@ -18,7 +18,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from .problems import MODES, Case, Mode
-from .providers import PROVIDERS
+from .providers import label
 from .results import Row, default_of, is_too_large, memory_ratio, ratio
 from .scaling import FIT_FROM_MB, FIT_FROM_N, PowerLaw, Series, memory_law, representative, series_over, time_law
 
@@ -118,7 +118,7 @@ def _draw_bars(rows: Sequence[Row], cases: Sequence[Case], folder: Path) -> Pict
     modes = [mode for mode in MODES if any(row.case.mode == mode for row in measured)]
     last = {row.provider: row.quantile_ms(0.5) or 0.0 for row in measured if row.case.mode == modes[-1]}
     names = sorted(last, key=lambda name: last[name])
-    default = next((_label(row.provider) for row in measured if row.is_default), "the default")
+    default = next((label(row.provider) for row in measured if row.is_default), "the default")
     title = f"{LOSSES.get(cases[0].problem, cases[0].problem)}: time and memory, those of {default} being 1"
     figure, panels = _canvas(title, _settings(cases[0]), measured, n_panels=2, height=1.8 + 0.55 * len(names))
     for axes, what, multiple in ((panels[0], "time", ratio), (panels[1], "peak extra memory", memory_ratio)):
@@ -130,7 +130,7 @@ def _draw_bars(rows: Sequence[Row], cases: Sequence[Case], folder: Path) -> Pict
                 y = names.index(name) - (shown.index(mode) - (len(shown) - 1) / 2) * height
                 axes.barh(y, value, height * 0.92, color=_style(name)[0], alpha=SHADES[mode])
                 axes.text(value, y, f" {value:.1f}" if value < 9.95 else f" {value:,.0f}", va="center", fontsize=9)
-        axes.set_yticks(range(len(names)), [_label(name) for name in names] if axes is panels[0] else [""] * len(names))
+        axes.set_yticks(range(len(names)), [label(name) for name in names] if axes is panels[0] else [""] * len(names))
         axes.set_xlabel(f"{what}, multiple")
         axes.margins(x=0.16)
         axes.spines[["top", "right"]].set_visible(False)
@@ -168,13 +168,13 @@ def _draw_lines(
         points = {_place(row, series): value for row in rows if (value := cost(row)) is not None}
         if not points:
             continue
-        label = _label(name)
+        text = label(name)
         unrun = {_place(row, series): row.predicted_mb for row in rows if is_too_large(row)}
         if law is not None:
             fitted = law(rows)
-            label += f"  ∝ N$^{{{fitted.exponent:.2f}}}$" if fitted is not None else ""
-            label += f"\n{series.axis} = {max(unrun)} would need {unrun[max(unrun)] / 1e3:,.0f} GB" if unrun else ""
-        (line,) = axes.plot(list(points), list(points.values()), color=colour, marker=marker, markersize=5, label=label)
+            text += f"  ∝ N$^{{{fitted.exponent:.2f}}}$" if fitted is not None else ""
+            text += f"\n{series.axis} = {max(unrun)} would need {unrun[max(unrun)] / 1e3:,.0f} GB" if unrun else ""
+        (line,) = axes.plot(list(points), list(points.values()), color=colour, marker=marker, markersize=5, label=text)
         lines.append((points, line))
         if spread:
             timed = [row for row in rows if row.seconds]
@@ -198,7 +198,7 @@ def _log_axes(axes: Axes, series: Series, y_label: str, linear: bool = False) ->
     axes.set_xscale("log")
     axes.set_xticks(ticks, [str(tick) for tick in ticks])
     axes.xaxis.set_minor_locator(NullLocator())
-    axes.set_xlabel({"N": "N, rows of all views", "D": "D, width of a row"}[series.axis])
+    axes.set_xlabel({"N": "N, number of rows", "D": "D, width of a row"}[series.axis])
     axes.set_ylabel(y_label)
     if not linear:
         axes.set_yscale("log")
@@ -219,10 +219,6 @@ def _save(figure: Figure, folder: Path, name: str, title: str, caption: str) -> 
 def _style(provider: str) -> tuple[str, str]:
     """Colour and marker."""
     return STYLES.get(provider, ("0.5", "o"))
-
-
-def _label(provider: str) -> str:
-    return PROVIDERS[provider].summary if provider in PROVIDERS else provider
 
 
 def _loss(case: Case) -> str:

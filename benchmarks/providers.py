@@ -183,3 +183,8 @@ _ALL = (
 
 PROVIDERS: dict[str, Provider] = {provider.name: provider for provider in _ALL}
 """By name, the one that the others are checked against first."""
+
+
+def label(name: str) -> str:
+    """What figures and reports call a provider; rows of an older project may have others."""
+    return PROVIDERS[name].summary if name in PROVIDERS else name

@@ -10,7 +10,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from .problems import Case
-from .providers import PROVIDERS
+from .providers import PROVIDERS, label
 from .results import Row, default_of, find, markdown_table, memory_ratio, ratio, read_csv, summary
 from .scaling import FIT_FROM_MB, FIT_FROM_N, memory_law, representative, series_over, time_law
 from .targets import verdicts
@@ -68,8 +68,8 @@ def _findings(rows: Sequence[Row]) -> list[str]:
         if default is not None:
             found = {name: find(rows, name, case) for name in others}
             multiples = {name: (ratio(row, default), memory_ratio(row, default)) for name, row in found.items()}
-            cells = {name: ", ".join(f"{x:.1f}x" for x in (t, m) if x is not None) for name, (t, m) in multiples.items()}
-            table.append({"case": _title(case), "default": default.provider, **cells})
+            cells = {label(name): ", ".join(f"{x:.1f}x" for x in (t, m) if x is not None) for name, (t, m) in multiples.items()}
+            table.append({"case": _title(case), "default": label(default.provider), **cells})
     text = "Time and peak extra memory, each as a multiple of the default's."
     return ["## In short", text, markdown_table(table)] if table else []
 
@@ -83,7 +83,7 @@ def _growth(rows: Sequence[Row]) -> list[str]:
                 table.append(
                     {
                         "case": _title(series.common),
-                        "provider": provider,
+                        "provider": label(provider),
                         "time grows as": str(time or ""),
                         "fitted on N": " ".join(map(str, time.sizes)) if time else "",
                         "memory grows as": str(memory or ""),

@@ -315,7 +315,10 @@ def test_report_has_every_figure_and_row(tmp_path: Path) -> None:
     assert {path.stem for path in (tmp_path / "out").glob("*.png")} == expected
     assert all(f"]({name}.png)" in text for name in expected)
     lines = text.splitlines()
-    assert "| ntxent, forward+backward, D=128, float32, temperature 0.1 | cpu | N^2.00 | 2048 4096 8192 16384 |" in text
+    assert (
+        "| ntxent, forward+backward, D=128, float32, temperature 0.1 | clop_kernels, cpu | N^2.00 | 2048 4096 8192 16384 |"
+        in text
+    )
     assert any(line.startswith("| 16384 | 128 | eager |") and "skipped: needs about 4,096 MB" in line for line in lines)
     assert any(line.startswith("| 4096 | 128 | eager |") and "| 10.00 |" in line for line in lines)
     assert sum(line.startswith(tuple(f"| {row.case.N} | {row.case.D} |" for row in rows)) for line in lines) == len(rows)
