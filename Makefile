@@ -11,7 +11,7 @@ help:
 	@echo "make test    the test suite"
 	@echo "make sanitize    the tests of the CPU kernels, and of the CUDA kernels on a CPU, again under AddressSanitizer and UBSan"
 	@echo "make demo    train an encoder on real digits, with the plain loss and with the fused one; writes train_digits.png"
-	@echo "make bench   time and memory beside the plain loss and torch.compile of it"
+	@echo "make bench   time and memory beside plain PyTorch, torch.compile and other libraries, and a report of it in build/bench, 10 minutes"
 	@echo "make resources    every kernel on four GPUs: registers, shared memory, matrix instructions; compiles Triton's, 10 minutes"
 	@echo "make wheels  a pure wheel, and a native one for the CUDA toolkit that is found, each tested in an environment of its own"
 	@echo "make lint    ruff, lint and format;  make types    mypy;  make clean    remove what make made"
@@ -44,9 +44,13 @@ sanitize: $(READY)
 demo: $(READY)
 	$(BIN)/python examples/train_digits.py
 
+# PRESET=readme BENCH=benchmarks/results/cpu makes the results that the README shows: half an hour on two cores.
+PRESET ?= quick
+BENCH ?= build/bench
+
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks
-	$(BIN)/python -m benchmarks.compare
+	$(BIN)/python -m benchmarks.compare --preset $(PRESET) --output $(BENCH) --report
 
 resources: $(READY)
 	$(BIN)/python -m benchmarks.resources_cuda

@@ -1,7 +1,8 @@
-"""The pytest-benchmark suite: forward and backward of every provider, in groups by N.
+"""The pytest-benchmark suite: forward and backward of every provider, in groups by problem and N.
 
 ``pytest benchmarks`` runs it; CLOP_BENCH_ROWS="256" (several: "256,1024") takes other N. The rounds of one provider
-follow each other, so on a busy machine take ratios from ``python -m benchmarks.compare`` instead, which alternates.
+follow each other, so on a busy machine take ratios from ``python -m benchmarks.compare`` instead, which alternates; all
+else, from the inputs to the check that all compute the same, is that command's.
 """
 
 from __future__ import annotations
@@ -9,22 +10,26 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import dataclass
+from datetime import datetime, timezone
 
 import pytest
 import torch
 from pytest_benchmark.fixture import BenchmarkFixture
+from rich.progress import Progress
 
-from .measure import Step, obstacle, peak_extra_mb, step
-from .providers import N_VIEWS, PROVIDERS, TEMPERATURE, WIDTH, Provider, check_equal, make_embeddings
+from .compare import Comparison
+from .measure import Step
+from .problems import N_VIEWS, PROBLEMS, Case
+from .providers import PROVIDERS
+from .results import Row, environment_of, find
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-DTYPE = torch.float32
 SECONDS_PER_BENCHMARK = 3.0
 FEWEST_ROUNDS, MOST_ROUNDS = 3, 50
 
 
 def _rows() -> tuple[int, ...]:
-    value = os.environ.get("CLOP_BENCH_ROWS", "1024,4096,8192")
+    value = os.environ.get("CLOP_BENCH_ROWS", "1024,4096")
     try:
         rows = tuple(int(part) for part in value.split(","))
     except ValueError:
@@ -36,40 +41,34 @@ def _rows() -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Setup:
-    """One N: the steps of the providers that can run, their peak memory, and why the others cannot."""
+    """One case: the steps of the providers that can run, and the rows of all, with peak memory or why they cannot."""
 
-    n_rows: int
+    case: Case
     steps: dict[str, Step]
-    peaks: dict[str, float | None]
-    obstacles: dict[str, str]
+    rows: list[Row]
 
 
-@pytest.fixture(scope="session", params=_rows(), ids=lambda n_rows: f"N={n_rows}")
+CASES = [Case(n_rows, problem=problem) for problem in PROBLEMS for n_rows in _rows()]
+
+
+@pytest.fixture(scope="session", params=CASES, ids=lambda case: f"{case.problem}-N={case.N}")
 def setup(request: pytest.FixtureRequest) -> Setup:
-    """Measures memory first, before larger calls leave memory with the allocator, then checks that all agree."""
-    n_rows: int = request.param
-    embeddings = make_embeddings(n_rows, WIDTH, DTYPE, DEVICE)
-    reasons = {name: obstacle(provider, n_rows, WIDTH, DTYPE, DEVICE) for name, provider in PROVIDERS.items()}
-    runnable = [PROVIDERS[name] for name, reason in reasons.items() if reason is None]
-    steps, peaks = {}, {}
-    for provider in runnable:
-        steps[provider.name] = step(provider, embeddings, "forward+backward", TEMPERATURE)
-        peaks[provider.name] = peak_extra_mb(steps[provider.name])
-    check_equal(runnable, embeddings, TEMPERATURE)
-    return Setup(n_rows, steps, peaks, {name: reason for name, reason in reasons.items() if reason is not None})
+    case: Case = request.param
+    now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    comparison = Comparison(DEVICE, environment_of(DEVICE, now), Progress(disable=True))
+    return Setup(case, comparison.prepare(case, PROVIDERS.values()), comparison.rows)
 
 
-@pytest.mark.parametrize("provider", PROVIDERS.values(), ids=PROVIDERS.keys())
-def test_forward_backward(setup: Setup, provider: Provider, benchmark: BenchmarkFixture) -> None:
-    if provider.name in setup.obstacles:
-        pytest.skip(setup.obstacles[provider.name])
-    measured = setup.steps[provider.name]
-    benchmark.group = f"N={setup.n_rows}"
-    benchmark.extra_info |= {
-        "peak_extra_mb": setup.peaks[provider.name],
-        "device": str(DEVICE),
-        "torch": torch.__version__,
-    }
+@pytest.mark.parametrize("provider", PROVIDERS)
+def test_forward_backward(setup: Setup, provider: str, benchmark: BenchmarkFixture) -> None:
+    row = find(setup.rows, provider, setup.case)
+    if row is None:
+        pytest.skip(f"{provider} does not offer {setup.case.problem}")
+    if provider not in setup.steps:
+        (pytest.fail if row.note.startswith("failed") else pytest.skip)(row.note)
+    measured = setup.steps[provider]
+    benchmark.group = str(setup.case)
+    benchmark.extra_info |= row.columns()
     benchmark.pedantic(measured, setup=measured.prepare, rounds=_rounds(measured))  # type: ignore[no-untyped-call]
 
 

@@ -1,4 +1,4 @@
-"""How it is measured: one step of a provider serves for time and for memory."""
+"""How it is measured: one step of a provider serves for time, for memory and for the check that all compute the same."""
 
 from __future__ import annotations
 
@@ -7,17 +7,14 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from .providers import N_VIEWS, Provider
-
-Mode = Literal["forward", "backward", "forward+backward"]
-MODES: tuple[Mode, ...] = get_args(Mode)
+from .problems import DTYPES, Case, LossFunction, Mode
+from .providers import Provider
 
 WARM_UP_ROWS = 64
 ROW_ARRAYS = 6
@@ -31,42 +28,57 @@ _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
+# ---- one call --------------------------------------------------------------------------------------------------------
+
+
 @dataclass
 class Step:
-    """A forward pass, a backward pass, or both. Call :meth:`prepare` first, every time: it is not part of the step."""
+    """A forward pass, a backward pass, or both. Call :meth:`prepare` first, every time: it is not part of the step.
 
-    provider: Provider
-    embeddings: Tensor
+    ``loss`` and the gradients of ``inputs`` are those of the last call; "forward" leaves no gradients.
+    """
+
+    function: LossFunction
+    inputs: tuple[Tensor, ...]
     mode: Mode
     temperature: float
-    _loss: Tensor | None = None
+    loss: Tensor | None = None
+    _graph: Tensor | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.inputs[0].device
 
     def prepare(self) -> None:
-        """Drops the gradient of the last call and, for "backward", runs the forward pass."""
-        self.embeddings.grad = None
-        self._loss = self._forward() if self.mode == "backward" else None
-        synchronize(self.embeddings.device)
+        """Drops the gradients of the last call and, for "backward", runs the forward pass."""
+        for x in self.inputs:
+            x.grad = None
+        self._graph = self._forward() if self.mode == "backward" else None
+        synchronize(self.device)
 
     def __call__(self) -> None:
-        loss = self._forward() if self._loss is None else self._loss
+        loss = self._forward() if self._graph is None else self._graph
+        self._graph = None
         if self.mode != "forward":
             loss.backward()
-        synchronize(self.embeddings.device)
+        synchronize(self.device)
+        self.loss = loss.detach()  # without the graph, whose N x N arrays would stay while others are measured
 
     def _forward(self) -> Tensor:
-        return self.provider.function(self.embeddings, N_VIEWS, self.temperature)
+        return self.function(*self.inputs, self.temperature)
 
 
-def step(provider: Provider, embeddings: Tensor, mode: Mode, temperature: float) -> Step:
+def step(provider: Provider, case: Case, inputs: tuple[Tensor, ...]) -> Step:
     """The step of ``provider``, ready to be measured: libraries are loaded, and code for this shape is compiled.
 
     The warm-up is tiny where it can be, since memory that an allocator keeps from a full one would hide the peak.
     """
-    rows = len(embeddings) if provider.compiles_per_shape else WARM_UP_ROWS
-    warm_up = Step(provider, embeddings.detach()[:rows].requires_grad_(), mode, temperature)
+    rows = case.N if provider.compiles_per_shape else WARM_UP_ROWS
+    function = provider.functions[case.problem]
+    warm_up = Step(function, replace(case, N=rows).make_inputs(inputs[0].device), case.mode, case.temperature)
     warm_up.prepare()
     warm_up()
-    return Step(provider, embeddings, mode, temperature)
+    return Step(function, inputs, case.mode, case.temperature)
 
 
 def synchronize(device: torch.device) -> None:
@@ -74,25 +86,85 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+# ---- equality --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How far two providers may lie apart: relative errors, the gradients' in the Frobenius norm."""
+
+    loss: float
+    gradient: float
+
+
+TOLERANCES = {
+    torch.float64: Tolerance(loss=1e-10, gradient=1e-9),
+    torch.float32: Tolerance(loss=1e-5, gradient=1e-4),
+    torch.float16: Tolerance(loss=1e-2, gradient=2e-2),
+    torch.bfloat16: Tolerance(loss=1e-2, gradient=5e-2),
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a step has computed, in float64."""
+
+    provider: str
+    loss: Tensor
+    gradients: tuple[Tensor, ...]
+
+    @classmethod
+    def of(cls, provider: str, called: Step) -> Outcome:
+        assert called.loss is not None
+        return cls(provider, called.loss.double(), tuple(x.grad.double() for x in called.inputs if x.grad is not None))
+
+
+def check_equal(outcome: Outcome, expected: Outcome, case: Case) -> None:
+    """Holds a loss, and its gradients where the case has them, to those of another provider.
+
+    Raises:
+        AssertionError: naming the provider, its error and the tolerance. A NaN never passes.
+    """
+    tolerance = TOLERANCES[DTYPES[case.dtype]]
+    pairs = [("loss", outcome.loss, expected.loss, tolerance.loss)]
+    for gradient, right in zip(outcome.gradients, expected.gradients, strict=True):
+        pairs.append(("gradient", gradient, right, tolerance.gradient))
+    for what, value, right, limit in pairs:
+        error = float((value - right).norm() / right.norm())
+        if not error <= limit:
+            raise AssertionError(
+                f"{what} of {outcome.provider} on {case}: relative error {error:.2g} against {expected.provider}, "
+                f"expected at most {limit:.2g}"
+            )
+
+
+# ---- time ------------------------------------------------------------------------------------------------------------
+
+
 def alternate(
     steps: Mapping[str, Step],
     repeats: int,
     seconds: dict[str, list[float]] | None = None,
+    most_seconds: float = float("inf"),
     before_each: Callable[[str], None] = lambda name: None,
 ) -> dict[str, list[float]]:
     """Times the steps in turn, A B A B, so that what else the machine does meanwhile falls on all of them alike.
 
     Args:
         steps: what to time, by name.
-        repeats: how often each is timed.
+        repeats: how often each is timed, at most.
         seconds: the lists to append to, so that a caller who is interrupted keeps what was timed. None: new ones.
+        most_seconds: no round but the first begins if it might end later than this.
         before_each: called with a name before each timing, to show progress.
 
     Returns:
         Seconds by name; entries of the same index were timed in the same round.
     """
     seconds = {name: [] for name in steps} if seconds is None else seconds
-    for _ in range(repeats):
+    begin = time.perf_counter()
+    for n_done in range(repeats):
+        if n_done and (time.perf_counter() - begin) * (n_done + 1) / n_done > most_seconds:
+            break
         for name, timed in steps.items():
             before_each(name)
             timed.prepare()
@@ -118,12 +190,15 @@ def matrix_tflops(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * side**3 / statistics.median(seconds[2:]) / 1e12
 
 
+# ---- memory ----------------------------------------------------------------------------------------------------------
+
+
 def peak_extra_mb(measured: Step) -> float | None:
-    """The peak of one call above what was in use before, in MB (10^6 bytes): with the gradient, without the embeddings.
+    """The peak of one call above what was in use before, in MB (10^6 bytes): with the gradients, without the inputs.
 
     On a GPU by torch's allocator; on Linux by the resident memory of the process. None where neither can be had.
     """
-    device = measured.embeddings.device
+    device = measured.device
     measured.prepare()
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -131,6 +206,7 @@ def peak_extra_mb(measured: Step) -> float | None:
         measured()
         return (torch.cuda.max_memory_allocated(device) - before) / _BYTES_PER_MB
     if not _reset_resident_peak():
+        measured()
         return None
     before = _resident_bytes("VmRSS")
     measured()
@@ -156,18 +232,18 @@ def _resident_bytes(field: str) -> int:
     raise LookupError(f"{_STATUS} has no field {field}")
 
 
-def predicted_mb(provider: Provider, n_rows: int, width: int, dtype: torch.dtype) -> float:
+def predicted_mb(provider: Provider, case: Case) -> float:
     """The extra memory to expect, from above. Arrays of less than float32 count as float32: the softmax runs in it."""
-    entries = provider.pair_arrays * n_rows**2 + ROW_ARRAYS * n_rows * width
-    return entries * max(dtype.itemsize, torch.float32.itemsize) / _BYTES_PER_MB
+    entries = provider.pair_arrays * case.N**2 + ROW_ARRAYS * case.N * case.D
+    return entries * max(DTYPES[case.dtype].itemsize, torch.float32.itemsize) / _BYTES_PER_MB
 
 
-def obstacle(provider: Provider, n_rows: int, width: int, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why the provider cannot be measured at this size, or None if it can."""
-    reason = provider.obstacle(device, dtype)
+def obstacle(provider: Provider, case: Case, device: torch.device) -> str | None:
+    """Why the provider cannot be measured here on this case, or None if it can."""
+    reason = provider.obstacle(device, DTYPES[case.dtype])
     available = _available_mb(device)
     if reason is None and available is not None:
-        predicted = predicted_mb(provider, n_rows, width, dtype)
+        predicted = predicted_mb(provider, case)
         if predicted > LARGEST_SHARE * available:
             reason = f"needs about {predicted:,.0f} MB, more than {LARGEST_SHARE:.0%} of {available:,.0f} MB available"
     return reason

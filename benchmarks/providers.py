@@ -1,4 +1,4 @@
-"""What is measured: the plain loss, torch.compile of it, and the backends of clop_kernels, on the same embeddings."""
+"""Who computes it: the plain loss, torch.compile of it, other libraries, and the backends of clop_kernels."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import importlib.util
 import os
 import shutil
 import sysconfig
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,99 +15,47 @@ import torch
 from torch import Tensor
 
 import clop_kernels
-from clop_kernels import reference
 from clop_kernels.backends import BACKENDS
 
-N_VIEWS = 2
-TEMPERATURE = 0.1
-WIDTH = 128
+from .problems import N_VIEWS, PROBLEMS, LossFunction
 
-LossFunction = Callable[[Tensor, int, float], Tensor]
 Obstacle = Callable[[torch.device, torch.dtype], str | None]
 
 
 @dataclass(frozen=True)
 class Provider:
-    """One implementation of the loss.
+    """One implementation of the losses.
 
     Attributes:
         name: what the command line and the results call it.
-        summary: one line for a person.
+        summary: one line for a person; figures call it so.
+        package: whose version the results state.
+        functions: by problem; what is not here it does not offer.
         obstacle: (device, dtype) -> why it cannot run on such embeddings here, or None if it can.
-        function: (embeddings, n_views, temperature) -> the loss, ().
-        pair_arrays: how many N x N arrays it holds at its peak, as measured and rounded up; 0 if its memory is O(N D).
+        pair_arrays: how many N x N arrays it holds at its peak, as measured at N = 8192 and rounded up, of the problem that
+            takes most; 0 if its memory is O(N D).
         compiles_per_shape: the first call on a shape compiles code for it, which is neither its time nor its memory.
     """
 
     name: str
     summary: str
+    package: str
+    functions: Mapping[str, LossFunction]
     obstacle: Obstacle
-    function: LossFunction
     pair_arrays: float = 0.0
     compiles_per_shape: bool = False
 
 
-@dataclass(frozen=True)
-class Tolerance:
-    """How far two providers may lie apart: relative errors, the gradient's in the Frobenius norm."""
-
-    loss: float
-    gradient: float
+# ---- torch.compile ---------------------------------------------------------------------------------------------------
 
 
-TOLERANCES = {
-    torch.float64: Tolerance(loss=1e-10, gradient=1e-9),
-    torch.float32: Tolerance(loss=1e-5, gradient=1e-4),
-    torch.float16: Tolerance(loss=1e-2, gradient=2e-2),
-    torch.bfloat16: Tolerance(loss=1e-2, gradient=5e-2),
-}
+def _compiled(problem: str) -> LossFunction:
+    @functools.cache
+    def compiled() -> LossFunction:
+        # One code for each shape, as a training run with its one batch size gets it.
+        return torch.compile(PROBLEMS[problem].plain, fullgraph=True, dynamic=False)
 
-
-def make_embeddings(n_rows: int, width: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> Tensor:
-    """Normal embeddings, (n_rows, width), that require a gradient; drawn on the CPU, so the same on any device."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(n_rows, width, generator=generator).to(device, dtype).requires_grad_()
-
-
-def check_equal(providers: Sequence[Provider], embeddings: Tensor, temperature: float) -> None:
-    """Holds the loss and gradient of every provider to those of the first.
-
-    Raises:
-        AssertionError: naming the provider, its error and the tolerance. A NaN never passes.
-    """
-    if len(providers) < 2:
-        return
-    tolerance = TOLERANCES[embeddings.dtype]
-    first, *others = providers
-    expected_loss, expected_gradient = _loss_and_gradient(first, embeddings, temperature)
-    for provider in others:
-        loss, gradient = _loss_and_gradient(provider, embeddings, temperature)
-        for what, value, expected, limit in (
-            ("loss", loss, expected_loss, tolerance.loss),
-            ("gradient", gradient, expected_gradient, tolerance.gradient),
-        ):
-            error = float((value - expected).norm() / expected.norm())
-            if not error <= limit:
-                raise AssertionError(
-                    f"{what} of {provider.name} at {tuple(embeddings.shape)}, {embeddings.dtype}: relative error "
-                    f"{error:.2g} against {first.name}, expected at most {limit:.2g}"
-                )
-
-
-def _loss_and_gradient(provider: Provider, embeddings: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-    loss = provider.function(embeddings, N_VIEWS, temperature)
-    (gradient,) = torch.autograd.grad(loss, embeddings)
-    return loss.detach().double(), gradient.double()
-
-
-def _eager(embeddings: Tensor, n_views: int, temperature: float) -> Tensor:
-    return reference.clop_loss(embeddings, n_views=n_views, temperature=temperature)
-
-
-@functools.cache
-def _compiled() -> LossFunction:
-    # One code for each shape, as a training run with its one batch size gets it.
-    return torch.compile(_eager, fullgraph=True, dynamic=False)
+    return lambda *inputs: compiled()(*inputs)
 
 
 def _obstacle_to_compile(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -120,25 +68,123 @@ def _obstacle_to_compile(device: torch.device, dtype: torch.dtype) -> str | None
     return None
 
 
-def _backend_function(name: str) -> LossFunction:
-    def function(embeddings: Tensor, n_views: int, temperature: float) -> Tensor:
-        return clop_kernels.clop_loss(embeddings, n_views=n_views, temperature=temperature, backend=name)
+# ---- other libraries -------------------------------------------------------------------------------------------------
 
-    return function
+
+def _library(package: str, load: Callable[[], object], in_float16: str) -> Obstacle:
+    def obstacle(device: torch.device, dtype: torch.dtype) -> str | None:
+        try:
+            load()
+        except ImportError as error:
+            return f"{package} cannot be imported ({error}): pip install {package}"
+        return in_float16 if dtype == torch.float16 else None
+
+    return obstacle
+
+
+@functools.cache
+def _metric_learning() -> type[torch.nn.Module]:
+    from pytorch_metric_learning.losses import SupConLoss
+
+    return SupConLoss
+
+
+def _metric_learning_supcon(embeddings: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    return _metric_learning()(temperature)(embeddings, labels)
+
+
+def _metric_learning_ntxent(embeddings: Tensor, temperature: float) -> Tensor:
+    """By its SupConLoss: its NTXentLoss is another loss, with only one positive at a time in the denominator."""
+    instances = torch.arange(len(embeddings) // N_VIEWS, device=embeddings.device)
+    return _metric_learning_supcon(embeddings, instances.repeat(N_VIEWS), temperature)
+
+
+def _lightly_ntxent(embeddings: Tensor, temperature: float) -> Tensor:
+    return _lightly()(temperature)(*embeddings.chunk(N_VIEWS))
+
+
+@functools.cache
+def _lightly() -> type[torch.nn.Module]:
+    _import_torchvision()
+    from lightly.loss import NTXentLoss
+
+    return NTXentLoss
+
+
+@functools.cache
+def _import_torchvision() -> torch.library.Library | None:
+    """lightly imports it, and uses none of it for this loss.
+
+    Where its compiled half does not load, as that of a CUDA build beside a CPU build of torch, the import fails for want
+    of two operators. So they are declared, for as long as the result lives.
+    """
+    try:
+        import torchvision  # noqa: F401
+    except RuntimeError:
+        library = torch.library.Library("torchvision", "FRAGMENT")
+        for name in ("nms", "qnms"):
+            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
+        return library
+    return None
+
+
+# ---- clop_kernels ----------------------------------------------------------------------------------------------------
+
+
+def _backend_functions(backend: str) -> dict[str, LossFunction]:
+    def ntxent(embeddings: Tensor, temperature: float) -> Tensor:
+        return clop_kernels.ntxent_loss(embeddings, n_views=N_VIEWS, temperature=temperature, backend=backend)
+
+    def supcon(embeddings: Tensor, labels: Tensor, temperature: float) -> Tensor:
+        return clop_kernels.supcon_loss(embeddings, labels, temperature=temperature, backend=backend)
+
+    def clip(left: Tensor, right: Tensor, temperature: float) -> Tensor:
+        return clop_kernels.clip_loss(left, right, temperature=temperature, backend=backend)
+
+    return {"ntxent": ntxent, "supcon": supcon, "clip": clip}
 
 
 _ALL = (
-    Provider("eager", "the plain loss, N x N and all", lambda device, dtype: None, _eager, pair_arrays=6),
+    Provider(
+        "eager",
+        "plain PyTorch",
+        "torch",
+        {name: problem.plain for name, problem in PROBLEMS.items()},
+        lambda device, dtype: None,
+        pair_arrays=6,
+    ),
     Provider(
         "compile",
-        "torch.compile of the plain loss",
+        "torch.compile",
+        "torch",
+        {name: _compiled(name) for name in PROBLEMS},
         _obstacle_to_compile,
-        lambda embeddings, n_views, temperature: _compiled()(embeddings, n_views, temperature),
-        pair_arrays=1.5,
+        pair_arrays=2,
         compiles_per_shape=True,
     ),
-    *(Provider(b.name, b.summary, b.obstacle, _backend_function(b.name)) for b in BACKENDS),
+    Provider(
+        "metric-learning",
+        "pytorch-metric-learning",
+        "pytorch-metric-learning",
+        {"ntxent": _metric_learning_ntxent, "supcon": _metric_learning_supcon},
+        _library("pytorch-metric-learning", _metric_learning, "softmax in float16: gradients below 6e-8 are lost"),
+        pair_arrays=12,
+    ),
+    Provider(
+        "lightly",
+        "lightly",
+        "lightly",
+        {"ntxent": _lightly_ntxent},
+        _library("lightly", _lightly, "sum of the rows' losses in float16: infinite at N = 8192"),
+        pair_arrays=5,
+    ),
+    *(Provider(b.name, f"clop_kernels, {b.name}", "clop_kernels", _backend_functions(b.name), b.obstacle) for b in BACKENDS),
 )
 
 PROVIDERS: dict[str, Provider] = {provider.name: provider for provider in _ALL}
 """By name, the one that the others are checked against first."""
+
+
+def label(name: str) -> str:
+    """What figures and reports call a provider; rows of an older project may have others."""
+    return PROVIDERS[name].summary if name in PROVIDERS else name

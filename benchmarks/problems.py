@@ -1,0 +1,102 @@
+"""What is computed: the losses that are compared, and one point of a sweep over them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from clop_kernels import reference
+
+Mode = Literal["forward", "backward", "forward+backward"]
+MODES: tuple[Mode, ...] = get_args(Mode)
+
+DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+N_VIEWS = 2
+"""Of NT-Xent, so its N is a multiple of it; so are all N here."""
+
+N_CLASSES = 100
+
+LossFunction = Callable[..., Tensor]
+"""(*inputs of the problem, temperature) -> the loss, ()."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A loss over N x N similarities.
+
+    Attributes:
+        name: what the command line and the results call it.
+        summary: one line for a person.
+        make_inputs: (N, D, generator) -> float32 embeddings, which get gradients, and integer labels, all on the CPU.
+        plain: the formula, N x N and all.
+    """
+
+    name: str
+    summary: str
+    make_inputs: Callable[[int, int, torch.Generator], tuple[Tensor, ...]]
+    plain: LossFunction
+
+
+@dataclass(frozen=True)
+class Case:
+    """One point of a sweep: all providers compute this, on the same inputs."""
+
+    N: int
+    D: int = 128
+    problem: str = "ntxent"
+    dtype: str = "float32"
+    mode: Mode = "forward+backward"
+    temperature: float = 0.1
+
+    def __str__(self) -> str:
+        return f"{self.problem}, {self.mode}, N={self.N}, D={self.D}, {self.dtype}, temperature {self.temperature:g}"
+
+    def make_inputs(self, device: torch.device) -> tuple[Tensor, ...]:
+        """Drawn on the CPU from a fixed seed: the same on every device."""
+        inputs = PROBLEMS[self.problem].make_inputs(self.N, self.D, torch.Generator().manual_seed(0))
+        dtype = DTYPES[self.dtype]
+        return tuple(x.to(device, dtype).requires_grad_() if x.is_floating_point() else x.to(device) for x in inputs)
+
+
+def _views(n_rows: int, width: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    return (torch.randn(n_rows, width, generator=generator),)
+
+
+def _labelled(n_rows: int, width: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    return torch.randn(n_rows, width, generator=generator), torch.randint(0, N_CLASSES, (n_rows,), generator=generator)
+
+
+def _plain_ntxent(embeddings: Tensor, temperature: float) -> Tensor:
+    return reference.clop_loss(embeddings, n_views=N_VIEWS, temperature=temperature)
+
+
+def _plain_supcon(embeddings: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    return reference.clop_loss(embeddings, labels, n_views=1, positives="label", temperature=temperature)
+
+
+def _pairs(n_rows: int, width: int, generator: torch.Generator) -> tuple[Tensor, ...]:
+    return torch.randn(n_rows, width, generator=generator), torch.randn(n_rows, width, generator=generator)
+
+
+def _plain_clip(left: Tensor, right: Tensor, temperature: float) -> Tensor:
+    """Not by the reference, which would compare all 2 N rows with each other."""
+    precise = torch.promote_types(left.dtype, torch.float32)
+    left, right = (F.normalize(x.to(precise), dim=1).to(x.dtype) for x in (left, right))
+    logits = (left @ right.T).to(precise) / temperature
+    target = torch.arange(len(logits), device=logits.device)
+    return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+
+
+_ALL = (
+    Problem("ntxent", f"NT-Xent (SimCLR) of {N_VIEWS} views, N rows in all", _views, _plain_ntxent),
+    Problem("supcon", f"SupCon of N rows with labels of {N_CLASSES} classes", _labelled, _plain_supcon),
+    Problem("clip", "the two-sided loss of CLIP, N rows a side", _pairs, _plain_clip),
+)
+
+PROBLEMS = {problem.name: problem for problem in _ALL}

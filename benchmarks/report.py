@@ -1,0 +1,145 @@
+"""``python -m benchmarks.report CSV [CSV ...] --output DIR``: report.md and its figures, from what compare has measured."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+
+from .problems import Case
+from .providers import PROVIDERS, label
+from .results import Row, default_of, find, markdown_table, memory_ratio, ratio, read_csv, summary
+from .scaling import FIT_FROM_MB, FIT_FROM_N, memory_law, representative, series_over, time_law
+from .targets import verdicts
+
+HOW = """\
+A contrastive loss compares each of N embeddings with every other. The usual implementations hold the N x N similarities in
+memory; clop_kernels computes the same loss and the same gradients tile by tile, in memory that grows with N. Here both are
+measured: implementations get the same inputs, and must agree in loss and gradients before any is timed. They are timed in
+turn, A B A B, so that whatever else the machine does falls on all alike; what follows are medians over these rounds, and
+ratios are medians of the ratios within a round. Memory is the peak during a call above what was in use before it. *Default* is
+the backend of clop_kernels that a user gets who asks for none. Absolute times are those of one machine at one hour: read
+ratios."""
+
+
+def write(rows: Sequence[Row], folder: Path, more: str = "") -> Path:
+    """Writes report.md, with figures beside it where matplotlib is installed; ``more`` is Markdown to put before the tables.
+
+    Raises:
+        ValueError: if the rows are of several devices, whose times no figure may mix.
+    """
+    devices = sorted({row.environment.device for row in rows})
+    if len(devices) > 1:
+        raise ValueError(f"rows of {', '.join(devices)}: expected those of one device, a report each")
+    folder.mkdir(parents=True, exist_ok=True)
+    sections = [
+        f"# clop_kernels beside other implementations: {', '.join(devices) or 'nothing measured'}",
+        HOW,
+        "\n".join(f"- {line}" for line in dict.fromkeys([*(str(row.environment) for row in rows), *_versions(rows)])),
+        *_findings(rows),
+        *_growth(rows),
+        *_figures(rows, folder),
+        "## Targets of the project",
+        markdown_table(verdicts(rows)),
+        more,
+        *_tables(rows),
+    ]
+    path = folder / "report.md"
+    path.write_text("\n\n".join(section for section in sections if section) + "\n")
+    return path
+
+
+def _versions(rows: Sequence[Row]) -> list[str]:
+    """Of the packages that the environment does not name."""
+    named = {(PROVIDERS[row.provider].package, row.version) for row in rows if row.provider in PROVIDERS}
+    return [", ".join(f"{package} {version}" for package, version in sorted(named) if package != "torch")]
+
+
+def _findings(rows: Sequence[Row]) -> list[str]:
+    """The ratios that matter most: a line a case, a column a provider."""
+    table = []
+    cases = representative(rows)
+    others = dict.fromkeys(row.provider for row in rows if row.case in cases and row.seconds and not row.is_default)
+    for case in cases:
+        default = default_of(rows, case)
+        if default is not None:
+            found = {name: find(rows, name, case) for name in others}
+            multiples = {name: (ratio(row, default), memory_ratio(row, default)) for name, row in found.items()}
+            cells = {label(name): ", ".join(f"{x:.1f}x" for x in (t, m) if x is not None) for name, (t, m) in multiples.items()}
+            table.append({"case": _title(case), "default": label(default.provider), **cells})
+    text = "Time and peak extra memory, each as a multiple of the default's."
+    return ["## In short", text, markdown_table(table)] if table else []
+
+
+def _growth(rows: Sequence[Row]) -> list[str]:
+    table = []
+    for series in series_over("N", rows):
+        for provider, of_provider in series.by_provider().items():
+            time, memory = time_law(of_provider), memory_law(of_provider)
+            if time is not None or memory is not None:
+                table.append(
+                    {
+                        "case": _title(series.common),
+                        "provider": label(provider),
+                        "time grows as": str(time or ""),
+                        "fitted on N": " ".join(map(str, time.sizes)) if time else "",
+                        "memory grows as": str(memory or ""),
+                        "on N": " ".join(map(str, memory.sizes)) if memory else "",
+                    }
+                )
+    text = (
+        f"Least squares of log cost against log N: of times from N = {FIT_FROM_N} on, of memory from {FIT_FROM_MB:g} MB on, "
+        "where what does not depend on N matters little."
+    )
+    return ["## How the cost grows", text, markdown_table(table)] if table else []
+
+
+def _figures(rows: Sequence[Row], folder: Path) -> list[str]:
+    if find_spec("matplotlib") is None:
+        return ["No figures: matplotlib is not installed. `python -m benchmarks.report CSV --output DIR` draws them elsewhere."]
+    from . import figures
+
+    return [f"![{p.title}]({p.name})\n\n*{p.title}.* {p.caption}" for p in figures.draw_all(rows, folder)]
+
+
+def _tables(rows: Sequence[Row]) -> list[str]:
+    """All rows, a table for each setting."""
+    settings = dict.fromkeys(replace(row.case, N=0, D=0) for row in rows)
+    sections = ["## All rows"] if rows else []
+    for setting in settings:
+        chosen = [row for row in rows if replace(row.case, N=0, D=0) == setting]
+        chosen.sort(key=lambda row: (row.case.D, row.case.N))
+        cells = [
+            {"N": str(row.case.N), "D": str(row.case.D), **{k: v for k, v in line.items() if k != "case"}}
+            for row, line in zip(chosen, summary(chosen), strict=True)
+        ]
+        sections += [f"### {_title(setting)}", markdown_table(cells)]
+    return sections
+
+
+def _title(case: Case) -> str:
+    sizes = "".join(f", {name}={size}" for name, size in (("N", case.N), ("D", case.D)) if size)
+    return f"{case.problem}, {case.mode}{sizes}, {case.dtype}, temperature {case.temperature:g}"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.report",
+        description="Writes report.md and its figures from CSV files of python -m benchmarks.compare, all of one device. Of a "
+        "case that several runs have measured, it takes the newest.",
+    )
+    parser.add_argument("csv", type=Path, nargs="+", metavar="CSV")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="for report.md and the figures")
+    arguments = parser.parse_args(argv)
+    try:
+        print(write(read_csv(arguments.csv), arguments.output))
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""Which cases are measured: products of sizes and settings, and the ones with a name."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from .problems import Case, Mode
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The product of its values, one case each.
+
+    Attributes:
+        repeats: rounds of a case, each of which times every provider once.
+        seconds: no further round of a case begins that would end later.
+        providers: by name; None: all that can run.
+    """
+
+    N: tuple[int, ...]
+    D: tuple[int, ...] = (128,)
+    problems: tuple[str, ...] = ("ntxent",)
+    dtypes: tuple[str, ...] = ("float32",)
+    temperatures: tuple[float, ...] = (0.1,)
+    modes: tuple[Mode, ...] = ("forward+backward",)
+    repeats: int = 5
+    seconds: float = 60.0
+    providers: tuple[str, ...] | None = None
+
+    def cases(self) -> Iterator[Case]:
+        """N varies fastest."""
+        values = (self.problems, self.dtypes, self.temperatures, self.modes, self.D, self.N)
+        for problem, dtype, temperature, mode, width, n_rows in itertools.product(*values):
+            yield Case(n_rows, width, problem, dtype, mode, temperature)
+
+
+_BFLOAT16 = ("bfloat16",)
+_NOTHING_COMPILED_PER_SHAPE = ("eager", "metric-learning", "lightly", "cuda", "triton", "cpu", "tiled")
+
+PRESETS = {
+    "smoke": (
+        Sweep((64, 128, 256), (32,), repeats=3, providers=_NOTHING_COMPILED_PER_SHAPE),
+        Sweep((128,), (16, 64), ("supcon", "clip"), repeats=2, providers=_NOTHING_COMPILED_PER_SHAPE),
+        Sweep((128,), (32,), modes=("forward", "backward"), repeats=2, providers=_NOTHING_COMPILED_PER_SHAPE),
+    ),
+    "quick": (
+        Sweep((1024, 2048, 4096, 8192), seconds=30),
+        Sweep((4096,), problems=("supcon", "clip"), seconds=20),
+    ),
+    "readme": (
+        Sweep((8192,), repeats=7, seconds=120),
+        Sweep((1024, 2048, 4096, 16384, 32768, 65536)),
+        Sweep((8192,), modes=("forward", "backward")),
+        Sweep((8192,), problems=("supcon", "clip")),
+        Sweep((8192,), (32, 64, 256, 512, 1024), seconds=45),
+    ),
+    "gpu": (
+        Sweep((32768, 65536), dtypes=_BFLOAT16, repeats=10),
+        Sweep((65536,), (256,), dtypes=_BFLOAT16, repeats=10),
+        Sweep((2048,), dtypes=_BFLOAT16, repeats=10),
+        Sweep((1048576,), dtypes=_BFLOAT16, repeats=1, providers=("cuda", "triton")),
+        Sweep((8192,), dtypes=("bfloat16", "float32"), repeats=10),
+        Sweep((8192,), (1024,), dtypes=_BFLOAT16, repeats=10),
+    ),
+}
+"""By name: for continuous integration; for a first look; for benchmarks/results/cpu; for benchmarks.gpu_check, targets first."""
