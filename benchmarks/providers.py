@@ -100,11 +100,11 @@ def _metric_learning_ntxent(embeddings: Tensor, temperature: float) -> Tensor:
 
 
 def _lightly_ntxent(embeddings: Tensor, temperature: float) -> Tensor:
-    return _lightly()(temperature)(*embeddings.chunk(N_VIEWS))
+    return lightly_loss()(temperature)(*embeddings.chunk(N_VIEWS))
 
 
 @functools.cache
-def _lightly() -> type[torch.nn.Module]:
+def lightly_loss() -> type[torch.nn.Module]:
     _import_torchvision()
     from lightly.loss import NTXentLoss
 
@@ -175,7 +175,7 @@ _ALL = (
         "lightly",
         "lightly",
         {"ntxent": _lightly_ntxent},
-        _library("lightly", _lightly, "sum of the rows' losses in float16: infinite at N = 8192"),
+        _library("lightly", lightly_loss, "sum of the rows' losses in float16: infinite at N = 8192"),
         pair_arrays=5,
     ),
     *(Provider(b.name, f"clop_kernels, {b.name}", "clop_kernels", _backend_functions(b.name), b.obstacle) for b in BACKENDS),

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -15,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import clop_kernels
+from benchmarks import providers
 from clop_kernels import compat
 
 from .oracle import DROP_INS, relative_error
@@ -183,21 +183,13 @@ def test_metric_learning_says_what_it_cannot_do(ours: Any, theirs: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def lightly_loss() -> Iterator[Any]:
-    """lightly imports torchvision, of which this loss uses nothing. Where the compiled half of that does not load, as that of a
-    CUDA build beside a CPU build of torch, its import wants two operators: so they are declared.
-    """
-    library = torch.library.Library("torchvision", "FRAGMENT")
-    try:
-        importlib.import_module("torchvision")
-    except RuntimeError:
-        for name in ("nms", "qnms"):
-            library.define(f"{name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
-    except ImportError:
-        pass
+def lightly_loss() -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of its own dependencies
-        yield pytest.importorskip("lightly.loss").NTXentLoss
+        try:
+            return providers.lightly_loss()
+        except ImportError as error:
+            pytest.skip(f"lightly cannot be imported: {error}")
 
 
 @pytest.mark.parametrize("temperature", [0.02, 0.1, 0.5])
