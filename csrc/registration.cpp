@@ -59,20 +59,23 @@ STABLE_TORCH_LIBRARY(clop_native, m) {
 
 #ifdef CLOP_CUDA_VERSION
   m.def("cuda_obstacle(int device) -> str?");
-  // (N, D) embeddings, (N,) int32 order of the rows or None for groups of instances, (B,) int64 labels, (K, D) float32
-  // prototypes -> by position: (N, D) zhat, (N,) norms, (N,) distances to the prototypes.
+  // (N, D) embeddings, (N,) int32 order of the rows or None for groups of instances (with sides: as they are), (B,) int64 labels,
+  // (K, D) float32 prototypes -> by position: (N, D) zhat, (N,) norms, (N,) distances to the prototypes.
   m.def(
       "cuda_prologue(Tensor embeddings, Tensor? order, Tensor? labels, Tensor? prototypes, int n_views, int distance, "
-      "ScalarType compute_dtype) -> (Tensor normalized, Tensor norms, Tensor distances)");
+      "ScalarType compute_dtype, bool normalize, bool has_sides) -> (Tensor normalized, Tensor norms, Tensor distances)");
 
   // The two passes; the residuals of clop_kernels/backends/contract.py, upstream gradients of clop_kernels/backends/positions.py.
+  // n_left -1: no sides.
 #define CLOP_LOSS                                                                                                           \
   "Tensor groups, Tensor? labels, Tensor? prototypes, Tensor? temperature, float scale, float scale_rest, int n_views, "    \
-  "float prototype_weight, int distance, int reduction, ScalarType compute_dtype, bool is_tf32"
+  "float prototype_weight, int distance, int reduction, ScalarType compute_dtype, bool is_tf32, bool normalize, int n_left, " \
+  "bool negatives_only"
 #define CLOP_BACKWARD                                                                                                       \
   "Tensor upstream, Tensor? weights, Tensor embeddings, Tensor normalized, Tensor norms, Tensor shift, Tensor total, "      \
   "Tensor negative, Tensor counts, bool needs_temperature, " CLOP_LOSS
-  m.def("cuda_groups(Tensor labels, int n_views) -> Tensor");  // (B,) int64 -> (3, N) int32, as clop_kernels/groups.py has it
+  // (B,) int64 -> (3, N) int32, as clop_kernels/groups.py has it
+  m.def("cuda_groups(Tensor labels, int n_views, int n_left) -> Tensor");
   m.def(
       "cuda_forward(Tensor embeddings, " CLOP_LOSS ") -> (Tensor loss, Tensor normalized, Tensor norms, Tensor shift, "
       "Tensor total, Tensor negative, Tensor counts)");

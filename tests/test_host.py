@@ -22,6 +22,7 @@ from clop_kernels.backends.contract import DISTANCES, POSITIVES, REDUCTIONS, Los
 from clop_kernels.groups import label_groups
 
 from . import host
+from .host.cases import Case, any_case, assert_right, clip_case
 from .oracle import (
     Problem,
     assert_accurate,
@@ -56,8 +57,8 @@ def order(request: pytest.FixtureRequest, module: ModuleType) -> Iterator[str]:
 
 
 @pytest.fixture(params=[TALL, SHORT], ids=["tall", "short"])
-def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> host.Kernels:
-    """The backend ``cuda`` on the CPU."""
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[host.Kernels]:
+    """The backend ``cuda`` on the CPU; memory that it allocates begins as NaN."""
     kernels = host.Kernels(request.param)
     here = tuple(
         dataclasses.replace(b, obstacle=lambda device, dtype: None, module=".cuda") if b.name == "cuda" else b
@@ -65,7 +66,9 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     )
     monkeypatch.setattr(cuda, "kernels", kernels)
     monkeypatch.setattr(backends, "BACKENDS", here)
-    return kernels
+    torch.use_deterministic_algorithms(True)
+    yield kernels
+    torch.use_deterministic_algorithms(False)
 
 
 # ---- the harness -----------------------------------------------------------------------------------------------------
@@ -217,7 +220,9 @@ def test_every_option(distance: str, reduction: str, positives: str, kernels: ho
 def test_groups_are_those_of_the_sort(n_instances: int, n_views: int, order: str, kernels: host.Kernels) -> None:
     for n_classes in (1, 5, 1000):
         labels = torch.randint(-1, n_classes, (n_instances,))
-        assert torch.equal(kernels.cuda_groups(labels, n_views), label_groups(labels, n_views).table())
+        assert torch.equal(kernels.cuda_groups(labels, n_views, -1), label_groups(labels, n_views).table())
+        for n_left in {0, 1, n_instances // 2, n_instances} if n_views == 1 else ():
+            assert torch.equal(kernels.cuda_groups(labels, 1, n_left), label_groups(labels, 1, n_left).table())
 
 
 def test_many_instances_are_sorted(kernels: host.Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,6 +286,8 @@ def test_any_order_of_the_threads_gives_the_same_bits(dtype: torch.dtype, kernel
     for problem in (
         random_problem(2, 70, 16, positives="label", reduction="none", distance="euclidean"),
         random_problem(2, 70, 100, temperature=0.01, distance="manhattan"),
+        clip_case(70, 90, 24, by_label=True, reduction="none"),
+        clip_case(70, 70, 100, by_label=False, temperature=0.01),
     ):
         results = []
         for order in ORDERS:
@@ -315,6 +322,17 @@ def test_the_kernels_read_the_temperature(temperature: float, reduction: str, ke
         assert relative_error(as_tensor[name], value) < 1e-6, name
 
 
+@pytest.mark.parametrize("temperature", [0.01, 0.1, 10.0])
+@pytest.mark.parametrize("options", [{"n_left": 13}, {"normalize": False}, {"negatives_only": True}], ids=str)
+def test_the_kernels_read_the_temperature_with_every_option(
+    temperature: float, options: dict[str, Any], kernels: host.Kernels
+) -> None:
+    problem = random_problem(1, 34, 20, positives="label", temperature=temperature, **options)
+    as_float, as_tensor = (run(problem, t) for t in (problem.temperature, torch.tensor(problem.temperature)))
+    for name, value in as_float.items():
+        assert relative_error(as_tensor[name], value) < 1e-6, name
+
+
 def run(problem: Problem, temperature: float | Tensor) -> dict[str, Tensor]:
     """The backend itself, below the operator."""
     assert problem.prototypes is not None
@@ -342,3 +360,138 @@ def test_wrong_values_are_asserted_on_the_device(
     problem = dataclasses.replace(random_problem(2, 3, 4), labels=torch.tensor(labels))
     with pytest.raises(RuntimeError, match=message):
         run(problem, torch.tensor(temperature))
+
+
+# ---- two sides, rows as they are, negatives only, no pairs -----------------------------------------------------------
+
+
+ROW_BY_ROW = [(1, 5), (15, 64), (17, 37), (33, 128), (65, 100), (65, 256), (130, 24), (130, 300)]  # rows of a side, width
+BY_LABEL = [(1, 40), (40, 1), (0, 7), (6, 0), (1, 1), (17, 130), (65, 33), (130, 3), (63, 64)]  # rows of the two sides
+SIDES = [*((n, n, width, False) for n, width in ROW_BY_ROW), *((*rows, 40, True) for rows in BY_LABEL)]
+
+
+@pytest.mark.parametrize("temperature", [0.1, 0.01])
+@pytest.mark.parametrize(("n_left", "n_right", "width", "by_label"), SIDES)
+def test_clip(n_left: int, n_right: int, width: int, by_label: bool, temperature: float, kernels: host.Kernels) -> None:
+    for dtype, reduction in zip(host.DTYPES, REDUCTIONS, strict=True):
+        if dtype == torch.float32 or temperature == 0.1:
+            case = clip_case(n_left, n_right, width, by_label=by_label, temperature=temperature, reduction=reduction)
+            assert_right(case, dtype)
+
+
+OPTIONS: list[dict[str, Any]] = [
+    {"positives": positives, "n_left": n_left, "negatives_only": negatives_only, "normalize": normalize}
+    for positives, n_left, negatives_only, normalize in [
+        *itertools.product(POSITIVES, (None, 45), (False, True), (False, True)),
+        ("label", 0, True, True),
+        ("label", 90, True, False),
+    ]
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(map(str, options.values())))
+@pytest.mark.parametrize("is_wide", [False, True])
+def test_every_option_with_every_other(
+    is_wide: bool, options: dict[str, Any], kernels: host.Kernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if is_wide:
+        monkeypatch.setattr(cuda, "is_wide", lambda width, compute_dtype: True)
+        monkeypatch.setattr(cuda, "panel_rows", lambda compute_dtype: 32)
+    n_views = 2 if options["positives"] == "instance" else 1
+    for reduction, distance, temperature in zip(REDUCTIONS, DISTANCES, (0.1, 0.01, 0.1), strict=True):
+        case = any_case(n_views, 90 // n_views, 21, temperature=temperature, reduction=reduction, distance=distance, **options)
+        assert_right(case, ill_conditioned=not options["normalize"])
+
+
+@pytest.mark.parametrize(("norm", "temperature"), [(1.0, 0.07), (30.0, 1.0), (30.0, 0.1)])
+@pytest.mark.parametrize("dtype", host.DTYPES, ids=str)
+def test_rows_as_they_are(dtype: torch.dtype, norm: float, temperature: float, kernels: host.Kernels) -> None:
+    """No row is scaled down, and no similarity is bounded; long rows and a warm temperature take the maxima too."""
+    for n_views, n_instances, positives in ((2, 40, "instance"), (1, 70, "label")):
+        for width in (48, 300):
+            options: dict[str, Any] = {"positives": positives, "normalize": False, "temperature": temperature}
+            assert_right(any_case(n_views, n_instances, width, scale=norm / width**0.5, **options), dtype, ill_conditioned=True)
+
+
+@pytest.mark.parametrize("width", [7, 64, 300, 4100])
+@pytest.mark.parametrize("dtype", host.DTYPES, ids=str)
+def test_rows_as_they_are_to_the_last_bit(width: int, dtype: torch.dtype, kernels: host.Kernels) -> None:
+    z = torch.randn(9, width) * torch.logspace(-30, 30, 9)[:, None]
+    zhat, norms, _ = kernels.cuda_prologue(z, None, None, None, 1, 0, dtype, False, False)
+    assert torch.equal(zhat.float().nan_to_num(), z.to(dtype).float().nan_to_num())
+    torch.testing.assert_close(norms, z.double().norm(dim=1).float(), rtol=1e-6, atol=0.0)
+
+
+@pytest.mark.parametrize("labels", ["some", "one", "none", "a row"])
+@pytest.mark.parametrize("temperature", [0.1, 0.01])
+@pytest.mark.parametrize("dtype", host.DTYPES, ids=str)
+def test_negative_logsumexp(labels: str, temperature: float, dtype: torch.dtype, kernels: host.Kernels) -> None:
+    n_rows = 1 if labels == "a row" else 130
+    problem = random_problem(1, n_rows, 40)
+    of_rows = {"some": problem.labels, "one": torch.zeros(n_rows), "none": torch.full((n_rows,), -1), "a row": torch.zeros(1)}
+    inputs = {"embeddings": problem.embeddings}
+    given = of_rows[labels]
+    assert given is not None
+    case = Case(clop_kernels.negative_logsumexp, inputs, temperature, {"labels": given.long()})
+    if dtype == torch.float32 or temperature == 0.1:
+        assert_right(case, dtype)
+    if labels in ("one", "a row"):
+        assert all(not value.any() for value in case.solve("cuda", dtype).values())
+
+
+def test_positives_far_above_the_negatives_are_no_pairs(kernels: host.Kernels) -> None:
+    """By 2^288, at tau = 0.005: a maximum over them would leave nothing of the negatives."""
+    rows = torch.eye(8, dtype=torch.float64).repeat(9, 1) + 1e-3 * random_problem(1, 72, 8).embeddings
+    labels = torch.arange(8).repeat(9)
+    assert_right(Case(clop_kernels.negative_logsumexp, {"embeddings": rows.float().double()}, 0.005, {"labels": labels}))
+
+
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize("width", [24, 300])
+def test_prototypes_alone(width: int, reduction: str, kernels: host.Kernels) -> None:
+    for distance, dtype in zip(DISTANCES, host.DTYPES, strict=True):
+        for normalize in (True, False):
+            case = any_case(1, 70, width, reduction=reduction, distance=distance, normalize=normalize)
+            assert_right(case, dtype)
+
+
+def test_without_pairs_rows_do_not_meet(kernels: host.Kernels) -> None:
+    """What is not finite stays where it is: nothing is computed of two rows."""
+    problem = random_problem(1, 70, 24)
+    z = problem.embeddings.float()
+    z[4, 2] = torch.nan
+    z.requires_grad_()
+    arguments = (z, torch.zeros(70, dtype=torch.int64), problem.prototypes)
+    loss = clop_kernels.clop_loss(*arguments, n_views=1, reduction="none", backend="cuda")
+    (grad,) = torch.autograd.grad(loss.sum(), z)
+    for x in (loss, grad.sum(1)):
+        assert x.isnan().nonzero().flatten().tolist() == [4]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_a_row_that_is_not_finite_shows_with_every_option(value: float, normalize: bool, kernels: host.Kernels) -> None:
+    z, labels = torch.randn(6, 4), torch.tensor([0, 0, 0, 0, 1, 1])
+    z[4, 2] = value
+    for of, shows in ((labels, [0, 1, 2, 3, 4]), (torch.zeros(6, dtype=torch.int64), [4])):  # in its negatives, and without any
+        loss = clop_kernels.negative_logsumexp(z, of, normalize=normalize, backend="cuda")
+        assert loss.isnan().nonzero().flatten().tolist() == shows
+    for of_sides in ((), (labels[:3], labels[3:])):
+        assert clop_kernels.clip_loss(z[:3], z[3:], *of_sides, normalize=normalize, backend="cuda").isnan()
+
+
+@pytest.mark.parametrize(("n_left", "n_rows"), [(None, 90), (0, 90), (33, 90), (64, 90), (90, 90)])
+def test_panels_have_every_pair_once(n_left: int | None, n_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "panel_rows", lambda compute_dtype: 32)
+    options = LossOptions(1, "label", 0.1, 0.0, "cosine", "mean", torch.float32, n_left=n_left)
+    side = torch.arange(n_rows) < (n_rows if n_left is None else n_left)
+    expected = torch.ones(n_rows, n_rows) if n_left is None else (side[:, None] != side).float()
+    visits, once = torch.zeros(n_rows, n_rows), torch.zeros(n_rows, n_rows)
+    for rows, columns in cuda._panels(n_rows, options, once=False):
+        visits[rows, columns] += 1
+    for rows, columns in cuda._panels(n_rows, options, once=True):
+        once[rows, columns] += 1
+        if rows != columns:
+            once[columns, rows] += 1
+    assert torch.equal(visits, expected)
+    assert torch.equal(once, expected)

@@ -53,8 +53,20 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
 Prologue = tuple[Tensor, Tensor, Tensor]
 
 
-def prologue(z: Tensor, order: Tensor | None, labels: Tensor | None, prototypes: Tensor | None, *options: object) -> Prologue:
-    return torch.ops.clop_native.cuda_prologue(z, order, labels, prototypes, *options)
+def prologue(
+    z: Tensor,
+    order: Tensor | None,
+    labels: Tensor | None,
+    prototypes: Tensor | None,
+    n_views: int,
+    distance: int,
+    compute_dtype: torch.dtype,
+    normalize: bool = True,
+    has_sides: bool = False,
+) -> Prologue:
+    return torch.ops.clop_native.cuda_prologue(
+        z, order, labels, prototypes, n_views, distance, compute_dtype, normalize, has_sides
+    )
 
 
 def assert_right(
@@ -256,7 +268,34 @@ def test_bad_input() -> None:
     ]
     for name, arguments in wrong:
         with pytest.raises(RuntimeError, match=f"clop_native: {name}: expected"):
-            torch.ops.clop_native.cuda_prologue(*arguments)
+            torch.ops.clop_native.cuda_prologue(*arguments, True, False)
+
+
+@on_gpu
+@pytest.mark.parametrize("width", [7, 64, 300, 4100])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_as_they_are_and_of_two_sides(width: int, dtype: torch.dtype) -> None:
+    z = random_rows(66, width, dtype) * 30
+    normalized, norms, _ = prologue(z, None, None, None, 2, 0, dtype, normalize=False, has_sides=True)
+    assert torch.equal(normalized, z)
+    torch.testing.assert_close(norms.double(), z.double().norm(dim=1), rtol=1e-6, atol=0.0)
+    unit, _, _ = prologue(z, None, None, None, 2, 0, dtype, has_sides=True)
+    torch.testing.assert_close(unit.double().norm(dim=1), torch.ones(66, device="cuda").double(), rtol=4e-3, atol=0.0)
+    assert (torch.nn.functional.cosine_similarity(unit.double(), z.double()) > 0.999).all()
+
+
+@on_gpu
+def test_bad_sides() -> None:
+    z, labels = random_rows(6, 4), torch.zeros(6, dtype=torch.int64, device="cuda")
+    table = label_groups(labels, 1, 2).table()
+    none = table[:, :0].contiguous()
+    for groups, n_views, n_left in ((none, 2, 2), (none, 1, 3), (none, 2, 7), (table, 2, 2), (table, 1, -2), (table, 1, 7)):
+        loss = (groups, None, None, None, 1.0, 0.0, n_views, 1.0, 0, 0, z.dtype, False, True, n_left, False)
+        with pytest.raises(RuntimeError, match="clop_native: n_left: expected"):
+            torch.ops.clop_native.cuda_forward(z, *loss)
+    for n_views, n_left in ((1, 7), (1, -2), (2, 3)):
+        with pytest.raises(RuntimeError, match="clop_native: n_left: expected"):
+            torch.ops.clop_native.cuda_groups(labels, n_views, n_left)
 
 
 @on_gpu

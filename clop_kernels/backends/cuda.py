@@ -1,8 +1,9 @@
 """The compiled CUDA kernels, csrc/cuda/: the loss fused on tensor cores, with nothing compiled when it is first used.
 
 Launches: 2 forward and 2 backward where a row fits on chip, D <= 256, float32 128. Wider rows take a library's matrix products
-and a kernel between them for each panel. Labels as positives take one launch more, or a sort of more than
-RANKED_INSTANCES; the gradient of prototypes and ``reduction="none"`` a few small operations.
+and a kernel between them for each panel. Labels as positives take one launch more, or a sort of more than RANKED_INSTANCES; the
+gradient of prototypes and ``reduction="none"`` a few small operations. Two sides, rows as they are and negatives alone take the
+same launches; where rows have two sides, only pairs of both are visited, and where nothing is compared none.
 
 **Not yet run on a GPU**: the kernels' own source runs on a CPU (tests/host/), against the float64 reference.
 """
@@ -10,6 +11,8 @@ RANKED_INSTANCES; the gradient of prototypes and ``reduction="none"`` a few smal
 from __future__ import annotations
 
 import functools
+import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -51,14 +54,17 @@ def forward(
     if options.positives == "label":
         assert labels is not None
         if labels.shape[0] <= RANKED_INSTANCES:
-            groups = kernels.cuda_groups(labels.contiguous(), options.n_views)
+            groups = kernels.cuda_groups(labels.contiguous(), options.n_views, _n_left(options))
         else:
-            groups = label_groups(labels, options.n_views).table()
+            groups = label_groups(labels, options.n_views, options.n_left).table()
     else:
         groups = embeddings.new_empty((3, 0), dtype=torch.int32)
     arguments = _arguments(groups, labels, prototypes, options)
-    pass_over_pairs = _wide_forward if is_wide(embeddings.shape[1], options.compute_dtype) else kernels.cuda_forward
-    loss, normalized, norms, shift, total, negative, counts = pass_over_pairs(embeddings, *arguments)
+    if is_wide(embeddings.shape[1], options.compute_dtype):
+        results = _wide_forward(embeddings, options, *arguments)
+    else:
+        results = kernels.cuda_forward(embeddings, *arguments)
+    loss, normalized, norms, shift, total, negative, counts = results
     return loss, Residuals(normalized, norms, shift, total, negative, groups, counts)
 
 
@@ -79,10 +85,11 @@ def backward(
     upstream = upstream_of(grad_loss, residuals, options)
     grad_embeddings = grad_temperature = grad_prototypes = None
     if needs.embeddings or needs.temperature:
-        pass_over_pairs = _wide_backward if is_wide(embeddings.shape[1], options.compute_dtype) else kernels.cuda_backward
-        grad_embeddings, grad_temperature = pass_over_pairs(
-            upstream.unit, upstream.weights, embeddings, *_softmax(residuals), needs.temperature, *arguments
-        )
+        inputs = (*upstream, embeddings, *_softmax(residuals), needs.temperature)
+        if is_wide(embeddings.shape[1], options.compute_dtype):
+            grad_embeddings, grad_temperature = _wide_backward(inputs, options, *arguments)
+        else:
+            grad_embeddings, grad_temperature = kernels.cuda_backward(*inputs, *arguments)
     if needs.prototypes and prototypes is not None:
         if labels is None:
             grad_prototypes = torch.zeros_like(prototypes, dtype=torch.float32)
@@ -110,37 +117,55 @@ def panel_rows(compute_dtype: torch.dtype) -> int:
     return 2048 if compute_dtype == torch.float32 else 4096
 
 
-def _wide_forward(embeddings: Tensor, groups: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    labels, prototypes, _, _, _, n_views, _, distance, _, compute_dtype, _ = rest
-    order = groups[0] if groups.numel() else None
-    normalized, norms, distances = kernels.cuda_prologue(embeddings, order, labels, prototypes, n_views, distance, compute_dtype)
-    n_rows, side = embeddings.shape[0], panel_rows(compute_dtype)
-    statistics = norms.new_empty((4, n_rows))
-    for i in range(0, n_rows, side):
-        for j in range(0, n_rows, side):
-            products = _product(normalized[i : i + side], normalized[j : j + side].T)
-            kernels.cuda_panel_softmax(products, i, j, statistics, normalized, groups, *rest)
-    loss, shift, total, negative, counts = kernels.cuda_panel_loss(statistics, distances, normalized, groups, *rest)
-    return loss, normalized, norms, shift, total, negative, counts
+def _panels(n_rows: int, options: LossOptions, *, once: bool) -> Iterable[tuple[slice, slice]]:
+    """Rows and columns of every panel, in the order of columns for each row; ``once``: not those that others have transposed."""
+    if not options.has_pairs:
+        return ()
+    side = panel_rows(options.compute_dtype)
+
+    def cut(start: int, end: int) -> list[slice]:
+        return [slice(first, min(first + side, end)) for first in range(start, end, side)]
+
+    if options.n_left is None:
+        everything = cut(0, n_rows)
+        return itertools.combinations_with_replacement(everything, 2) if once else itertools.product(everything, everything)
+    left, right = cut(0, options.n_left), cut(options.n_left, n_rows)
+    return itertools.chain(itertools.product(left, right), () if once else itertools.product(right, left))
 
 
-def _wide_backward(
-    unit: Tensor, weights: Tensor | None, embeddings: Tensor, zhat: Tensor, *arguments: Any
-) -> tuple[Tensor, Tensor | None]:
-    loss = arguments[6:]  # after norms, shift, total, negative, counts and whether the temperature's gradient is needed
-    coefficients, n_finished = kernels.cuda_coefficients(unit, weights, embeddings, zhat, *arguments)
-    n_rows, side = embeddings.shape[0], panel_rows(zhat.dtype)
-    sums = zhat.new_zeros(zhat.shape, dtype=torch.float32)
-    for i in range(0, n_rows, side):
-        for j in range(i, n_rows, side):
-            products = _product(zhat[i : i + side], zhat[j : j + side].T)
-            pairs = kernels.cuda_panel_pairs(products, i, j, coefficients, zhat, *loss)
-            sums[i : i + side] += _product(pairs, zhat[j : j + side])
-            if j > i:
-                sums[j : j + side] += _product(pairs.T, zhat[i : i + side])
-    result: tuple[Tensor, Tensor | None] = kernels.cuda_panel_finish(
-        sums, n_finished, unit, weights, embeddings, zhat, *arguments
+def _wide_forward(embeddings: Tensor, options: LossOptions, *loss: Any) -> tuple[Tensor, ...]:
+    groups, labels, prototypes, *_ = loss
+    normalized, norms, distances = kernels.cuda_prologue(
+        embeddings,
+        groups[0] if options.positives == "label" else None,
+        labels,
+        prototypes,
+        options.n_views,
+        DISTANCES.index(options.distance),
+        options.compute_dtype,
+        options.normalize,
+        options.n_left is not None,
     )
+    statistics = norms.new_empty((4, embeddings.shape[0]))
+    for rows, columns in _panels(embeddings.shape[0], options, once=False):
+        products = _product(normalized[rows], normalized[columns].T)
+        kernels.cuda_panel_softmax(products, rows.start, columns.start, statistics, normalized, *loss)
+    value, shift, total, negative, counts = kernels.cuda_panel_loss(statistics, distances, normalized, *loss)
+    return value, normalized, norms, shift, total, negative, counts
+
+
+def _wide_backward(inputs: tuple[Any, ...], options: LossOptions, *loss: Any) -> tuple[Tensor, Tensor | None]:
+    """``inputs``: what the operators of the backward pass take before ``loss``."""
+    coefficients, n_finished = kernels.cuda_coefficients(*inputs, *loss)
+    _, _, _, zhat, *_ = inputs
+    sums = zhat.new_zeros(zhat.shape, dtype=torch.float32)
+    for rows, columns in _panels(zhat.shape[0], options, once=True):
+        products = _product(zhat[rows], zhat[columns].T)
+        pairs = kernels.cuda_panel_pairs(products, rows.start, columns.start, coefficients, zhat, *loss)
+        sums[rows] += _product(pairs, zhat[columns])
+        if rows != columns:
+            sums[columns] += _product(pairs.T, zhat[rows])
+    result: tuple[Tensor, Tensor | None] = kernels.cuda_panel_finish(sums, n_finished, *inputs, *loss)
     return result
 
 
@@ -179,4 +204,11 @@ def _arguments(groups: Tensor, labels: Tensor | None, prototypes: Tensor | None,
         REDUCTIONS.index(options.reduction),
         options.compute_dtype,
         torch.get_float32_matmul_precision() != "highest",
+        options.normalize,
+        _n_left(options),
+        options.negatives_only,
     )
+
+
+def _n_left(options: LossOptions) -> int:
+    return -1 if options.n_left is None else options.n_left

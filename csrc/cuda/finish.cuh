@@ -2,6 +2,7 @@
 //
 //     dz_i = (g_i - (zhat_i . g_i) zhat_i) / |z_i|,    g_i = dL_contrastive/dzhat_i + w_i lambda dd(zhat_i, c)/dzhat_i
 //
+// (dz_i = g_i where rows are taken as they are)
 // and the temperature's gradient, which needs the same dot products: S is linear in 1/tau and in each of its two rows, so
 // dL/dtau = -1/(2 tau) sum_i zhat_i . dL_contrastive/dzhat_i.
 //
@@ -28,6 +29,25 @@ __device__ inline float manhattan_gradient(float unit, float target) {
 template <class T, class Row>
 __device__ void store_row(void* to, int64_t offset, Row& row) {
   row.for_each([&](int column, float& g, float) { round_to(static_cast<T*>(to)[offset + column], g); });
+}
+
+// The gradient of zhat = z / max(|z|, kEps) to that of z, in place.
+template <class Row>
+__device__ void project_row(float norm, Dtype dtype, Row& row) {
+  // The norm takes the radial part out of the gradient, where it is not below kEps.
+  const bool is_tiny = norm < kEps;
+  float radial = 0.0f;
+  row.for_each([&](int, float& g, float zhat) { radial += g * zhat; });
+  radial = row.sum(radial);
+  radial = is_tiny ? 0.0f : radial;
+  // 1 / kEps is beyond float16. A row of zeros gets the largest gradient there is, not an infinity that would cost every step;
+  // any other row's overflow stays infinite, for a gradient scaler to see.
+  const float inverse = 1.0f / (is_tiny ? kEps : norm);
+  const float largest = is_tiny && dtype == Dtype::float16 ? kLargestFloat16 : __int_as_float(0x7f800000);
+  row.for_each([&](int, float& g, float zhat) {
+    g = (g - radial * zhat) * inverse;
+    g = g > largest ? largest : g < -largest ? -largest : g;
+  });
 }
 
 // Stores the row's gradient, and returns its share of the temperature's.
@@ -66,21 +86,7 @@ __device__ float finish_row(const Backward& p, const Scale& scale, int position,
     }
   }
 
-  // zhat = z / max(|z|, kEps): the norm takes the radial part out of the gradient, where it is not below kEps.
-  const float norm = p.norms[position];
-  const bool is_tiny = norm < kEps;
-  float radial = 0.0f;
-  row.for_each([&](int, float& g, float zhat) { radial += g * zhat; });
-  radial = row.sum(radial);
-  radial = is_tiny ? 0.0f : radial;
-  // 1 / kEps is beyond float16. A row of zeros gets the largest gradient there is, not an infinity that would cost every step; any
-  // other row's overflow stays infinite, for a gradient scaler to see.
-  const float inverse = 1.0f / (is_tiny ? kEps : norm);
-  const float largest = is_tiny && p.dtype == Dtype::float16 ? kLargestFloat16 : __int_as_float(0x7f800000);
-  row.for_each([&](int, float& g, float zhat) {
-    g = (g - radial * zhat) * inverse;
-    g = g > largest ? largest : g < -largest ? -largest : g;
-  });
+  if (p.normalize) project_row(p.norms[position], p.dtype, row);
   const int64_t offset = row_index * p.width;
   switch (p.dtype) {
     case Dtype::float32:

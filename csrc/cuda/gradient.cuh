@@ -1,13 +1,14 @@
 // Last launch of the backward pass: the gradient of the raw rows, and of the temperature.
 //
-// With e_ij = 2^(S_ij - shift), w_i the upstream gradient of row i's term, a_i = w_i / total_i and n_i its number of positives,
+// With e_ij = 2^(S_ij - shift), w_i the upstream gradient of row i's term, a_i = w_i / total_i, 0 for a row that is no anchor,
+// and n_i its number of positives,
 //
 //     dL/dzhat_i = 1/tau sum_{j != i} M_ij zhat_j        M_ij = e_ij (a_i + a_j)                      j not a positive
 //                                                        M_ij = e_ij (b_i + b_j) - (c_i + c_j)        j a positive of i
 //     n_i > 1:  b_i = a_i,  c_i = w_i / n_i              n_i = 1:  b_i = 0,  c_i = w_i negative_i / total_i
 //
-// which for n_i = 1 is the same number, found without a subtraction. M is symmetric and needs no sum over other rows: a block that
-// owns rows i makes their whole gradient. No atomics on it, the same bits from run to run.
+// which for n_i = 1 is the same number, found without a subtraction; 0 where i and j are no pair. M is symmetric and needs no sum
+// over other rows: a block that owns rows i makes their whole gradient. No atomics on it, the same bits from run to run.
 //
 // Tile picture: pairs.cuh. It is attention with K = V = zhat; one column tile k in shared memory serves both products, and S turns
 // into the A operand of the second where it is, in registers:
@@ -18,30 +19,36 @@
 //
 // Units. w_i is 1 for an anchor, or the upstream gradient over its largest, so that M <= 2 whatever the loss is scaled by.
 //
-// Flops 4 N^2 D, exponentials N^2 (twice that for tau < 0.026). A pair costs a multiply-add, ex2, add, multiply and half a
-// conversion besides. Bytes: zhat once a block from L2, N^2 D itemsize / kRows, 256 flops a byte at 16 bits; device memory O(N
-// D). From shared memory each warp reads a column tile twice, once for each product, and its rows of q once a tile. Predicted
-// for the H200 of softmax.cuh at N = 65536, 16 bits: D = 128, 2.2 Tflop, 3.5 ms of matrix units, 3.4 ms of shared memory, 1.1 ms
-// of ex2; D = 256 (16 rows a warp) 7.1 ms of matrix units, 11.3 ms of shared memory, which bounds it. With the forward pass 5.3
-// and 15.8 ms at best: 63% and 42% of 990 Tflop/s by 6 N^2 D. Not measured.
+// Flops 4 N^2 D, exponentials N^2 (twice that for tau < 0.026, and for rows that are not normalised); of two sides 8 L R D and 2
+// L R. A pair costs a multiply-add, ex2, add, multiply and half a conversion besides. Bytes: zhat once a block from L2, N^2 D
+// itemsize / kRows, 256 flops a byte at 16 bits; device memory O(N D). From shared memory each warp reads a column tile twice,
+// once for each product, and its rows of q once a tile. Predicted for the H200 of softmax.cuh at N = 65536, 16 bits: D = 128, 2.2
+// Tflop, 3.5 ms of matrix units, 3.4 ms of shared memory, 1.1 ms of ex2; D = 256 (16 rows a warp) 7.1 ms of matrix units, 11.3 ms
+// of shared memory, which bounds it. With the forward pass 5.3 and 15.8 ms at best: 63% and 42% of 990 Tflop/s by 6 N^2 D. Not
+// measured.
 #pragma once
 
 #include "finish.cuh"
 
 namespace clop::cuda {
 
-// First launch of the backward pass: a, shift, b, c and the group by position; zero past the end.
-// Addresses are made where they are needed: six pointers would be twelve registers.
+// What a pair that is a positive takes instead of a_i.
+struct alignas(8) OfPositive {
+  float b, c;
+};
+
+// First launch of the backward pass: a, shift, (b, c) and the run of positives by position; zero past the end.
+// Addresses are made where they are needed: four pointers would be eight registers.
 struct Coefficients {
   float* const& memory;
   const int64_t& n_padded;
 
   __device__ float& a(int position) const { return memory[position]; }
   __device__ float& shift(int position) const { return memory[n_padded + position]; }
-  __device__ float& b(int position) const { return memory[2 * n_padded + position]; }
-  __device__ float& c(int position) const { return memory[3 * n_padded + position]; }
-  __device__ int& start(int position) const { return reinterpret_cast<int*>(memory)[4 * n_padded + position]; }
-  __device__ int& end(int position) const { return reinterpret_cast<int*>(memory)[5 * n_padded + position]; }
+  __device__ OfPositive& of_positive(int position) const {
+    return reinterpret_cast<OfPositive*>(memory + 2 * n_padded)[position];
+  }
+  __device__ Run& run(int position) const { return reinterpret_cast<Run*>(memory + 4 * n_padded)[position]; }
 };
 
 constexpr int kCoefficientThreads = 128;
@@ -49,36 +56,35 @@ constexpr int kCoefficientThreads = 128;
 __global__ void __launch_bounds__(kCoefficientThreads) coefficients_kernel(const Backward p) {
   const int position = int(blockIdx.x) * kCoefficientThreads + int(threadIdx.x);
   const Coefficients to{p.coefficients, p.n_padded};
-  const Group group = group_of(p, position);
-  const int n_positives = group.end - group.start - 1;
-  float a = 0.0f, shift = 0.0f, b = 0.0f, c = 0.0f;
+  const Run run = run_of(p, position);
+  const int n_positives = positives_of(p, run);
+  float a = 0.0f, shift = 0.0f;
+  OfPositive of_positive = {0.0f, 0.0f};
   if (position < p.n_rows) {
     const float w = (p.weights != nullptr ? p.weights[position] : 1.0f) * scale_of_m(p.compute_dtype);
     a = w / p.total[position];
     shift = p.shift[position];
-    b = n_positives == 1 ? 0.0f : a;
-    c = n_positives == 1 ? a * p.negative[position] : n_positives > 1 ? w / float(n_positives) : 0.0f;
+    of_positive.b = n_positives == 1 ? 0.0f : a;
+    of_positive.c = n_positives == 1 ? a * p.negative[position] : n_positives > 1 ? w / float(n_positives) : 0.0f;
   }
   to.a(position) = a;
   to.shift(position) = shift;
-  to.b(position) = b;
-  to.c(position) = c;
-  to.start(position) = group.start;
-  to.end(position) = group.end;
+  to.of_positive(position) = of_positive;
+  to.run(position) = run;
   if (position == 0) *p.n_finished = 0;
 }
 
 // Tile of S -> tile of M, in place.
 template <class S>
-__device__ void weigh_tile(const Coefficients& of, const Scale& scale, int n_rows, bool is_fixed, bool is_near, int first_column,
-                           const float* a_columns, const float* shift_columns, const Place<S>& place,
-                           float (&s)[S::kRowTiles][S::kTiles][4]) {
+__device__ void weigh_tile(const Loss& p, const Span<S>& span, const Coefficients& of, const Scale& scale, bool is_fixed,
+                           bool is_near, int first_column, const float* a_columns, const float* shift_columns,
+                           const Place<S>& place, float (&s)[S::kRowTiles][S::kTiles][4]) {
   using Product = typename S::Product;
 #pragma unroll
   for (int r = 0; r < S::kRowTiles; ++r)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      const int position = place.first_row + place.row(r, h);
+      const int position = span.first_row + place.row(r, h);
       const float a = of.a(position), shift = is_fixed ? scale.value : of.shift(position);
       if (!is_near && is_fixed) {
 #pragma unroll
@@ -102,21 +108,25 @@ __device__ void weigh_tile(const Coefficients& of, const Scale& scale, int n_row
           }
         continue;
       }
-      const int start = of.start(position), end = of.end(position);
-      const float b = of.b(position), c = of.c(position);
+      __syncwarp();  // else the loads of all rows would come first, and take more registers than there are
+      const Mask mask(p, position, span.columns, of.run(position), 0);
+      const OfPositive of_positive = of.of_positive(position);
 #pragma unroll
       for (int n = 0; n < S::kTiles; ++n)
 #pragma unroll
         for (int e = 0; e < 2; ++e) {
           float& m = s[r][n][2 * h + e];
-          const int column = first_column + place.column(n, e);
-          const bool is_positive = column >= start && column < end;
-          const float shift_column = is_fixed ? scale.value : of.shift(column);
+          const int of_tile = place.column(n, e), column = first_column + of_tile;
           const float of_row = exp2_approx(scale.apply<Product>(m, shift)),
-                      of_column = exp2_approx(scale.apply<Product>(m, shift_column));
-          const float row = is_positive ? b : a, other = is_positive ? of.b(column) : of.a(column);
-          m = of_row * row + of_column * other - (is_positive ? c + of.c(column) : 0.0f);
-          if (column == position || column >= n_rows) m = 0.0f;
+                      of_column = is_fixed ? of_row : exp2_approx(scale.apply<Product>(m, shift_columns[of_tile]));
+          float row = a, other = a_columns[of_tile], less = 0.0f;
+          if (mask.is_positive(column)) {
+            const OfPositive of_other = of.of_positive(column);
+            row = of_positive.b;
+            other = of_other.b;
+            less = of_positive.c + of_other.c;
+          }
+          m = mask.is_pair(column) ? of_row * row + of_column * other - less : 0.0f;
         }
     }
 }
@@ -136,24 +146,30 @@ struct WarpRow {
   __device__ float sum(float x) const { return sum_of_warp(x); }
 };
 
+// As kSoftmaxBlocks in softmax.cuh.
 template <class S>
-__global__ void __launch_bounds__(S::kThreads, 1) gradient_kernel(const Backward p) {
+constexpr int kGradientBlocks = !S::kIsShort      ? 1
+                                : S::kWidth <= 64 ? 3
+                                                  : 2;
+
+template <class S>
+__global__ void __launch_bounds__(S::kThreads, kGradientBlocks<S>) gradient_kernel(const Backward p) {
   using Product = typename S::Product;
   constexpr bool kHold = false;
   constexpr int kWidthTiles = S::kWidth / 8, kResultTiles = Product::kResultTiles;
   const Place<S> place;
+  const Span<S> span(p);
   const Memory<S> memory;
   const Scale scale(p);
-  const bool is_fixed = scale.is_fixed();
-  const int last_row = min(place.first_row + S::kRows, int(p.n_rows)) - 1;
+  const bool is_fixed = scale.is_fixed(p);
+  const int last_row = min(span.first_row + S::kRows, span.row_end) - 1;
   const Coefficients of{p.coefficients, p.n_padded};
 
   float gradient[S::kRowTiles][kWidthTiles][4] = {};
-  walk<S, kHold>(p, p.zhat, p.coefficients, is_fixed ? 1 : 2, p.n_padded, place, [&](int first_column, int stage, auto& s) {
-    const int end = first_column + S::kColumns;
-    const bool is_near = (first_column < of.end(last_row) && end > of.start(place.first_row)) || end > p.n_rows;
-    weigh_tile<S>(of, scale, int(p.n_rows), is_fixed, is_near, first_column, memory.numbers(stage, 0), memory.numbers(stage, 1),
-                  place, s);
+  walk<S, kHold>(p, span, p.zhat, p.coefficients, is_fixed ? 1 : 2, p.n_padded, place, [&](int first_column, int stage, auto& s) {
+    const bool is_near = span.is_near(first_column, {of.run(span.first_row).start, of.run(last_row).end});
+    weigh_tile<S>(p, span, of, scale, is_fixed, is_near, first_column, memory.numbers(stage, 0), memory.numbers(stage, 1), place,
+                  s);
 #pragma unroll
     for (int n = 0; n < S::kTiles; n += kResultTiles) {
       typename Product::A a[S::kRowTiles];
@@ -204,7 +220,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) gradient_kernel(const Backward
       for (int index = threadIdx.x / 32; index < S::kRowWarps * kPartRows; index += S::kThreads / 32) {
         const int row_warp = index / kPartRows, row = index % kPartRows,
                   of_block = (row_warp * S::kRowTiles + r) * 16 + first + row;
-        if (place.first_row + of_block >= p.n_rows) continue;
+        if (span.first_row + of_block >= span.row_end) continue;
         WarpRow<S::kWidth> of_warp{{}, {}, place.lane, int(p.width)};
 #pragma unroll
         for (int k = 0; k < S::kWidth / 32; ++k) {
@@ -213,7 +229,7 @@ __global__ void __launch_bounds__(S::kThreads, 1) gradient_kernel(const Backward
 #pragma unroll
           for (int warp = 0; warp < S::kColumnWarps; ++warp) of_warp.g[k] += part(warp, row_warp, row, column);
         }
-        share += finish_row(p, scale, place.first_row + of_block, of_warp);
+        share += finish_row(p, scale, span.first_row + of_block, of_warp);
       }
       __syncthreads();
     }

@@ -1,8 +1,9 @@
 // The positive groups by label, for few instances: what clop_kernels/groups.py does with a sort, in one launch.
 //
-// Tile picture: a thread takes an instance and counts, among all labels, those before its own and those equal to it, kGroupThreads of
-// them at a time in shared memory. An unlabelled instance has a key that no other has, below all labels. Comparisons: B^2, which
-// up to a few thousand instances take less than the launches of a sort. Bytes: 8 B^2 / kGroupThreads from L2.
+// Tile picture: a thread takes an instance and counts, among all labels, those before its own and those equal to it,
+// kGroupThreads of them at a time in shared memory; with sides, those on its own for its position, and those on the other for its
+// positives. An unlabelled instance has a key that no other has, below all labels. Comparisons: B^2, which up to a few thousand
+// instances take less than the launches of a sort. Bytes: 8 B^2 / kGroupThreads from L2.
 #pragma once
 
 #include "device.cuh"
@@ -18,7 +19,8 @@ __global__ void __launch_bounds__(kGroupThreads) groups_kernel(const Grouping p)
   const int64_t instance = int64_t(blockIdx.x) * kGroupThreads + threadIdx.x;
   const bool is_instance = instance < p.n_instances;
   const int64_t key = is_instance ? key_of(instance) : 0;
-  int64_t n_before = 0, n_equal = 0, n_equal_before = 0;
+  const bool has_sides = p.n_left >= 0, is_left = instance < p.n_left;
+  int64_t n_ahead = 0, n_before = 0, n_equal = 0;  // of its position, of its run, in its run
   for (int64_t first = 0; first < p.n_instances; first += kGroupThreads) {
     const int64_t mine = first + threadIdx.x;
     __syncthreads();  // the keys before are read
@@ -26,15 +28,17 @@ __global__ void __launch_bounds__(kGroupThreads) groups_kernel(const Grouping p)
     __syncthreads();
     const int64_t left = p.n_instances - first;
     for (int k = 0; k < kGroupThreads && k < left; ++k) {
-      n_before += keys[k] < key ? 1 : 0;
-      n_equal += keys[k] == key ? 1 : 0;
-      n_equal_before += keys[k] == key && first + k < instance ? 1 : 0;
+      const bool is_same_side = (first + k < p.n_left) == is_left, is_before = keys[k] < key, is_equal = keys[k] == key;
+      n_ahead += is_same_side && (is_before || (is_equal && first + k < instance)) ? 1 : 0;
+      n_before += is_same_side != has_sides && is_before ? 1 : 0;
+      n_equal += is_same_side != has_sides && is_equal ? 1 : 0;
     }
   }
   if (!is_instance) return;
+  if (has_sides) (is_left ? n_before : n_ahead) += p.n_left;  // to where the right side begins
   const int64_t n_rows = p.n_views * p.n_instances;
   for (int64_t view = 0; view < p.n_views; ++view) {
-    const int64_t position = p.n_views * (n_before + n_equal_before) + view;
+    const int64_t position = p.n_views * n_ahead + view;
     p.groups[position] = int32_t(view * p.n_instances + instance);
     p.groups[n_rows + position] = int32_t(p.n_views * n_before);
     p.groups[2 * n_rows + position] = int32_t(p.n_views * (n_before + n_equal));

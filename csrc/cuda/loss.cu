@@ -12,8 +12,16 @@ namespace {
 
 constexpr int64_t kTallRows = 128, kShortRows = 16;
 
+int64_t n_blocks_for(int64_t n_rows, int64_t per_block) { return (n_rows + per_block - 1) / per_block; }
+
+// The blocks of a pass over pairs: each has rows of one side; Span in pairs.cuh.
+int64_t n_blocks_for(const Loss& p, int64_t per_block) {
+  if (p.n_left < 0) return n_blocks_for(p.n_rows, per_block);
+  return n_blocks_for(p.n_left, per_block) + n_blocks_for(p.n_rows - p.n_left, per_block);
+}
+
 // Blocks of few rows where there are not enough rows to give three quarters of the processors a tall block.
-bool is_short(int64_t n_rows, int64_t n_processors) { return 4 * ((n_rows + kTallRows - 1) / kTallRows) < 3 * n_processors; }
+bool is_short(const Loss& p, int64_t n_processors) { return 4 * n_blocks_for(p, kTallRows) < 3 * n_processors; }
 
 template <class S>
 struct Tag {
@@ -59,10 +67,11 @@ cudaError_t with_element(const Loss& p, Visit&& visit) {
   return cudaErrorInvalidValue;
 }
 
-unsigned n_blocks_for(int64_t n_rows, int64_t per_block) { return unsigned((n_rows + per_block - 1) / per_block); }
-
 bool is_valid(const Loss& p) {
   constexpr int64_t kLargestInt = 0x7fffffff;  // positions are int32 in `groups`
+  const bool has_sides = p.n_left >= 0, has_views = p.groups == nullptr;
+  if (has_sides && (p.n_left > p.n_rows || p.n_views != (has_views ? 2 : 1))) return false;
+  if (has_sides && has_views && p.n_left * 2 != p.n_rows) return false;
   return p.n_rows > 0 && p.n_rows <= kLargestInt - kTallRows && p.width > 0 && p.n_views > 0 && p.n_views <= kLargestInt &&
          p.n_rows % p.n_views == 0 && (p.prototypes == nullptr || (p.labels != nullptr && p.n_classes > 0));
 }
@@ -71,28 +80,29 @@ bool is_valid(const Loss& p) {
 
 int group(const Grouping& p, CUstream_st* stream) {
   if (p.n_instances < 1 || p.n_views < 1 || p.n_instances * p.n_views > 0x7fffffff) return cudaErrorInvalidValue;
-  return launch(groups_kernel, n_blocks_for(p.n_instances, kGroupThreads), kGroupThreads, kGroupThreads * sizeof(int64_t), stream,
-                p);
+  if (p.n_left > p.n_instances || (p.n_left >= 0 && p.n_views != 1)) return cudaErrorInvalidValue;
+  const auto n_blocks = unsigned(n_blocks_for(p.n_instances, kGroupThreads));
+  return launch(groups_kernel, n_blocks, kGroupThreads, kGroupThreads * sizeof(int64_t), stream, p);
 }
 
 int forward(const Forward& p, int64_t n_processors, CUstream_st* stream) {
   if (!is_valid(p) || is_wide(p.width, p.compute_dtype)) return cudaErrorInvalidValue;
-  const Prologue prologue = {p.embeddings, p.stride_z_row, p.stride_z_column, p.groups,        p.labels,  p.prototypes,
-                             p.zhat,       p.norms,        p.distances,       p.n_finished,    p.n_rows,  p.n_views,
-                             p.n_classes,  p.width,        p.dtype,           p.compute_dtype, p.distance};
+  const Prologue prologue = {p.embeddings, p.stride_z_row,  p.stride_z_column, p.groups,    p.labels,     p.prototypes, p.zhat,
+                             p.norms,      p.distances,     p.n_finished,      p.n_rows,    p.n_views,    p.n_classes,  p.width,
+                             p.dtype,      p.compute_dtype, p.distance,        p.normalize, p.n_left >= 0};
   if (const int error = launch_prologue(prologue, stream); error != cudaSuccess) return error;
-  return with_shape(p, is_short(p.n_rows, n_processors), [&](auto tag) {
+  return with_shape(p, is_short(p, n_processors), [&](auto tag) {
     using S = typename decltype(tag)::Shape;
-    return launch(softmax_kernel<S>, n_blocks_for(p.n_rows, S::kRows), S::kThreads, S::kSharedBytes, stream, p);
+    return launch(softmax_kernel<S>, unsigned(n_blocks_for(p, S::kRows)), S::kThreads, S::kSharedBytes, stream, p);
   });
 }
 
 int backward(const Backward& p, int64_t n_processors, CUstream_st* stream) {
   if (!is_valid(p) || is_wide(p.width, p.compute_dtype)) return cudaErrorInvalidValue;
   if (const int error = coefficients(p, stream); error != cudaSuccess) return error;
-  return with_shape(p, is_short(p.n_rows, n_processors), [&](auto tag) {
+  return with_shape(p, is_short(p, n_processors), [&](auto tag) {
     using S = typename decltype(tag)::Shape;
-    return launch(gradient_kernel<S>, n_blocks_for(p.n_rows, S::kRows), S::kThreads, S::kSharedBytes, stream, p);
+    return launch(gradient_kernel<S>, unsigned(n_blocks_for(p, S::kRows)), S::kThreads, S::kSharedBytes, stream, p);
   });
 }
 
@@ -112,27 +122,28 @@ int coefficients(const Backward& p, CUstream_st* stream) {
 
 int panel_softmax(const Panel& p, CUstream_st* stream) {
   if (!is_valid(p)) return cudaErrorInvalidValue;
-  return launch(panel_softmax_kernel, n_blocks_for(p.n_panel_rows, kPanelWarps), kPanelThreads, 0, stream, p);
+  return launch(panel_softmax_kernel, unsigned(n_blocks_for(p.n_panel_rows, kPanelWarps)), kPanelThreads, 0, stream, p);
 }
 
 int panel_loss(const Forward& p, CUstream_st* stream) {
   if (!is_valid(p)) return cudaErrorInvalidValue;
   if (const cudaError_t error = set_to_zero(p.n_finished, stream); error != cudaSuccess) return error;
-  return launch(panel_loss_kernel, n_blocks_for(p.n_rows, kPanelThreads), kPanelThreads, 33 * sizeof(float), stream, p);
+  return launch(panel_loss_kernel, unsigned(n_blocks_for(p.n_rows, kPanelThreads)), kPanelThreads, 33 * sizeof(float), stream, p);
 }
 
 int panel_pairs(const Panel& p, CUstream_st* stream) {
   if (!is_valid(p)) return cudaErrorInvalidValue;
   return with_element(p, [&](auto element) {
-    return launch(panel_pairs_kernel<decltype(element)>, n_blocks_for(p.n_panel_rows, kPanelWarps), kPanelThreads, 0, stream, p);
+    return launch(panel_pairs_kernel<decltype(element)>, unsigned(n_blocks_for(p.n_panel_rows, kPanelWarps)), kPanelThreads, 0,
+                  stream, p);
   });
 }
 
 int panel_finish(const Backward& p, CUstream_st* stream) {
   if (!is_valid(p)) return cudaErrorInvalidValue;
   return with_element(p, [&](auto element) {
-    return launch(panel_finish_kernel<decltype(element)>, n_blocks_for(p.n_rows, kPanelWarps), kPanelThreads, 33 * sizeof(float),
-                  stream, p);
+    return launch(panel_finish_kernel<decltype(element)>, unsigned(n_blocks_for(p.n_rows, kPanelWarps)), kPanelThreads,
+                  33 * sizeof(float), stream, p);
   });
 }
 

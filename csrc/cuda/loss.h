@@ -1,7 +1,8 @@
 // What the two passes of the CUDA loss are given, for code that knows neither torch nor CUDA's headers.
 //
 // Tensors come as pointers to the memory of one GPU, contiguous where nothing else is said. N rows, D wide; B = N / n_views
-// instances; K prototypes. A position is an index into the rows as sorted by group; see clop_kernels/groups.py.
+// instances; K prototypes. A position is an index into the rows as sorted by group, and before that by side; see
+// clop_kernels/groups.py.
 #pragma once
 
 #include <cstdint>
@@ -18,21 +19,25 @@ enum class Reduction { mean, sum, none };
 
 struct Loss {
   int64_t n_rows, width, n_views, n_classes;
-  Dtype dtype;               // of the embeddings and of their gradient
-  Dtype compute_dtype;       // what the rows zhat are rounded to
-  bool is_tf32;              // float32 zhat: products of operands rounded to TF32, else as accurate as float32's
-  const int32_t* groups;     // (3, N): order, starts, ends. Null: the views of an instance are a group
-  const int64_t* labels;     // (B,), or null
-  const float* prototypes;   // (K, D), or null
+  Dtype dtype;              // of the embeddings and of their gradient
+  Dtype compute_dtype;      // what the rows zhat are rounded to
+  bool is_tf32;             // float32 zhat: products of operands rounded to TF32, else as accurate as float32's
+  const int32_t* groups;    // (3, N): order, starts, ends. Null: the views of an instance are a group, with sides one view a side
+  const int64_t* labels;    // (B,), or null
+  const float* prototypes;  // (K, D), or null
   const float* temperature;  // (), or null: scale and scale_rest hold log2(e) / temperature, as the sum of two floats
   float scale, scale_rest;
   float prototype_weight;
   Distance distance;
   Reduction reduction;
+  int64_t n_left = -1;          // rows on the left side, the first ones, compared with those on the right only; -1: no sides
+  bool normalize = true;        // zhat is z / |z|, else z
+  bool negatives_only = false;  // positives are no pairs, and the term of a row is its lse; without any pair it is no anchor
 };
 
 struct Grouping {
   int64_t n_instances, n_views;
+  int64_t n_left;         // as in Loss
   const int64_t* labels;  // (B,)
   int32_t* groups;        // (3, N): order, starts, ends
 };
@@ -43,7 +48,7 @@ struct Forward : Loss {
   // Results; Residuals in clop_kernels/backends/contract.py says what they are. By position, but for `loss`.
   float* loss;                              // (), or with Reduction::none (N,), by row
   void* zhat;                               // (N, D) compute_dtype
-  float *norms, *shift, *total, *negative;  // (N,); total is infinite for a row without positives
+  float *norms, *shift, *total, *negative;  // (N,); total is infinite for a row that is no anchor
   float* counts;                            // (2,)
   // Scratch.
   float* distances;         // (N,)
@@ -91,14 +96,14 @@ struct PrototypeGradient : Loss {
   float* partial_gradients;  // (n_parts, K, D), the result as so many summands
 };
 
-// Rows of the coefficients: whole tiles.
-constexpr int64_t padded_rows(int64_t n_rows) { return (n_rows + 127) / 128 * 128; }
+// Rows of the coefficients: whole tiles of 128 from any row on, for with sides a tile begins where its side does.
+constexpr int64_t padded_rows(int64_t n_rows) { return (n_rows + 255) / 128 * 128; }
 
 // Whether the rows are too wide for the passes over pairs: more than stay on chip as operands of both products.
 constexpr bool is_wide(int64_t width, Dtype compute_dtype) { return width > (compute_dtype == Dtype::float32 ? 128 : 256); }
 
-// How many blocks a launch with partial sums takes at most.
-constexpr int64_t most_blocks(int64_t n_rows) { return (n_rows + 7) / 8; }
+// How many blocks a launch with partial sums takes at most: of 8 rows; of 16 or more, those of each side apart, they are fewer.
+constexpr int64_t most_blocks(int64_t n_rows) { return (n_rows + 15) / 8; }
 
 // These launch a pass, or for wide rows a part of one. They return a cudaError_t: 0, or why a kernel could not be launched.
 int group(const Grouping& grouping, CUstream_st* stream);

@@ -144,7 +144,7 @@ std::optional<std::string> obstacle(int64_t device) {
 
 std::tuple<Tensor, Tensor, Tensor> prologue(Tensor embeddings, std::optional<Tensor> order, std::optional<Tensor> labels,
                                             std::optional<Tensor> prototypes, int64_t n_views, int64_t distance,
-                                            ScalarType compute_dtype) {
+                                            ScalarType compute_dtype, bool normalize, bool has_sides) {
   if (n_views < 1) refuse("n_views", "1 or more");
   if (!embeddings.is_cuda() || embeddings.dim() != 2 || embeddings.size(1) < 1 || embeddings.size(0) % n_views != 0)
     refuse("embeddings", "(n_views * B, D) on a GPU");
@@ -160,6 +160,8 @@ std::tuple<Tensor, Tensor, Tensor> prologue(Tensor embeddings, std::optional<Ten
   p.dtype = dtype_of("embeddings", embeddings.scalar_type());
   p.compute_dtype = dtype_of("compute_dtype", compute_dtype);
   p.distance = Distance(distance);
+  p.normalize = normalize;
+  p.has_sides = has_sides;
   p.embeddings = embeddings.const_data_ptr();
   p.stride_z_row = embeddings.stride(0);
   p.stride_z_column = embeddings.stride(1);
@@ -215,6 +217,9 @@ Pass pass_of(const Tensor& rows, int32_t device, CLOP_LOSS_PARAMETERS) {
   if (prototypes && (prototypes->dim() != 2 || prototypes->size(0) < 1)) refuse("prototypes", "(K, D), at least one");
   if (prototypes && !labels) refuse("labels", "a tensor, since there are prototypes");
   if (groups.dim() != 2) refuse("groups", "(3, N) or (3, 0)");
+  if (n_left < -1 || n_left > rows.size(0)) refuse("n_left", "a number of rows, or -1");
+  if (n_left >= 0 && (groups.size(1) == 0 ? n_views != 2 || 2 * n_left != rows.size(0) : n_views != 1))
+    refuse("n_left", "N / 2 of two views, or groups by label of one view");
   Pass p = {};
   p.n_rows = rows.size(0);
   p.width = rows.size(1);
@@ -233,12 +238,15 @@ Pass pass_of(const Tensor& rows, int32_t device, CLOP_LOSS_PARAMETERS) {
   p.prototype_weight = static_cast<float>(prototype_weight);
   p.distance = Distance(distance);
   p.reduction = Reduction(reduction);
+  p.n_left = n_left;
+  p.normalize = normalize;
+  p.negatives_only = negatives_only;
   return p;
 }
 
 #define CLOP_LOSS_ARGUMENTS                                                                                                  \
   groups, labels, prototypes, temperature, scale, scale_rest, n_views, prototype_weight, distance, reduction, compute_dtype, \
-      is_tf32
+      is_tf32, normalize, n_left, negatives_only
 
 const void* zhat_of(const Tensor& normalized, const Loss& p, ScalarType compute_dtype, int32_t device) {
   const void* const zhat = data<char>("normalized", normalized, compute_dtype, "compute_dtype", device, {p.n_rows, p.width});
@@ -321,14 +329,17 @@ Panel panel_of(const Tensor& products, int64_t first_row, int64_t first_column, 
 
 }  // namespace
 
-Tensor groups(Tensor labels, int64_t n_views) {
+Tensor groups(Tensor labels, int64_t n_views, int64_t n_left) {
   if (!labels.is_cuda() || labels.dim() != 1 || labels.size(0) < 1) refuse("labels", "(B,) on a GPU, not empty");
   if (n_views < 1 || labels.size(0) > INT32_MAX / n_views) refuse("n_views", "1 or more, and fewer than 2^31 rows in all");
+  if (n_left < -1 || n_left > labels.size(0) || (n_left >= 0 && n_views != 1))
+    refuse("n_left", "-1, or a number of labels of one view");
   const int32_t device = labels.get_device_index();
   const Device current(device);
   Grouping p = {};
   p.n_instances = labels.size(0);
   p.n_views = n_views;
+  p.n_left = n_left;
   p.labels = data<int64_t>("labels", labels, ScalarType::Long, "int64", device, {p.n_instances});
   const Tensor table = allocate("groups", labels, {3, n_views * p.n_instances}, ScalarType::Int);
   p.groups = static_cast<int32_t*>(table.mutable_data_ptr());

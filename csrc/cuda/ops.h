@@ -19,20 +19,20 @@ std::optional<std::string> obstacle(int64_t device);
 
 std::tuple<Tensor, Tensor, Tensor> prologue(Tensor embeddings, std::optional<Tensor> order, std::optional<Tensor> labels,
                                             std::optional<Tensor> prototypes, int64_t n_views, int64_t distance,
-                                            ScalarType compute_dtype);
+                                            ScalarType compute_dtype, bool normalize, bool has_sides);
 
 // What describes a loss to every operator below.
 #define CLOP_LOSS_PARAMETERS                                                                                          \
   Tensor groups, std::optional<Tensor> labels, std::optional<Tensor> prototypes, std::optional<Tensor> temperature,   \
       double scale, double scale_rest, int64_t n_views, double prototype_weight, int64_t distance, int64_t reduction, \
-      ScalarType compute_dtype, bool is_tf32
+      ScalarType compute_dtype, bool is_tf32, bool normalize, int64_t n_left, bool negatives_only
 
 // What the forward pass has left, and the upstream gradient.
 #define CLOP_BACKWARD_PARAMETERS                                                                                    \
   Tensor upstream, std::optional<Tensor> weights, Tensor embeddings, Tensor normalized, Tensor norms, Tensor shift, \
       Tensor total, Tensor negative, Tensor counts, bool needs_temperature, CLOP_LOSS_PARAMETERS
 
-Tensor groups(Tensor labels, int64_t n_views);
+Tensor groups(Tensor labels, int64_t n_views, int64_t n_left);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor embeddings, CLOP_LOSS_PARAMETERS);
 std::tuple<Tensor, Tensor> backward(CLOP_BACKWARD_PARAMETERS);
 Tensor prototype_gradient(Tensor upstream, std::optional<Tensor> weights, Tensor normalized, Tensor counts, Tensor by_class,

@@ -8,12 +8,23 @@
 //                      near  near
 //     rows i  [ q ]   |  S  |  P  |  S  | ... |  S  |      S_ij = zhat_i . zhat_j log2(e) / tau;  P: positives, the diagonal
 //
+// Rows of two sides, L on the left and R on the right: a block owns rows of one side and walks over the columns of the other, the
+// blocks of left rows first. 2 L R pairs are visited, half of N^2 where the sides are as large; so with all that softmax.cuh and
+// gradient.cuh count in N^2:
+//
+//                     left     right
+//     left rows    [         |  S  P  ]     P: row i + L or i - L, or the run of the other side that has the label
+//     right rows   [  S  P   |        ]
+//
+// Where nothing is compared, one view of instances or an empty side, there are no columns, and no walk.
+//
 // kRowWarps x kColumnWarps warps share the tile of S. A warp's part is kRowTiles x kTiles results of 16 x 8. Many rows: four or
 // eight row warps, each with all columns. Few rows: blocks of 16 rows, so that there are blocks for all processors, and four
 // column warps, whose sums are added at the end.
 //
-// Rows are sorted by group, so that positives lie near the diagonal: *near* tiles, which may hold some, pay for masks. All blocks
-// walk in the same order, so that tiles of columns come from L2.
+// Rows are sorted by group, so that positives lie together, without sides near the diagonal: *near* tiles, which may hold some,
+// or columns that are none of the walk's, pay for masks. All blocks walk in the same order, so that tiles of columns come from
+// L2.
 #pragma once
 
 #include "loss.h"
@@ -23,9 +34,10 @@ namespace clop::cuda {
 
 constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
 
-// S is at most log2(e) / tau, that of equal rows. While twice that is below 110, 2^(S - log2(e) / tau) is above 2^-110 for every pair,
-// a normal float even with what is divided by it, and needs no maximum. It has all its digits where S is largest, as near-duplicate
-// views ask for; without a shift S itself would have been rounded at log2(e) / tau.
+// Of unit rows S is at most log2(e) / tau, that of equal ones. While twice that is below 110, 2^(S - log2(e) / tau) is above
+// 2^-110 for every pair, a normal float even with what is divided by it, and needs no maximum. It has all its digits where S is
+// largest, as near-duplicate views ask for; without a shift S itself would have been rounded at log2(e) / tau. Rows as they are
+// may have any S.
 constexpr float kLargestFixed = 55.0f;
 
 constexpr float kLeastShift = -1e38f;  // where a maximum begins: finite, so that no two infinities are subtracted
@@ -37,6 +49,7 @@ struct Shape {
   using Element = typename Product::Element;
   static constexpr int kWidth = kWidth_, kRowWarps = kRowWarps_, kColumnWarps = kColumnWarps_, kRowTiles = kRowTiles_;
   static constexpr int kColumns = kColumns_, kStages = kStages_;
+  static constexpr bool kIsShort = kColumnWarps > 1;
   static constexpr int kThreads = 32 * kRowWarps * kColumnWarps;
   static constexpr int kRows = 16 * kRowTiles * kRowWarps;
   static constexpr int kTiles = kColumns / kColumnWarps / 8;
@@ -68,21 +81,58 @@ using Short = Shape<Product, kWidth, 1, 4, 1, 64, 2>;
 
 __device__ inline int64_t row_of(const Loss& p, int position) {
   if (p.groups != nullptr) return p.groups[position];
+  if (p.n_left >= 0) return position;
   const unsigned views = unsigned(p.n_views), index = unsigned(position);  // 32-bit divisions take a fraction of the registers
   return int64_t(index % views) * (p.n_rows / p.n_views) + index / views;
 }
 
-struct Group {
+struct alignas(8) Run {
   int start, end;
+
+  __device__ bool holds(int position) const { return position >= start && position < end; }
+  __device__ Run from(int origin) const { return {start - origin, end - origin}; }  // with positions counted from there
 };
 
-// The run of positions of the group of a position; of one past the end, an empty run.
-__device__ inline Group group_of(const Loss& p, int position) {
+// The run of positions that holds the positives of a position, without sides its group, itself included; of one past the end an
+// empty run. From position to position of a side neither end goes back.
+__device__ inline Run run_of(const Loss& p, int position) {
   if (position >= p.n_rows) return {0, 0};
   if (p.groups != nullptr) return {p.groups[p.n_rows + position], p.groups[2 * p.n_rows + position]};
+  if (p.n_left >= 0) {
+    const int n_left = int(p.n_left), other = position < n_left ? position + n_left : position - n_left;
+    return {other, other + 1};
+  }
   const int views = int(p.n_views), start = int(unsigned(position) / unsigned(views)) * views;
   return {start, start + views};
 }
+
+// How many of a run are positives.
+__device__ inline int positives_of(const Loss& p, const Run& run) {
+  return p.negatives_only ? 0 : run.end - run.start - (p.n_left < 0 ? 1 : 0);
+}
+
+// The columns that a position is compared with, itself apart.
+__device__ inline Run columns_of(const Loss& p, int position) {
+  const int n_rows = int(p.n_rows), n_left = int(p.n_left);
+  const bool has_pairs = p.groups != nullptr || p.n_views > 1 || p.negatives_only;  // as in clop_kernels/backends/contract.py
+  if (!has_pairs || n_left == n_rows) return {0, 0};
+  if (n_left < 0) return {0, n_rows};
+  return position < n_left ? Run{n_left, n_rows} : Run{0, n_left};
+}
+
+// Which columns, counted from an origin, make a pair with a position, and which of those are positives; for near tiles.
+struct Mask {
+  int position;
+  Run columns, run;
+  bool negatives_only;
+
+  __device__ Mask(const Loss& p, int position, const Run& columns, const Run& run, int origin)
+      : position(position - origin), columns(columns.from(origin)), run(run.from(origin)), negatives_only(p.negatives_only) {}
+  __device__ bool is_pair(int column) const {
+    return columns.holds(column) && column != position && !(negatives_only && run.holds(column));
+  }
+  __device__ bool is_positive(int column) const { return is_pair(column) && run.holds(column); }
+};
 
 struct Scale {
   float value, rest;  // log2(e) / tau is their sum
@@ -93,7 +143,8 @@ struct Scale {
     value = float(precise);
     rest = float(precise - double(value));
   }
-  __device__ bool is_fixed() const { return value <= kLargestFixed; }  // whether all rows have the shift `value`
+  // Whether all rows have the shift `value`.
+  __device__ bool is_fixed(const Loss& p) const { return p.normalize && value <= kLargestFixed; }
   // S - shift
   template <class Product>
   __device__ float apply(float product, float shift) const {
@@ -106,11 +157,32 @@ struct Scale {
 
 // ---- the walk ----------------------------------------------------------------------------------------------------------------
 
+// What a block owns, and what it walks over: rows of one side, and the columns of the other.
+template <class S>
+struct Span {
+  int first_row, row_end;  // kRows rows, but for those from row_end on, the end of their side; positions are int32, and so is N
+  Run columns;
+
+  __device__ explicit Span(const Loss& p) {
+    const int n_left = int(p.n_left), n_left_blocks = (n_left + S::kRows - 1) / S::kRows, block = int(blockIdx.x);
+    const bool is_right = n_left >= 0 && block >= n_left_blocks;
+    first_row = is_right ? n_left + (block - n_left_blocks) * S::kRows : block * S::kRows;
+    row_end = n_left < 0 || is_right ? int(p.n_rows) : n_left;
+    columns = columns_of(p, first_row);
+  }
+  // Where the walk begins: the coefficients of columns are copied four at a time.
+  __device__ int first_column() const { return columns.start & ~3; }
+  // Whether a tile of columns is near rows whose positives are in `run`.
+  __device__ bool is_near(int first, const Run& run) const {
+    const int end = first + S::kColumns;
+    return (first < run.end && end > run.start) || first < columns.start || end > columns.end;
+  }
+};
+
 // Where a thread stands.
 template <class S>
 struct Place {
   int lane, g, t, row_warp, column_warp;
-  int first_row;
 
   __device__ Place() {
     const int warp = threadIdx.x / 32;
@@ -119,7 +191,6 @@ struct Place {
     t = lane % 4;
     row_warp = warp % S::kRowWarps;
     column_warp = warp / S::kRowWarps;
-    first_row = int(blockIdx.x) * S::kRows;  // positions are int32, and so is N
   }
   // Row of the block's tile that results c[r][.][2 h + e] are of.
   __device__ int row(int r, int h) const { return (row_warp * S::kRowTiles + r) * 16 + 8 * h + g; }
@@ -145,18 +216,18 @@ struct Memory {
 // Calls visit(first column, stage, S / scale) for each tile of columns. The first n_numbers rows of `numbers`, (n_numbers, stride),
 // are loaded with the columns; they must be there past the last one. kHold: the A operands of q stay in registers.
 template <class S, bool kHold, class Visit>
-__device__ void walk(const Loss& p, const void* zhat_pointer, const float* numbers, int n_numbers, int64_t stride,
-                     const Place<S>& place, Visit&& visit) {
+__device__ void walk(const Loss& p, const Span<S>& span, const void* zhat_pointer, const float* numbers, int n_numbers,
+                     int64_t stride, const Place<S>& place, Visit&& visit) {
   using Product = typename S::Product;
   const auto* const zhat = static_cast<const typename S::Element*>(zhat_pointer);
   const Memory<S> memory;
-  const int width = int(p.width), n_rows = int(p.n_rows), n_tiles = (n_rows + S::kColumns - 1) / S::kColumns;
+  const int width = int(p.width), n_tiles = (span.columns.end - span.first_column() + S::kColumns - 1) / S::kColumns;
 
   const auto load = [&](int tile) {
     if (tile < n_tiles) {
       const int stage = tile % S::kStages;
-      const int first = tile * S::kColumns;
-      load_tile<typename S::Element, S::kColumns, S::kThreads>(memory.columns(stage), zhat, first, n_rows, width);
+      const int first = span.first_column() + tile * S::kColumns;
+      load_tile<typename S::Element, S::kColumns, S::kThreads>(memory.columns(stage), zhat, first, span.columns.end, width);
 #pragma unroll
       for (int which = 0; which < kNumbers; ++which)
         if (which < n_numbers && threadIdx.x < S::kColumns / 4)
@@ -165,7 +236,7 @@ __device__ void walk(const Loss& p, const void* zhat_pointer, const float* numbe
     }
     commit_copies();
   };
-  load_tile<typename S::Element, S::kRows, S::kThreads>(memory.rows(), zhat, place.first_row, n_rows, width);
+  load_tile<typename S::Element, S::kRows, S::kThreads>(memory.rows(), zhat, span.first_row, span.row_end, width);
 #pragma unroll
   for (int tile = 0; tile < S::kStages - 1; ++tile) load(tile);
 
@@ -212,16 +283,10 @@ __device__ void walk(const Loss& p, const void* zhat_pointer, const float* numbe
         }
       }
     }
-    visit(tile * S::kColumns, stage, s);
+    visit(span.first_column() + tile * S::kColumns, stage, s);
   }
-  __syncthreads();  // the stages are free
-}
-
-// The columns near the rows of a block: of their groups.
-template <class S>
-__device__ Group near_columns(const Loss& p, const Place<S>& place) {
-  const int n_rows = int(p.n_rows), last = place.first_row + S::kRows < n_rows ? place.first_row + S::kRows : n_rows;
-  return {group_of(p, place.first_row).start, group_of(p, last - 1).end};
+  wait_for_copies<0>();  // of the rows, where there was no tile
+  __syncthreads();       // the stages are free
 }
 
 // ---- sums over a block, in one order ----------------------------------------------------------------------------------------

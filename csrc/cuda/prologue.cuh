@@ -1,8 +1,8 @@
 // One pass over the raw embeddings that leaves unit rows in the order of the positive groups: the CUDA twin of
 // clop_kernels/backends/triton/prologue.py.
 //
-// For every row, zhat = z / max(|z|, kEps) rounded to the compute dtype, the norm |z|, and the distance of zhat (as rounded,
-// which is what all later products see) to the prototype of its label.
+// For every row, zhat = z / max(|z|, kEps), or z as it is, rounded to the compute dtype, the norm |z|, and the distance of zhat
+// (as rounded, which is what all later products see) to the prototype of its label.
 //
 // Tile picture: a team of kThreads = 8, 32 or 256 neighbouring threads takes a row, thread t its chunks of kVec columns
 // t, t + kThreads, t + 2 kThreads, ...; a chunk is one 16-byte load where rows are aligned, else one element:
@@ -94,7 +94,9 @@ __global__ void __launch_bounds__(kBlockThreads<kThreads>, 1) prologue_kernel(co
   const unsigned position = is_row ? index : 0;
   const int64_t width = is_row ? p.width : 0;  // a team beyond the last row takes one without columns
   const unsigned n_views = p.n_views, n_instances = unsigned(p.n_rows) / n_views;
-  const unsigned row = p.order != nullptr ? p.order[position] : position % n_views * n_instances + position / n_views;
+  const unsigned row = p.order != nullptr ? p.order[position]
+                       : p.has_sides      ? position
+                                          : position % n_views * n_instances + position / n_views;
   const In* const z = static_cast<const In*>(p.embeddings) + int64_t(row) * p.stride_z_row;
   Out* const zhat = static_cast<Out*>(p.zhat) + int64_t(position) * p.width;
 
@@ -154,8 +156,9 @@ __global__ void __launch_bounds__(kBlockThreads<kThreads>, 1) prologue_kernel(co
     for (int v = 0; v < kVec; ++v) squares += x[v] * x[v];
   });
   const float norm = sqrtf(combine<kThreads>(squares, Sum()));
+  // By `shrink`, a power of two, the quotient is z again, but for digits 2^149 times smaller than the row's largest number.
   const float smallest = kEps * shrink;
-  const float divisor = norm < smallest ? smallest : norm, inverse = 1.0f / divisor;  // a NaN stays one
+  const float divisor = !p.normalize ? shrink : norm < smallest ? smallest : norm, inverse = 1.0f / divisor;  // a NaN stays one
 
   const int64_t label = p.prototypes != nullptr ? p.labels[row % n_instances] : -1;
   const float* const target = label < 0 ? nullptr : p.prototypes + (label < p.n_classes ? label : p.n_classes - 1) * p.width;

@@ -10,7 +10,8 @@ namespace clop::cuda {
 struct Prologue {
   const void* embeddings;                 // (N, D) dtype; row v * B + b is view v of instance b
   int64_t stride_z_row, stride_z_column;  // in elements
-  const int32_t* order;                   // (N,), the row at each position. Null: position b * n_views + v holds row v * B + b
+  const int32_t* order;                   // (N,), the row at each position. Null: position b * n_views + v holds row v * B + b,
+                                          // or with sides position k row k
   const int64_t* labels;                  // (B,), negative: unlabelled. Not read without prototypes
   const float* prototypes;                // (K, D) contiguous, or null
   void* zhat;                             // (N, D) compute_dtype, contiguous, by position
@@ -20,6 +21,8 @@ struct Prologue {
   int64_t n_rows, n_views, n_classes, width;
   Dtype dtype, compute_dtype;
   Distance distance;
+  bool normalize;  // else zhat is z, rounded
+  bool has_sides;
 };
 
 // Both return a cudaError_t: 0, or why the kernel could not be launched, or has no code for the current device.

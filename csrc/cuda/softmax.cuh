@@ -5,14 +5,16 @@
 //     negative_i = sum_j 2^(S_ij - shift_i)       over pairs that are not positives
 //     positive_i, positive_logits_i               over positives: the same sum, and that of S_ip - log2(e) / tau, which is small where
 //                                                 they dominate, and keeps digits that S_ip has no room for
-//     shift_i                                     log2(e) / tau while tau >= 0.026, else the largest S_ij so far
+//     shift_i                                     log2(e) / tau of unit rows while tau >= 0.026, else the largest S_ij so far
 //
-// Positives are summed apart, from the very products that all other pairs have, because near-duplicate views need
-// log(1 + negative / positive) to the last digit; sums of zhat over a group would not do (clop_kernels/backends/tiled.py).
+// Positives are summed apart, from the very products that all other pairs have, because near-duplicate views need log(1 +
+// negative / positive) to the last digit; sums of zhat over a group would not do (clop_kernels/backends/tiled.py). Where
+// positives are no pairs they are in no sum, and row i's term is log(2^shift_i negative_i).
 //
-// Flops 2 N^2 D, exponentials N^2. A pair costs one multiply-add, one ex2 and one add besides. Bytes: each block reads zhat once,
-// from L2: N^2 D itemsize / kRows, 128 flops a byte at 16 bits; device memory O(N D). From shared memory a row warp reads each column
-// tile once: 512 bytes for every 4 (32 rows a warp) or 2 (16 rows) instructions of 4096 flops.
+// Flops 2 N^2 D, exponentials N^2; of two sides 4 L R D and 2 L R. A pair costs one multiply-add, one ex2 and one add besides.
+// Bytes: each block reads zhat once, from L2: N^2 D itemsize / kRows, 128 flops a byte at 16 bits; device memory O(N D). From
+// shared memory a row warp reads each column tile once: 512 bytes for every 4 (32 rows a warp) or 2 (16 rows) instructions of
+// 4096 flops.
 // Predicted for an H200 (132 processors, 1.8 GHz, mma.sync at 620 of wgmma's 990 Tflop/s, 128 bytes of shared memory and 16 ex2 a
 // cycle and processor) at N = 65536, 16 bits: D = 128, 1.1 Tflop, 1.8 ms of matrix units, 1.1 ms of shared memory, 1.1 ms of ex2;
 // D = 256 (16 rows a warp) 3.5 ms of matrix units, 4.5 ms of shared memory, which bounds it. Not measured.
@@ -63,7 +65,7 @@ __device__ inline float log1p_series(float x) {
   return 2.0f * (r + r * square * series);
 }
 
-// lse_i - mean_p s_ip in a form that cancels only what the rounding of the inputs has left.
+// lse_i - mean_p s_ip in a form that cancels only what the rounding of the inputs has left; lse_i where there are no positives.
 __device__ inline float contrastive_term(const RowSums& row, int n_positives, const Scale& scale) {
   if (n_positives == 1 && row.negative < row.positive) return log1p_series(row.negative / row.positive);
   const float total = row.negative + row.positive;
@@ -71,33 +73,30 @@ __device__ inline float contrastive_term(const RowSums& row, int n_positives, co
   // log2(total) = exponent + log2(mantissa), mantissa in [1/2, 1): the large parts are subtracted first.
   const int bits = __float_as_int(total);
   const float exponent = float((bits >> 23) - 126), mantissa = __int_as_float((bits & 0x7fffff) | 0x3f000000);
-  const float mean_positive = row.positive_logits / float(n_positives);
-  return ((row.shift - scale.value) + exponent - mean_positive) * kLn2 + log1p_series(mantissa - 1.0f);
+  const float shift = n_positives > 0 ? row.shift - scale.value : row.shift;
+  const float mean_positive = n_positives > 0 ? row.positive_logits / float(n_positives) : 0.0f;
+  return (shift + exponent - mean_positive) * kLn2 + log1p_series(mantissa - 1.0f);
 }
 
 // Adds one tile of S to the sums of the thread's rows.
 template <class S>
-__device__ void add_tile(const Loss& p, const Scale& scale, bool is_fixed, bool is_near, int first_column, const Place<S>& place,
-                         const float (&s)[S::kRowTiles][S::kTiles][4], RowSums (&sums)[S::kRowTiles][2]) {
+__device__ void add_tile(const Loss& p, const Span<S>& span, const Scale& scale, bool is_fixed, bool is_near, int first_column,
+                         const Place<S>& place, const float (&s)[S::kRowTiles][S::kTiles][4], RowSums (&sums)[S::kRowTiles][2]) {
   using Product = typename S::Product;
 #pragma unroll
   for (int r = 0; r < S::kRowTiles; ++r)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       RowSums& row = sums[r][h];
-      const int position = place.first_row + place.row(r, h);
-      const Group group = is_near ? group_of(p, position) : Group{0, 0};
-      const auto is_pair = [&](int n, int e) {
-        const int column = first_column + place.column(n, e);
-        return !is_near || (column != position && column < p.n_rows);
-      };
+      const int position = span.first_row + place.row(r, h);
+      const Mask mask(p, position, span.columns, is_near ? run_of(p, position) : Run{0, 0}, first_column + place.column(0, 0));
       if (!is_fixed) {
         float largest = row.shift;
 #pragma unroll
         for (int n = 0; n < S::kTiles; ++n)
 #pragma unroll
           for (int e = 0; e < 2; ++e)
-            if (is_pair(n, e)) largest = fmaxf(largest, scale.apply<Product>(s[r][n][2 * h + e], 0.0f));
+            if (!is_near || mask.is_pair(8 * n + e)) largest = fmaxf(largest, scale.apply<Product>(s[r][n][2 * h + e], 0.0f));
         row = merge(row, {largest, 0.0f, 0.0f, 0.0f});
       }
       float of_tile = 0.0f;  // apart, so that a million columns are not a million roundings
@@ -111,9 +110,8 @@ __device__ void add_tile(const Loss& p, const Scale& scale, bool is_fixed, bool 
         for (int n = 0; n < S::kTiles; ++n)
 #pragma unroll
           for (int e = 0; e < 2; ++e) {
-            const int column = first_column + place.column(n, e);
-            const float power = is_pair(n, e) ? exp2_approx(scale.apply<Product>(s[r][n][2 * h + e], row.shift)) : 0.0f;
-            const bool is_positive = column >= group.start && column < group.end && column != position;
+            const float power = mask.is_pair(8 * n + e) ? exp2_approx(scale.apply<Product>(s[r][n][2 * h + e], row.shift)) : 0.0f;
+            const bool is_positive = mask.is_positive(8 * n + e);
             row.positive += is_positive ? power : 0.0f;
             row.positive_logits += is_positive ? scale.apply<Product>(s[r][n][2 * h + e], scale.value) : 0.0f;
             of_tile += is_positive ? 0.0f : power;
@@ -128,18 +126,19 @@ __device__ void add_tile(const Loss& p, const Scale& scale, bool is_fixed, bool 
 // Stores what the backward pass needs of a row, and adds its share of the loss to `parts`.
 __device__ inline void finish_softmax(const Forward& p, const Scale& scale, int position, const RowSums& row,
                                       float (&parts)[kPartialSums]) {
-  const Group group = group_of(p, position);
-  const int n_positives = group.end - group.start - 1;
+  const int n_positives = positives_of(p, run_of(p, position));
+  const float total = row.negative + row.positive;
+  const bool is_anchor = p.negatives_only ? total != 0.0f : n_positives > 0;  // a NaN is not lost
   p.shift[position] = row.shift;
-  p.total[position] = n_positives > 0 ? row.negative + row.positive : __int_as_float(0x7f800000);
+  p.total[position] = is_anchor ? total : __int_as_float(0x7f800000);
   p.negative[position] = row.negative;
 
-  const float term = n_positives > 0 ? contrastive_term(row, n_positives, scale) : 0.0f, distance = p.distances[position];
+  const float term = is_anchor ? contrastive_term(row, n_positives, scale) : 0.0f, distance = p.distances[position];
   const int64_t row_index = row_of(p, position);
   const int64_t label = p.labels != nullptr ? p.labels[row_index % (p.n_rows / p.n_views)] : -1;
   parts[0] += term;
   parts[1] += distance;
-  parts[2] += n_positives > 0 ? 1.0f : 0.0f;
+  parts[2] += is_anchor ? 1.0f : 0.0f;
   parts[3] += label >= 0 ? 1.0f : 0.0f;
   parts[4] += label < -1 || (p.n_classes > 0 && label >= p.n_classes) ? 1.0f : 0.0f;
   if (p.reduction == Reduction::none) p.loss[row_index] = term + p.prototype_weight * distance;
@@ -184,23 +183,31 @@ __device__ void finish_block(const Forward& p, const float (&parts)[kPartialSums
 
 // ---- the pass ------------------------------------------------------------------------------------------------------------------
 
+// How many short blocks a processor shall hold at once, in registers as in shared memory, for the compiler, which would else take
+// registers for nothing on the newer GPUs; tall blocks have what they take.
 template <class S>
-__global__ void __launch_bounds__(S::kThreads, 1) softmax_kernel(const Forward p) {
+constexpr int kSoftmaxBlocks = !S::kIsShort                ? 1
+                               : S::Rows::kRowBytes <= 128 ? 5
+                               : S::Rows::kRowBytes <= 256 ? 4
+                               : S::Product::kIsExact      ? 2
+                                                           : 3;
+
+template <class S>
+__global__ void __launch_bounds__(S::kThreads, kSoftmaxBlocks<S>) softmax_kernel(const Forward p) {
   constexpr bool kHold = S::kRowTiles * S::kSteps <= 16;  // at most 64 registers, of one-part operands
   const Place<S> place;
+  const Span<S> span(p);
   const Scale scale(p);
-  const bool is_fixed = scale.is_fixed();
-  const Group near = near_columns(p, place);
+  const bool is_fixed = scale.is_fixed(p);
+  const Run near = {run_of(p, span.first_row).start, run_of(p, min(span.first_row + S::kRows, span.row_end) - 1).end};
 
   RowSums sums[S::kRowTiles][2];
 #pragma unroll
   for (int r = 0; r < S::kRowTiles; ++r)
 #pragma unroll
     for (int h = 0; h < 2; ++h) sums[r][h] = {is_fixed ? scale.value : kLeastShift, 0.0f, 0.0f, 0.0f};
-  walk<S, kHold>(p, p.zhat, nullptr, 0, 0, place, [&](int first_column, int, const auto& s) {
-    const int end = first_column + S::kColumns;
-    const bool is_near = (first_column < near.end && end > near.start) || end > p.n_rows;
-    add_tile<S>(p, scale, is_fixed, is_near, first_column, place, s, sums);
+  walk<S, kHold>(p, span, p.zhat, nullptr, 0, 0, place, [&](int first_column, int, const auto& s) {
+    add_tile<S>(p, span, scale, is_fixed, span.is_near(first_column, near), first_column, place, s, sums);
   });
 
   // The threads that share a row: four lanes, and the column warps.
@@ -217,8 +224,8 @@ __global__ void __launch_bounds__(S::kThreads, 1) softmax_kernel(const Forward p
 
   float parts[kPartialSums] = {};
   for (int local = threadIdx.x; local < S::kRows; local += S::kThreads) {
-    const int position = place.first_row + local;
-    if (position >= p.n_rows) break;
+    const int position = span.first_row + local;
+    if (position >= span.row_end) break;
     RowSums row = of_warps[local];
 #pragma unroll
     for (int warp = 1; warp < S::kColumnWarps; ++warp) row = merge(row, of_warps[warp * S::kRows + local]);

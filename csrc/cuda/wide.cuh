@@ -7,11 +7,12 @@
 //     backward:  S_ij              (library)  ->  panel_pairs_kernel makes M of it, rounded as zhat is
 //                grad_i += M z_j,  grad_j += M^T z_i   (library)                                              for i <= j
 //
-// which that file strings together. A warp takes a row of a panel, lane by lane its columns.
+// which that file strings together. A warp takes a row of a panel, lane by lane its columns. With sides, a panel has rows of one
+// and columns of the other, backward those of the left and of the right.
 //
-// Flops: 2 N^2 D forward, 3 N^2 D backward, all the library's. Bytes: a panel of P x P costs 4 P^2 written and read, and M 2 P^2
-// written and twice read at 16 bits, for 6 P^2 D flops: at D = 512 300 flops a byte, most of them from L2. What keeps these kernels
-// out of the way of the products is that they touch a pair once.
+// Flops: 2 N^2 D forward, 3 N^2 D backward, all the library's; of two sides 4 L R D and 6 L R D. Bytes: a panel of P x P costs 4
+// P^2 written and read, and M 2 P^2 written and twice read at 16 bits, for 6 P^2 D flops: at D = 512 300 flops a byte, most of
+// them from L2. What keeps these kernels out of the way of the products is that they touch a pair once.
 #pragma once
 
 #include "gradient.cuh"
@@ -20,26 +21,27 @@
 namespace clop::cuda {
 
 constexpr int kPanelThreads = 256, kPanelWarps = kPanelThreads / 32;
-static_assert(most_blocks(kPanelWarps) == 1, "partial sums have room for a warp a row");
+static_assert(most_blocks(8 * kPanelWarps) >= 8, "partial sums have room for a warp a row");
 
-// Adds a panel to the sums of its rows, statistics: (4, N); the first panel of a row begins them.
+// Adds a panel to the sums of its rows, statistics: (4, N); the first panel of a row begins them. A row without columns has none.
 __global__ void __launch_bounds__(kPanelThreads) panel_softmax_kernel(const Panel p) {
   const int row = int(blockIdx.x) * kPanelWarps + int(threadIdx.x / 32), lane = threadIdx.x % 32;
   if (row >= p.n_panel_rows) return;
   const Scale scale(p);
-  const bool is_fixed = scale.is_fixed();
+  const bool is_fixed = scale.is_fixed(p);
   const int position = int(p.first_row) + row;
-  const Group group = group_of(p, position);
+  const Run columns = columns_of(p, position);
+  const Mask mask(p, position, columns, run_of(p, position), 0);
   const float* const products = p.products + row * p.n_panel_columns;
 
   RowSums sums = {is_fixed ? scale.value : kLeastShift, 0.0f, 0.0f, 0.0f};
   for (int64_t k = lane; k < p.n_panel_columns; k += 32) {
     const int column = int(p.first_column + k);
-    if (column == position) continue;
+    if (!mask.is_pair(column)) continue;
     const float product = products[k];
     if (!is_fixed) sums = merge(sums, {fmaxf(sums.shift, scale.exact(product, 0.0f)), 0.0f, 0.0f, 0.0f});
     const float power = exp2_approx(scale.exact(product, sums.shift));
-    const bool is_positive = column >= group.start && column < group.end;
+    const bool is_positive = mask.is_positive(column);
     sums.positive += is_positive ? power : 0.0f;
     sums.positive_logits += is_positive ? scale.exact(product, scale.value) : 0.0f;
     sums.negative += is_positive ? 0.0f : power;
@@ -47,7 +49,7 @@ __global__ void __launch_bounds__(kPanelThreads) panel_softmax_kernel(const Pane
   sums = merge_lanes<32>(sums, lane);
   if (lane != 0) return;
   float* const to = p.statistics + position;
-  if (p.first_column > 0) sums = merge({to[0], to[p.n_rows], to[2 * p.n_rows], to[3 * p.n_rows]}, sums);
+  if (p.first_column > columns.start) sums = merge({to[0], to[p.n_rows], to[2 * p.n_rows], to[3 * p.n_rows]}, sums);
   to[0] = sums.shift;
   to[p.n_rows] = sums.negative;
   to[2 * p.n_rows] = sums.positive;
@@ -60,7 +62,10 @@ __global__ void __launch_bounds__(kPanelThreads) panel_loss_kernel(const Forward
   float parts[kPartialSums] = {};
   if (position < p.n_rows) {
     const float* const from = p.statistics + position;
-    finish_softmax(p, Scale(p), position, {from[0], from[p.n_rows], from[2 * p.n_rows], from[3 * p.n_rows]}, parts);
+    const Run columns = columns_of(p, position);
+    RowSums sums = {};
+    if (columns.start < columns.end) sums = {from[0], from[p.n_rows], from[2 * p.n_rows], from[3 * p.n_rows]};
+    finish_softmax(p, Scale(p), position, sums, parts);
   }
   finish_block<kPanelThreads>(p, parts, reinterpret_cast<float*>(shared_memory()));
 }
@@ -71,21 +76,23 @@ __global__ void __launch_bounds__(kPanelThreads) panel_pairs_kernel(const Panel 
   const int row = int(blockIdx.x) * kPanelWarps + int(threadIdx.x / 32), lane = threadIdx.x % 32;
   if (row >= p.n_panel_rows) return;
   const Scale scale(p);
-  const bool is_fixed = scale.is_fixed();
+  const bool is_fixed = scale.is_fixed(p);
   const int position = int(p.first_row) + row;
   const Coefficients of{p.coefficients, p.n_padded};
-  const float a = of.a(position), b = of.b(position), c = of.c(position), shift = is_fixed ? scale.value : of.shift(position);
-  const int start = of.start(position), end = of.end(position);
+  const float a = of.a(position), shift = is_fixed ? scale.value : of.shift(position);
+  const OfPositive of_positive = of.of_positive(position);
+  const Mask mask(p, position, columns_of(p, position), of.run(position), 0);
   const float* const products = p.products + row * p.n_panel_columns;
   T* const pairs = static_cast<T*>(p.pairs) + row * p.n_panel_columns;
   for (int64_t k = lane; k < p.n_panel_columns; k += 32) {
     const int column = int(p.first_column + k);
-    const bool is_positive = column >= start && column < end;
-    const float product = products[k], of_a = is_positive ? b : a, of_column = is_positive ? of.b(column) : of.a(column);
-    const auto power = [&](float from) { return exp2_approx(scale.exact(product, from)); };
-    float m = is_fixed ? power(shift) * (of_a + of_column) : power(shift) * of_a + power(of.shift(column)) * of_column;
-    if (is_positive) m -= c + of.c(column);
-    round_to(pairs[k], column == position ? 0.0f : m);
+    const bool is_positive = mask.is_positive(column);
+    const OfPositive row = is_positive ? of_positive : OfPositive{a, 0.0f},
+                     other = is_positive ? of.of_positive(column) : OfPositive{of.a(column), 0.0f};
+    const float product = products[k], of_row = exp2_approx(scale.exact(product, shift)),
+                of_column = is_fixed ? of_row : exp2_approx(scale.exact(product, of.shift(column)));
+    const float m = of_row * row.b + of_column * other.b - (row.c + other.c);
+    round_to(pairs[k], mask.is_pair(column) ? m : 0.0f);
   }
 }
 

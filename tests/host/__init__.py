@@ -137,6 +137,9 @@ class Kernels:
         reduction: int,
         compute_dtype: torch.dtype,
         is_tf32: bool,
+        normalize: bool,
+        n_left: int,
+        negatives_only: bool,
     ) -> dict[str, Any]:
         return {
             "n_rows": z.shape[0],
@@ -155,11 +158,14 @@ class Kernels:
             "prototype_weight": prototype_weight,
             "distance": distance,
             "reduction": reduction,
+            "normalize": normalize,
+            "n_left": n_left,
+            "negatives_only": negatives_only,
         }
 
-    def cuda_groups(self, labels: Tensor, n_views: int) -> Tensor:
+    def cuda_groups(self, labels: Tensor, n_views: int, n_left: int) -> Tensor:
         groups = torch.full((3, n_views * labels.shape[0]), -1, dtype=torch.int32)
-        fields = {"n_instances": labels.shape[0], "n_views": n_views, "labels": labels, "groups": groups}
+        fields = {"n_instances": labels.shape[0], "n_views": n_views, "n_left": n_left, "labels": labels, "groups": groups}
         self._check(self.module.group(_addresses(fields)))
         return groups
 
@@ -172,6 +178,8 @@ class Kernels:
         n_views: int,
         distance: int,
         compute_dtype: torch.dtype,
+        normalize: bool,
+        has_sides: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         n_rows, width = embeddings.shape
         results = {
@@ -193,6 +201,8 @@ class Kernels:
             "dtype": DTYPES.index(embeddings.dtype),
             "compute_dtype": DTYPES.index(compute_dtype),
             "distance": distance,
+            "normalize": normalize,
+            "has_sides": has_sides,
         }
         self._check(self.module.prologue(_addresses(fields | results)))
         return results["zhat"], results["norms"], results["distances"]

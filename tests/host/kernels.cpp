@@ -32,7 +32,8 @@ void set(T& field, const py::handle& value) {
 void set_loss(Loss& p, const py::dict& fields){FIELD(n_rows) FIELD(width) FIELD(n_views) FIELD(n_classes) FIELD(dtype)
                                                    FIELD(compute_dtype) FIELD(is_tf32) FIELD(groups) FIELD(labels)
                                                        FIELD(prototypes) FIELD(temperature) FIELD(scale) FIELD(scale_rest)
-                                                           FIELD(prototype_weight) FIELD(distance) FIELD(reduction)}
+                                                           FIELD(prototype_weight) FIELD(distance) FIELD(reduction)
+                                                               FIELD(normalize) FIELD(n_left) FIELD(negatives_only)}
 
 Forward forward_of(const py::dict& fields) {
   Forward p = {};
@@ -73,7 +74,8 @@ Prologue prologue_of(const py::dict& fields) {
   FIELD(embeddings)
   FIELD(stride_z_row)
   FIELD(stride_z_column) FIELD(order) FIELD(labels) FIELD(prototypes) FIELD(zhat) FIELD(norms) FIELD(distances) FIELD(n_finished)
-      FIELD(n_rows) FIELD(n_views) FIELD(n_classes) FIELD(width) FIELD(dtype) FIELD(compute_dtype) FIELD(distance) return p;
+      FIELD(n_rows) FIELD(n_views) FIELD(n_classes) FIELD(width) FIELD(dtype) FIELD(compute_dtype) FIELD(distance)
+          FIELD(normalize) FIELD(has_sides) return p;
 }
 
 // ---- the kernels that the harness itself is tested with -------------------------------------------------------------------
@@ -122,7 +124,7 @@ PYBIND11_MODULE(MODULE_NAME, m) {
   m.def("padded_rows", &padded_rows);
   m.def("group", [](const py::dict& fields) {
     Grouping p = {};
-    FIELD(n_instances) FIELD(n_views) FIELD(labels) FIELD(groups) return group(p, nullptr);
+    FIELD(n_instances) FIELD(n_views) FIELD(n_left) FIELD(labels) FIELD(groups) return group(p, nullptr);
   });
   m.def("prologue", [](const py::dict& fields) { return launch_prologue(prologue_of(fields), nullptr); });
   m.def("forward",

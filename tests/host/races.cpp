@@ -27,9 +27,11 @@ void expect_success(int error) {
   if (error != 0) throw std::runtime_error("cudaError_t " + std::to_string(error));
 }
 
-// One step of a loss of two views and 4 classes; on a GPU of so many processors.
-void step(int64_t n_rows, int64_t width, Dtype dtype, bool by_label, float temperature, int64_t n_processors) {
-  const int64_t n_instances = n_rows / 2, n_classes = 4, n_padded = padded_rows(n_rows), n_blocks = most_blocks(n_rows);
+// One step of a loss of two views and 4 classes; on a GPU of so many processors. With sides, labels are of one view.
+void step(int64_t n_rows, int64_t width, Dtype dtype, bool by_label, float temperature, int64_t n_processors,
+          int64_t n_left = -1) {
+  const int64_t n_views = n_left >= 0 && by_label ? 1 : 2, n_instances = n_rows / n_views, n_classes = 4,
+                n_padded = padded_rows(n_rows), n_blocks = most_blocks(n_rows);
   const std::vector<float> z = normal(n_rows * width), prototypes = normal(n_classes * width);
   std::vector<int64_t> labels(n_instances);
   for (int64_t b = 0; b < n_instances; ++b) labels[b] = b % n_classes;
@@ -45,7 +47,7 @@ void step(int64_t n_rows, int64_t width, Dtype dtype, bool by_label, float tempe
   float grad_temperature = 0.0f;
 
   Loss of = {};
-  of.n_rows = n_rows, of.width = width, of.n_views = 2, of.n_classes = n_classes;
+  of.n_rows = n_rows, of.width = width, of.n_views = n_views, of.n_left = n_left, of.n_classes = n_classes;
   of.dtype = Dtype::float32, of.compute_dtype = dtype;
   of.groups = by_label ? groups.data() : nullptr;
   of.labels = labels.data(), of.prototypes = prototypes.data();
@@ -66,7 +68,7 @@ void step(int64_t n_rows, int64_t width, Dtype dtype, bool by_label, float tempe
   b.coefficients = coefficients_memory.data(), b.n_padded = n_padded, b.partial_sums = partial_sums.data();
   b.n_finished = &n_finished, b.sums = sums.data();
 
-  Grouping grouping = {n_instances, 2, labels.data(), groups.data()};
+  Grouping grouping = {n_instances, n_views, by_label ? n_left : -1, labels.data(), groups.data()};
   expect_success(group(grouping, nullptr));
   expect_success(forward(f, n_processors, nullptr));
   expect_success(backward(b, n_processors, nullptr));
@@ -109,6 +111,8 @@ int main(int n_arguments, char** arguments) {
     step(n_rows, 128, Dtype::bfloat16, false, 0.01f, n_processors);
     step(n_rows, 256, Dtype::float16, true, 0.1f, n_processors);
     step(n_rows, 128, Dtype::float32, false, 0.1f, n_processors);
+    step(n_rows, 37, Dtype::float32, false, 0.01f, n_processors, n_rows / 2);
+    step(n_rows, 64, Dtype::bfloat16, true, 0.1f, n_processors, n_rows / 2 - 8);
   }
   std::puts("no races");
   return 0;
