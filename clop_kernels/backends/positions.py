@@ -61,4 +61,6 @@ def _by_position(of_rows: Tensor, groups: Tensor, options: LossOptions) -> Tenso
     """(N,) by row of the user's tensor -> (N,) in the order of the groups."""
     if options.positives == "label":
         return of_rows.index_select(0, groups[0])
+    if options.n_left is not None:
+        return of_rows
     return of_rows.reshape(options.n_views, -1).T.reshape(-1)

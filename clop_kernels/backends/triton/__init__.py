@@ -46,7 +46,7 @@ def forward(
         groups = embeddings.new_empty((3, n_rows), dtype=torch.int32)
     else:
         assert labels is not None
-        groups = label_groups(labels, options.n_views).table()
+        groups = label_groups(labels, options.n_views, options.n_left).table()
     zhat = embeddings.new_empty((n_rows, width), dtype=options.compute_dtype)
     counts = embeddings.new_zeros(2, dtype=torch.float32) if n_rows == 0 else embeddings.new_empty(2, dtype=torch.float32)
     residuals = Residuals(zhat, per_row(), per_row(), per_row(), per_row(), groups, counts)
@@ -55,7 +55,7 @@ def forward(
 
     loss = per_row() if options.reduction == "none" else embeddings.new_empty((), dtype=torch.float32)
     target = tiles.target_of(embeddings.device)
-    scratch = launches.ForwardScratch.like(zhat, target)
+    scratch = launches.ForwardScratch.like(zhat, options, target)
     with tiles.device_guard(embeddings.device):
         for launch in launches.forward(
             embeddings, labels, used_prototypes(prototypes, labels), options, loss, residuals, scratch, target
@@ -90,7 +90,7 @@ def backward(
     with tiles.device_guard(embeddings.device):
         if needs.embeddings or needs.temperature:
             grad_embeddings = torch.empty_like(embeddings, memory_format=torch.contiguous_format)
-            scratch = launches.BackwardScratch.like(residuals.normalized)
+            scratch = launches.BackwardScratch.like(residuals.normalized, options)
             for launch in launches.backward(upstream, residuals, labels, used, options, scratch, grad_embeddings, target):
                 launch.run()
             if needs.temperature:
