@@ -115,7 +115,8 @@ def cases(
         for width in widths
         for height in heights
         for form in forms
-        if form != "plain" or height == max(heights)  # lower tiles are for small N: their largest forms will do
+        # Lower tiles are for small N: the largest form will do for all, and the lowest tile for its variants.
+        if form == "general" or height == max(heights) or (form != "plain" and height == min(heights))
     ]
 
 

@@ -248,7 +248,7 @@ def options_problem(
 
 def forms() -> dict[str, OptionsProblem]:
     """Each option alone and with the others: ragged numbers of rows, several tiles of 16 and panels of 32 of them a side."""
-    label = {"positives": "label"}
+    label: dict[str, Any] = {"positives": "label"}
     return {
         "clip": options_problem(49, 98),
         "clip, online": options_problem(49, 98, temperature=0.01, reduction="none"),
@@ -339,6 +339,9 @@ def test_the_prototype_term_alone(reduction: str, is_wide: bool, small_tiles: No
     assert_accurate(problem.with_options(normalize=False), "triton")
     as_tensor = run(problem, torch.tensor(problem.temperature))
     assert as_tensor["temperature"] == 0.0
+    options = LossOptions(temperature=0.1, compute_dtype=torch.bfloat16, **OPTIONS | {"n_views": 1})
+    names = [launch.kernel.__name__ for launch in resources.launches_of(options, 4096, 128, 90)]
+    assert names == ["prologue_kernel", "softmax_kernel", "loss_kernel", "finish_kernel", "prototype_kernel"]
 
 
 @interpreted
@@ -393,8 +396,10 @@ def op_arguments(reduction: str, temperature_tensor: bool) -> tuple[Any, ...]:
     assert problem.prototypes is not None
     tau = torch.tensor(0.2, requires_grad=True) if temperature_tensor else None
     z, prototypes = problem.embeddings.float().requires_grad_(), problem.prototypes.float().requires_grad_()
-    options = 2, "label", 0.7, "euclidean", reduction, torch.float32, True, None, False
-    return z, problem.labels, prototypes, 0.2, tau, *options, "triton"
+    common = "label", 0.7, "euclidean", reduction, torch.float32
+    if reduction == "none":  # rows as they are, of two sides
+        return z, torch.arange(10) % 3, prototypes, 0.2, tau, 1, *common, False, 4, False, "triton"
+    return z, problem.labels, prototypes, 0.2, tau, 2, *common, True, None, False, "triton"
 
 
 @interpreted

@@ -5,12 +5,13 @@
     gradient.py             rows against columns: the gradient's pairwise sums; wide.py where whole rows do not fit on chip
     finish.py               the pairwise sums -> the gradient of the raw embeddings
     prototype_gradient.py   the gradient of trained prototypes
-    device.py               what kernels share
+    device.py               what kernels share: which columns a program's rows are compared with, whose positives are where
     launches.py             the launches of a call as data;  tiles.py  which tile is used where
 
 Launches: 3 forward and 2 backward, and 1 more for a temperature's gradient. float32 of D > 32, and D > 256, take 3 backward
 for each pair of panels of 4096 rows (float32: 2048). Trained prototypes, ``reduction="none"`` and sorting by more than
-RANKED_INSTANCES labels take a few more.
+RANKED_INSTANCES labels, or by the labels of two sides, take a few more. Where no row can have a positive, and only the prototype
+term is left, no kernel looks at a pair: 3 forward and 1 backward.
 
 float64 stays with the other backends: no matrix unit that Triton drives is exact in it. This module is imported when the
 backend is first used, so that importing the package does not need Triton. **Not yet run on a GPU**: proved by Triton's
