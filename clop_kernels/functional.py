@@ -58,8 +58,9 @@ def clop_loss(
     An empty A or S contributes zero. Time is O(N^2 D) and memory O(N D) for N = V * B, on every backend but "reference".
 
     Args:
-        embeddings: (V*B, D), float64, float32, float16 or bfloat16, D >= 1; need not be contiguous. Rows are view-major:
-            row ``v * B + b`` is view v of instance b, as ``torch.cat([view_0, view_1])`` lays them out. Interleaved rows (a0 a1 b0 b1) give another loss, which nothing can detect.
+        embeddings: (V*B, D), float64, float32, float16 or bfloat16, D >= 1; need not be contiguous. Rows are view-major: row
+            ``v * B + b`` is view v of instance b, as ``torch.cat([view_0, view_1])`` lays them out. Interleaved rows
+            (a0 a1 b0 b1) give another loss, which nothing can detect.
         labels: (B,) integers, one an instance, on the device of ``embeddings``; -1 means unlabelled. None: all unlabelled.
         prototypes: (K, D), any floating dtype, used as they are; see :func:`clop_kernels.orthonormal_prototypes`. None: no
             prototype term.
@@ -71,8 +72,8 @@ def clop_loss(
         distance: d, "cosine" (1 - zhat . c), "euclidean" (|zhat - c|_2) or "manhattan" (|zhat - c|_1).
         reduction: "mean", L above; "none", (V*B,): each row's contrastive term (0 outside A) + lambda * its prototype term
             (0 outside S); "sum", the sum of those.
-        normalize: False takes z itself for zhat. For rows that have unit length already that is the same loss, whose gradient keeps
-            its part along the row.
+        normalize: False takes z itself for zhat. For rows that have unit length already that is the same loss, whose gradient
+            keeps its part along the row.
         backend: None takes the fastest that can run; or "cuda", "triton", "cpu", "tiled", "reference". See
             ``python -m clop_kernels info``.
 
@@ -90,7 +91,8 @@ def clop_loss(
         >>> loss = clop_loss(torch.cat([encoder(view_1), encoder(view_2)]), labels, prototypes)
     """
     _check_embeddings(embeddings, n_views)
-    labels = _checked_labels("labels", labels, embeddings.shape[0] // n_views, embeddings.device)
+    if labels is not None:
+        labels = _checked_labels("labels", labels, embeddings.shape[0] // n_views, embeddings.device)
     _check_choice("positives", positives, POSITIVES)
     _check_choice("distance", distance, DISTANCES)
     if positives == "label" and labels is None:
@@ -169,8 +171,8 @@ def clip_loss(
 ) -> Tensor:
     r"""Two-sided contrastive loss (CLIP, arXiv 2103.00020): left rows against right ones, and the other way, in one pass.
 
-    With :math:`\hat x_i`, :math:`\hat y_j` the rows of length 1, :math:`s_{ij} = \hat x_i \cdot \hat y_j / \tau`, P(i) the rows of
-    the other side that row i belongs to, A the rows of both sides that have such, and
+    With :math:`\hat x_i`, :math:`\hat y_j` the rows of length 1, :math:`s_{ij} = \hat x_i \cdot \hat y_j / \tau`, P(i) the rows
+    of the other side that row i belongs to, A the rows of both sides that have such, and
     :math:`\ell(x_i) = \log \sum_j e^{s_{ij}} - \frac{1}{|P(i)|} \sum_{p \in P(i)} s_{ip}`, which for :math:`y_j` sums over i:
 
     .. math:: L = \frac{1}{|A|} \Big( \sum_{x_i \in A} \ell(x_i) + \sum_{y_j \in A} \ell(y_j) \Big)
@@ -181,29 +183,23 @@ def clip_loss(
     Args:
         left: (M, D), float64, float32, float16 or bfloat16, D >= 1: images, say; need not be contiguous.
         right: (N, D), of the dtype and device of ``left``: texts, say.
-        left_labels: (M,) integers; a row belongs to the rows of the other side that have the same label, -1 to none. None for both
-            sides: M = N, and row i of one belongs to row i of the other.
+        left_labels: (M,) integers; a row belongs to the rows of the other side that have the same label, -1 to none. None for
+            both sides: M = N, and row i of one belongs to row i of the other.
         right_labels: (N,) integers.
         temperature: tau > 0, a number, or a 0-dim floating tensor on the device of ``left``, which may require grad; the inverse
             of CLIP's logit scale.
-        reduction: "mean", L above; "none", (M + N,): the left rows' terms and then the right ones', 0 outside A; "sum", their sum.
+        reduction: "mean", L above; "none", (M + N,): the left rows' terms, then the right ones', 0 outside A; "sum", their sum.
         normalize: False takes the rows as they are.
         backend: as for :func:`clop_loss`.
 
     Returns:
-        () or, for ``reduction="none"``, (M + N,); float32, or float64 for float64 rows. Gradients are exact for ``left``, ``right``
-        and ``temperature``.
+        () or, for ``reduction="none"``, (M + N,); float32, or float64 for float64 rows. Gradients are exact for ``left``,
+        ``right`` and ``temperature``.
 
     Raises:
         As :func:`clop_loss`.
     """
-    _check_rows("left", left)
-    _check_rows("right", right)
-    if right.shape[1] != left.shape[1] or right.dtype != left.dtype or right.device != left.device:
-        raise ValueError(
-            f"right has width {right.shape[1]}, dtype {right.dtype} and is on {right.device}: expected those of left, "
-            f"{left.shape[1]}, {left.dtype} and {left.device}"
-        )
+    _check_sides("left", left, "right", right)
     if (left_labels is None) != (right_labels is None):
         missing = "left_labels" if left_labels is None else "right_labels"
         raise ValueError(f"{missing}=None: expected labels of both sides or of neither")
@@ -211,9 +207,10 @@ def clip_loss(
         raise ValueError(
             f"left has {left.shape[0]} rows and right {right.shape[0]}: expected as many, row by row, or labels of both sides"
         )
-    left_labels = _checked_labels("left_labels", left_labels, left.shape[0], left.device)
-    right_labels = _checked_labels("right_labels", right_labels, right.shape[0], left.device)
-    labels = None if left_labels is None or right_labels is None else torch.cat([left_labels, right_labels])
+    labels = None
+    if left_labels is not None:
+        of_left = _checked_labels("left_labels", left_labels, left.shape[0], left.device)
+        labels = torch.cat([of_left, _checked_labels("right_labels", right_labels, right.shape[0], left.device)])
     return _loss(
         torch.cat([left, right]),
         labels,
@@ -230,27 +227,37 @@ def clip_loss(
 def negative_logsumexp(
     embeddings: Tensor,
     labels: Tensor,
+    others: Tensor | None = None,
+    other_labels: Tensor | None = None,
     *,
     temperature: float | Tensor = 0.1,
     normalize: bool = True,
     backend: str | None = None,
 ) -> Tensor:
-    r"""Of each row :math:`\log \sum_{j : y_j \ne y_i} e^{s_{ij}}`, over the rows of other labels: what losses that keep positives
-    out of the denominator are made of.
+    r"""Of each row :math:`\log \sum_{j : y_j \ne y_i} e^{s_{ij}}`, over rows of other labels: for losses whose denominators leave
+    positives out.
 
     Args:
         embeddings: (N, D), as for :func:`clop_loss`.
         labels: (N,) integers; a row with label -1 is a negative of every other row.
+        others: (M, D), the rows j to compare with; None: ``embeddings`` themselves.
+        other_labels: (M,) integers, if ``others`` are given.
         temperature, normalize, backend: as for :func:`clop_loss`.
 
     Returns:
-        (N,), 0 for a row without negatives; float32, or float64 for float64 embeddings. Exact gradients, O(N D) memory.
+        (N,), 0 for a row without negatives; float32, or float64 for float64 embeddings. Exact gradients, O((N + M) D) memory.
+
+    Raises:
+        As :func:`clop_loss`.
     """
     _check_rows("embeddings", embeddings)
-    labels = _checked_labels("labels", labels, embeddings.shape[0], embeddings.device)
-    if labels is None:
-        raise TypeError("labels is None: expected a torch.Tensor")
-    return _loss(
+    n_rows = embeddings.shape[0]
+    labels = _checked_labels("labels", labels, n_rows, embeddings.device)
+    if others is not None:
+        _check_sides("embeddings", embeddings, "others", others)
+        other_labels = _checked_labels("other_labels", other_labels, others.shape[0], embeddings.device)
+        embeddings, labels = torch.cat([embeddings, others]), torch.cat([labels, other_labels])
+    terms = _loss(
         embeddings,
         labels,
         n_views=1,
@@ -258,9 +265,11 @@ def negative_logsumexp(
         temperature=temperature,
         reduction="none",
         normalize=normalize,
+        n_left=None if others is None else n_rows,
         negatives_only=True,
         backend=backend,
     )
+    return terms[:n_rows]
 
 
 def _loss(
@@ -318,6 +327,16 @@ def _check_rows(name: str, rows: Tensor, shape: str = "(N, D)", remedy: str = ""
         raise ValueError(f"{name} has shape {tuple(rows.shape)}: expected a width D of at least 1")
 
 
+def _check_sides(left_name: str, left: Tensor, right_name: str, right: Tensor) -> None:
+    _check_rows(left_name, left)
+    _check_rows(right_name, right)
+    if right.shape[1] != left.shape[1] or right.dtype != left.dtype or right.device != left.device:
+        raise ValueError(
+            f"{right_name} has width {right.shape[1]}, dtype {right.dtype} and is on {right.device}: expected those of "
+            f"{left_name}, {left.shape[1]}, {left.dtype} and {left.device}"
+        )
+
+
 def _check_embeddings(embeddings: Tensor, n_views: int) -> None:
     remedy = "; for (B, V, D) features pass torch.cat(features.unbind(1)) with n_views=V"
     is_stacked = isinstance(embeddings, Tensor) and embeddings.dim() == 3
@@ -333,10 +352,9 @@ def _check_embeddings(embeddings: Tensor, n_views: int) -> None:
         )
 
 
-def _checked_labels(name: str, labels: Tensor | None, n_instances: int, device: torch.device) -> Tensor | None:
-    if labels is None:
-        return None
+def _checked_labels(name: str, labels: object, n_instances: int, device: torch.device) -> Tensor:
     _check_tensor(name, labels)
+    assert isinstance(labels, Tensor)
     if labels.dtype not in _INTEGER_DTYPES:
         raise TypeError(f"{name} has dtype {labels.dtype}: expected an integer dtype, as of labels.long()")
     if labels.dim() != 1 or labels.shape[0] != n_instances:

@@ -42,17 +42,19 @@ STABLE_TORCH_LIBRARY(clop_native, m) {
   m.def("build_info() -> str");
 
   // The two passes of the loss. Residuals, and `needs`, as in clop_kernels/backends/contract.py; groups is (3, N) int32, or (3, 0)
-  // for the views of instances; distance and reduction are indices into DISTANCES and REDUCTIONS; tile_rows 0: the kernel's choice.
+  // for the views of instances; distance and reduction are indices into DISTANCES and REDUCTIONS; n_left -1: one side; tile_rows 0:
+  // the kernel's choice.
   m.def(
       "cpu_forward(Tensor embeddings, Tensor groups, Tensor? labels, Tensor? prototypes, float temperature, int n_views, "
-      "float prototype_weight, int distance, int reduction, ScalarType compute_dtype, int tile_rows, int n_threads) -> "
+      "float prototype_weight, int distance, int reduction, ScalarType compute_dtype, bool normalize, int n_left, "
+      "bool negatives_only, int tile_rows, int n_threads) -> "
       "(Tensor loss, Tensor normalized, Tensor norms, Tensor shift, Tensor total, Tensor negative, Tensor counts)");
   m.def(
       "cpu_backward(Tensor grad_loss, Tensor embeddings, Tensor normalized, Tensor norms, Tensor shift, Tensor total, "
       "Tensor negative, Tensor groups, Tensor counts, Tensor? labels, Tensor? prototypes, bool needs_embeddings, "
       "bool needs_temperature, bool needs_prototypes, float temperature, int n_views, float prototype_weight, int distance, "
-      "int reduction, ScalarType compute_dtype, int tile_rows, int n_threads) -> "
-      "(Tensor grad_embeddings, Tensor grad_temperature, Tensor grad_prototypes)");
+      "int reduction, ScalarType compute_dtype, bool normalize, int n_left, bool negatives_only, int tile_rows, "
+      "int n_threads) -> (Tensor grad_embeddings, Tensor grad_temperature, Tensor grad_prototypes)");
   m.def("cpu_exp2(Tensor x) -> Tensor");  // the kernels' own 2^x, for the test of its accuracy
 
 #ifdef CLOP_CUDA_VERSION

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 import clop_kernels
+from clop_kernels import compat
 from clop_kernels.backends import BACKENDS
 from clop_kernels.backends.contract import DISTANCES, POSITIVES, REDUCTIONS
 
@@ -32,13 +34,19 @@ PLAIN_ORDERS = 8
 
 @dataclass(frozen=True)
 class Problem:
-    """A loss and its float64 inputs, each of which float32 holds exactly: what differs is the computation alone."""
+    """A loss and its float64 inputs, each of which float32 holds exactly: what differs is the computation alone.
+
+    clop_loss; with ``n_left`` clip_loss, whose left rows are the first and whose labels are one a row; with ``negatives_only``
+    negative_logsumexp.
+    """
 
     embeddings: Tensor
     labels: Tensor | None = None
     prototypes: Tensor | None = None
     temperature: float = 0.1
     options: dict[str, Any] = field(default_factory=dict)
+    n_left: int | None = None
+    negatives_only: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "temperature", float(torch.tensor(self.temperature, dtype=torch.float32)))
@@ -53,10 +61,20 @@ class Problem:
         if prototypes is not None:
             prototypes = inputs["prototypes"] = prototypes.detach().to(device, precise, copy=True).requires_grad_()
         labels = None if self.labels is None else self.labels.to(device)
-        loss = clop_kernels.clop_loss(z, labels, prototypes, temperature=tau, backend=backend, **self.options)
+        loss = self.loss(z, labels, prototypes, tau, backend)
         upstream = torch.randn(loss.shape, generator=torch.Generator().manual_seed(7)) if loss.dim() else torch.ones(())
         grads = torch.autograd.grad(loss, list(inputs.values()), upstream.to(loss))
         return {"loss": loss.detach().cpu().double()} | {k: g.cpu().double() for k, g in zip(inputs, grads, strict=True)}
+
+    def loss(self, z: Tensor, labels: Tensor | None, prototypes: Tensor | None, tau: Tensor, backend: str) -> Tensor:
+        arguments = {"temperature": tau, "backend": backend, **self.options}
+        if self.n_left is not None:
+            of_labels = (None, None) if labels is None else (labels[: self.n_left], labels[self.n_left :])
+            return clop_kernels.clip_loss(z[: self.n_left], z[self.n_left :], *of_labels, **arguments)
+        if self.negatives_only:
+            assert labels is not None
+            return clop_kernels.negative_logsumexp(z, labels, **arguments)
+        return clop_kernels.clop_loss(z, labels, prototypes, **arguments)
 
     def with_options(self, **options: Any) -> Problem:
         return replace(self, options=self.options | options)
@@ -81,6 +99,20 @@ def random_problem(
     prototypes = torch.randn(n_classes, width, dtype=torch.float64, generator=generator) / width**0.5
     options = {"n_views": n_views, "prototype_weight": 0.7} | options
     return Problem(z.float().double(), labels, prototypes.float().double(), temperature, options)
+
+
+def two_sided_problem(
+    n_left: int, n_right: int, width: int, *, labelled: bool, temperature: float = 0.1, seed: int = 0, **options: Any
+) -> Problem:
+    """Left and right rows of different norms; row i of one side belongs to row i of the other, or as labels of 4 classes say."""
+    rows = random_problem(1, n_left + n_right, width, temperature=temperature, seed=seed)
+    assert labelled or n_left == n_right
+    return replace(rows, labels=rows.labels if labelled else None, prototypes=None, n_left=n_left, options=options)
+
+
+def negatives_problem(n_rows: int, width: int, *, temperature: float = 0.1, seed: int = 0, **options: Any) -> Problem:
+    rows = random_problem(1, n_rows, width, temperature=temperature, seed=seed)
+    return replace(rows, prototypes=None, negatives_only=True, options=options)
 
 
 def near_duplicates(n_views: int, n_instances: int, width: int, noise: float, temperature: float, seed: int = 0) -> Problem:
@@ -181,3 +213,14 @@ def assert_float16_saturates_and_overflow_shows(backend: str) -> None:
     assert grad[3].abs().max() == torch.finfo(torch.float16).max
     (grad,) = torch.autograd.grad(loss * 1e7, z)
     assert not grad[0].isfinite().all()
+
+
+DROP_INS: dict[str, tuple[Any, Callable[[Tensor], tuple[Any, ...]]]] = {
+    "lightly": (compat.lightly.NTXentLoss, lambda z: (z, z.flip(0))),
+    "supcontrast": (compat.supcontrast.SupConLoss, lambda z: (z.unsqueeze(1), torch.arange(len(z)) % 3)),
+    "metric_learning.SupConLoss": (compat.pytorch_metric_learning.SupConLoss, lambda z: (z, torch.arange(len(z)) % 3)),
+    "metric_learning.NTXentLoss": (compat.pytorch_metric_learning.NTXentLoss, lambda z: (z, torch.arange(len(z)) % 3)),
+    "open_clip": (compat.open_clip.ClipLoss, lambda z: (z, z.flip(0), 5.0)),
+    "clop": (lambda **options: compat.clop.CLOPLoss(3, 8, **options), lambda z: (z, z.flip(0), torch.arange(len(z)) % 3)),
+}
+"""The classes of other libraries: (constructor, unit rows (N, 8) -> arguments of a call)."""

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 import clop_kernels
 from clop_kernels.backends import tiled
-from clop_kernels.backends.contract import DISTANCES, POSITIVES, REDUCTIONS
+from clop_kernels.backends.contract import DISTANCES, POSITIVES, REDUCTIONS, LossOptions
 
 from .oracle import (
     GRADIENT_TOLERANCE,
@@ -18,8 +20,10 @@ from .oracle import (
     assert_accurate,
     assert_float16_saturates_and_overflow_shows,
     near_duplicates,
+    negatives_problem,
     random_problem,
     relative_error,
+    two_sided_problem,
 )
 
 # (n_views, n_instances, width): one to seven views, one row to several tiles, widths that no vector unit likes
@@ -40,6 +44,90 @@ def test_float64_is_exact(
             floor = 1e-3 / temperature ** (2 if name == "temperature" else 1)
             error = relative_error(actual[name], value, floor)
             assert error <= 1e-10, f"{name} at temperature {temperature}: relative error {error:.2e}"
+
+
+def assert_exact(problem: Problem, backend: str) -> None:
+    expected, actual = (problem.solve(name, torch.float64) for name in ("reference", backend))
+    for name, value in expected.items():
+        assert value.isfinite().all(), name
+        error = relative_error(actual[name], value, 1e-3 / problem.temperature ** (2 if name == "temperature" else 1))
+        assert error <= 1e-10, f"{name}: relative error {error:.2e}"
+
+
+# Left rows, right rows, width: sides of unequal length, of one row, and of none.
+SIDES = [(1, 1, 3), (33, 33, 24), (70, 70, 5), (50, 17, 5), (3, 130, 37), (64, 1, 16), (0, 5, 3), (5, 0, 3), (0, 0, 3)]
+
+
+@pytest.mark.parametrize("sides", SIDES, ids=str)
+@pytest.mark.parametrize("labelled", [False, True])
+@pytest.mark.parametrize(("reduction", "normalize"), [*itertools.product(REDUCTIONS, (True, False))])
+def test_two_sides_in_float64_are_exact(
+    sides: tuple[int, int, int], labelled: bool, reduction: str, normalize: bool, backend: str, tile_rows: int | None
+) -> None:
+    if labelled or sides[0] == sides[1]:
+        for temperature in (0.001, 0.1, 1.0):
+            problem = two_sided_problem(*sides, labelled=labelled, temperature=temperature)
+            assert_exact(problem.with_options(reduction=reduction, normalize=normalize), backend)
+
+
+@pytest.mark.parametrize("sides", [(77, 77, 64), (150, 40, 129), (1, 200, 32)], ids=str)
+@pytest.mark.parametrize("temperature", [0.01, 0.05, 0.1, 1.0])
+def test_two_sides_in_float32(sides: tuple[int, int, int], temperature: float, backend: str) -> None:
+    clop_kernels.set_tile_rows(48)
+    try:
+        for reduction in REDUCTIONS:
+            for labelled in (True, False) if sides[0] == sides[1] else (True,):
+                problem = two_sided_problem(*sides, labelled=labelled, temperature=temperature, reduction=reduction)
+                assert_accurate(problem, backend)
+    finally:
+        clop_kernels.set_tile_rows(None)
+
+
+@pytest.mark.parametrize("length", [1.0, 30.0])
+@pytest.mark.parametrize(
+    "problem",
+    [
+        random_problem(2, 35, 64),
+        random_problem(1, 70, 5),
+        two_sided_problem(40, 40, 8, labelled=True),
+        two_sided_problem(40, 40, 8, labelled=False),
+        negatives_problem(70, 8),
+    ],
+)
+def test_rows_as_they_are(problem: Problem, length: float, backend: str, tile_rows: int | None) -> None:
+    """Without normalisation: rows of all lengths up to several times ``length``, whose similarities nothing bounds."""
+    problem = replace(problem, embeddings=length * problem.embeddings).with_options(normalize=False)
+    positives = [{}] if problem.n_left is not None or problem.negatives_only else [{"positives": p} for p in POSITIVES]
+    for options in positives:
+        assert_exact(problem.with_options(**options), backend)
+        assert_accurate(problem.with_options(**options), backend, ill_conditioned=True)
+
+
+def test_unit_rows_have_the_same_loss_and_the_whole_gradient(backend: str) -> None:
+    problem = random_problem(2, 35, 64)
+    unit = torch.nn.functional.normalize(problem.embeddings, dim=1)
+    both = {n: replace(problem, embeddings=unit).with_options(normalize=n).solve(backend, torch.float64) for n in (True, False)}
+    torch.testing.assert_close(both[True]["loss"], both[False]["loss"])
+    whole = both[False]["embeddings"]
+    radial = (unit * whole).sum(1, keepdim=True) * unit
+    assert radial.norm() > 0.1 * whole.norm()
+    torch.testing.assert_close(whole - radial, both[True]["embeddings"])
+
+
+@pytest.mark.parametrize("n_rows", [0, 1, 2, 17, 130])
+@pytest.mark.parametrize("temperature", [0.001, 0.1])
+def test_negatives_alone(n_rows: int, temperature: float, backend: str, tile_rows: int | None) -> None:
+    problem = negatives_problem(n_rows, 24, temperature=temperature)
+    assert_exact(problem, backend)
+    assert_accurate(problem, backend, ill_conditioned=temperature < 0.01)
+    assert_exact(replace(problem, labels=torch.zeros(n_rows, dtype=torch.int64)), backend)  # no row has any
+
+
+def test_far_negatives_are_not_lost_beside_near_positives(backend: str) -> None:
+    """Where a positive's exp(s) is 1e87 times a negative's, which a sum that both are in would lose in float32."""
+    z = torch.cat([torch.eye(1, 4), torch.eye(1, 4), -torch.eye(1, 4)])
+    lse = clop_kernels.negative_logsumexp(z, torch.tensor([0, 0, 1]), temperature=0.01, backend=backend)
+    torch.testing.assert_close(lse, torch.tensor([-100.0, -100.0, -100.0 + math.log(2)]))
 
 
 @pytest.mark.parametrize("temperature", [0.01, 1 / 60, 0.0167, 0.05, 0.1, 0.5, 1.0])
@@ -76,14 +164,27 @@ def test_a_single_positive_keeps_its_relative_accuracy(backend: str) -> None:
     torch.testing.assert_close(loss, torch.tensor(2 * math.exp(-60.0), dtype=torch.float64), rtol=1e-10, atol=0.0)
 
 
+def fits_unshifted(temperature: float, dtype: torch.dtype, norms: Tensor | None = None) -> bool:
+    options = LossOptions(2, "instance", temperature, 1.0, "cosine", "mean", dtype, normalize=norms is None)
+    return tiled.fits_unshifted(torch.full((3,), 1e9, dtype=dtype) if norms is None else norms.to(dtype), options)
+
+
+def test_where_the_softmax_switches_paths() -> None:
+    for temperature, dtype, expected in (
+        (1 / 59.9, torch.float32, True),
+        (1 / 60.1, torch.float32, False),
+        (1 / 599, torch.float64, True),
+        (1 / 601, torch.float64, False),
+    ):
+        assert fits_unshifted(temperature, dtype) == expected
+        assert fits_unshifted(100 * temperature, dtype, torch.tensor([0.0, 10.0, 1.0])) == expected  # rows of length 10
+    assert not fits_unshifted(1.0, torch.float32, torch.tensor([1.0, math.nan]))
+
+
 def test_both_sides_of_the_softmax_switch(backend: str) -> None:
     """A hair above and below the switch of paths the loss and gradients agree as closely as the temperatures do."""
-    assert tiled.fits_unshifted(1 / 59.9, torch.float32)
-    assert not tiled.fits_unshifted(1 / 60.1, torch.float32)
-    assert tiled.fits_unshifted(1 / 599, torch.float64)
-    assert not tiled.fits_unshifted(1 / 601, torch.float64)
     above, below = random_problem(temperature=1 / 59.9999), random_problem(temperature=1 / 60.0001)
-    assert tiled.fits_unshifted(above.temperature, torch.float32) > tiled.fits_unshifted(below.temperature, torch.float32)
+    assert fits_unshifted(above.temperature, torch.float32) > fits_unshifted(below.temperature, torch.float32)
     results = above.solve(backend, torch.float32), below.solve(backend, torch.float32)
     for name, value in results[0].items():
         assert relative_error(results[1][name], value) < 1e-4, name  # the derivative with respect to 1/tau, times its change

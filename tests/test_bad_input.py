@@ -9,7 +9,16 @@ import pytest
 import torch
 
 import clop_kernels
-from clop_kernels import BackendUnavailableError, CLOPLoss, NTXentLoss, SupConLoss, clop_loss, supcon_loss
+from clop_kernels import (
+    BackendUnavailableError,
+    CLOPLoss,
+    NTXentLoss,
+    SupConLoss,
+    clip_loss,
+    clop_loss,
+    negative_logsumexp,
+    supcon_loss,
+)
 from clop_kernels.backends import BACKENDS
 
 Z = torch.randn(8, 4)
@@ -59,6 +68,7 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"positives": "class"}, ValueError, "positives='class': expected one of 'instance', 'label'"),
     ({"distance": "l2"}, ValueError, "distance='l2': expected one of 'cosine', 'euclidean', 'manhattan'"),
     ({"reduction": "avg"}, ValueError, "reduction='avg': expected one of 'mean', 'sum', 'none'"),
+    ({"normalize": 1}, TypeError, "normalize=1 of type int: expected a bool"),
     ({"backend": "fast"}, ValueError, "backend='fast': expected one of 'cuda', 'triton', 'cpu', 'tiled', 'reference'"),
 ]
 
@@ -70,6 +80,49 @@ def test_clop_loss(bad: dict[str, Any], error: type[Exception], message: str, ba
     clop_loss(**good)  # type: ignore[arg-type]
     with pytest.raises(error, match=message):
         clop_loss(**(good | bad))
+
+
+X, Y = torch.randn(3, 4), torch.randn(5, 4)
+OF_X, OF_Y = torch.tensor([0, 1, -1]), torch.tensor([0, 0, 1, 2, -1])
+
+BAD_SIDES: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"left": [[1.0]]}, TypeError, "left is a list: expected a torch.Tensor"),
+    ({"right": Y[0]}, ValueError, r"right has shape \(4,\): expected 2 dimensions, \(N, D\)"),
+    ({"right": Y.long()}, TypeError, "right has dtype torch.int64: expected one of torch.float64"),
+    ({"right": Y[:, :3]}, ValueError, "right has width 3, .*expected those of left, 4, torch.float32 and cpu"),
+    ({"right": Y.double()}, ValueError, "right has .*dtype torch.float64.*expected those of left"),
+    ({"right": Y.to("meta")}, ValueError, "right has .*is on meta: expected those of left"),
+    ({"left_labels": None}, ValueError, "left_labels=None: expected labels of both sides or of neither"),
+    ({"right_labels": None}, ValueError, "right_labels=None: expected labels of both sides or of neither"),
+    ({"left_labels": None, "right_labels": None}, ValueError, "left has 3 rows and right 5: expected as many"),
+    ({"left_labels": OF_Y}, ValueError, r"left_labels has shape \(5,\): expected \(3,\)"),
+    ({"right_labels": OF_Y.float()}, TypeError, "right_labels has dtype torch.float32: expected an integer dtype"),
+    ({"right_labels": OF_Y - 1}, ValueError, "labels contains -2: expected -1"),
+    ({"temperature": 0}, ValueError, "temperature=0: expected a positive"),
+    ({"reduction": "avg"}, ValueError, "reduction='avg': expected one of"),
+    ({"normalize": None}, TypeError, "normalize=None of type NoneType: expected a bool"),
+    ({"backend": "fast"}, ValueError, "backend='fast': expected one of"),
+]
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+@pytest.mark.parametrize(("bad", "error", "message"), BAD_SIDES)
+def test_clip_loss(bad: dict[str, Any], error: type[Exception], message: str, backend: str | None) -> None:
+    good = {"left": X, "right": Y, "left_labels": OF_X, "right_labels": OF_Y, "backend": backend}
+    clip_loss(**good)  # type: ignore[arg-type]
+    with pytest.raises(error, match=message):
+        clip_loss(**(good | bad))
+
+
+def test_negative_logsumexp() -> None:
+    for bad, error, message in (
+        ({"embeddings": X[0]}, ValueError, r"embeddings has shape \(4,\)"),
+        ({"labels": OF_Y}, ValueError, r"labels has shape \(5,\): expected \(3,\)"),
+        ({"labels": None}, TypeError, "labels is a NoneType: expected a torch.Tensor"),
+        ({"temperature": -1.0}, ValueError, "temperature=-1.0: expected a positive"),
+    ):
+        with pytest.raises(error, match=message):
+            negative_logsumexp(**({"embeddings": X, "labels": OF_X} | bad))
 
 
 @pytest.mark.parametrize("name", [b.name for b in BACKENDS if b.obstacle(torch.device("cpu"), torch.float32) is not None])

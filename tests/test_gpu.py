@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,17 @@ import clop_kernels
 from clop_kernels import backends
 from clop_kernels.backends.contract import DISTANCES, POSITIVES, REDUCTIONS
 
-from .oracle import GRADIENT_TOLERANCE, LOSS_TOLERANCE, Problem, near_duplicates, random_problem, relative_error
+from .oracle import (
+    DROP_INS,
+    GRADIENT_TOLERANCE,
+    LOSS_TOLERANCE,
+    Problem,
+    near_duplicates,
+    negatives_problem,
+    random_problem,
+    relative_error,
+    two_sided_problem,
+)
 from .test_backends import edge_cases
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none")
@@ -159,6 +170,58 @@ def test_edge_cases(case: str, backend: str) -> None:
             torch.testing.assert_close(value, expected[name], rtol=2e-5, atol=2e-5 * scale)
 
 
+# Left rows, right rows, width: ragged, sides of one row and of none, both paths of width.
+SIDES = [
+    (1, 1, 16), (33, 33, 24), (777, 777, 128), (301, 1000, 256), (1, 65, 37), (2100, 300, 128), (300, 300, 512), (0, 5, 8),
+    (5, 0, 8),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("sides", SIDES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("temperature", [0.01, 0.1])
+def test_two_sides(
+    sides: tuple[int, int, int], dtype: torch.dtype, temperature: float, backend: str, record_property: Record
+) -> None:
+    reduction = REDUCTIONS[sum(sides) % 3]
+    for labelled in (True, False) if sides[0] == sides[1] else (True,):
+        problem = two_sided_problem(*sides, labelled=labelled, temperature=temperature, reduction=reduction)
+        assert_accurate(problem, backend, dtype, record_property)
+
+
+@pytest.mark.parametrize("width", [24, 128, 300])
+@pytest.mark.parametrize("length", [0.1, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_as_they_are(width: int, length: float, dtype: torch.dtype, backend: str, record_property: Record) -> None:
+    """Normal rows of D numbers have a length of sqrt(D): similarities of up to thousands."""
+    for problem in (
+        random_problem(2, 150, width, positives="label"),
+        two_sided_problem(150, 150, width, labelled=False),
+        negatives_problem(300, width),
+    ):
+        problem = replace(problem, embeddings=length * problem.embeddings).with_options(normalize=False)
+        assert_accurate(problem, backend, dtype, record_property, 4.0)
+
+
+@pytest.mark.parametrize("shape", [(1, 16), (2, 24), (300, 128), (301, 300)], ids=str)
+@pytest.mark.parametrize("temperature", [0.01, 0.1])
+def test_negatives_alone(shape: tuple[int, int], temperature: float, backend: str, record_property: Record) -> None:
+    assert_accurate(negatives_problem(*shape, temperature=temperature), backend, torch.float32, record_property)
+
+
+@pytest.mark.parametrize("name", DROP_INS)
+def test_classes_of_other_libraries(name: str, backend: str) -> None:
+    make, arguments = DROP_INS[name]
+    expected, actual = make(backend="reference"), make(backend=backend).cuda()
+    actual.load_state_dict(expected.state_dict())
+    z = torch.nn.functional.normalize(torch.randn(90, 8, dtype=torch.float64), dim=1).requires_grad_()
+    on_gpu = z.detach().float().cuda().requires_grad_()
+    losses = expected(*arguments(z)), actual(*(x.cuda() if isinstance(x, Tensor) else x for x in arguments(on_gpu)))
+    assert relative_error(losses[1].cpu(), losses[0]) < GRADIENT_TOLERANCE
+    grads = torch.autograd.grad(losses[0], z)[0], torch.autograd.grad(losses[1], on_gpu)[0]
+    assert relative_error(grads[1].cpu(), grads[0]) < GRADIENT_TOLERANCE
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_131072_rows(dtype: torch.dtype, backend: str, record_property: Record) -> None:
     """Some rows of the loss against float64."""
@@ -212,6 +275,21 @@ def test_no_host_synchronisation(backend: str) -> None:
     for positives in POSITIVES:
         clop_kernels.clop_loss(z, labels, c, temperature=tau, positives=positives, backend=backend).backward()
         clop_kernels.clop_loss(z, labels, c, positives=positives, backend=backend).backward()
+    of_rows = labels.repeat(2)
+    clop_kernels.clip_loss(z, 2 * z, temperature=tau, normalize=False, backend=backend).backward()
+    clop_kernels.clip_loss(z, z[:9], of_rows, of_rows[:9], backend=backend).backward()
+    clop_kernels.negative_logsumexp(z, of_rows, backend=backend).sum().backward()
+
+
+@pytest.mark.usefixtures("no_synchronisation")
+@pytest.mark.parametrize("name", [name for name in DROP_INS if name != "metric_learning.NTXentLoss"])  # it enumerates its pairs
+def test_classes_of_other_libraries_do_not_synchronise(name: str, backend: str) -> None:
+    make, arguments = DROP_INS[name]
+    torch.cuda.set_sync_debug_mode("default")
+    criterion, z = make(backend=backend).cuda(), torch.randn(12, 8, device="cuda", requires_grad=True)
+    given = [x.cuda() if isinstance(x, Tensor) else x for x in arguments(z)]
+    torch.cuda.set_sync_debug_mode("error")
+    criterion(*given).backward()
 
 
 @pytest.mark.parametrize("positives", POSITIVES)
@@ -343,6 +421,9 @@ for width, dtype in ((37, torch.bfloat16), (64, torch.float32), (300, torch.floa
     for positives in ("instance", "label"):
         loss = clop_kernels.clop_loss(z, labels, c, n_views=3, temperature=tau, positives=positives, backend=sys.argv[1])
         loss.backward()
+    clop_kernels.clip_loss(z[:43], z[43:], labels, labels.repeat(2), temperature=tau, backend=sys.argv[1]).backward()
+    clop_kernels.clip_loss(z[:64], z[64:128], normalize=False, backend=sys.argv[1]).backward()
+    clop_kernels.negative_logsumexp(z, labels.repeat(3), backend=sys.argv[1]).sum().backward()
 torch.cuda.synchronize()
 """
 

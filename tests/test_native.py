@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 import clop_kernels
 from clop_kernels.backends import native
 
-from .oracle import assert_accurate, random_problem, relative_error
+from .oracle import Problem, assert_accurate, negatives_problem, random_problem, relative_error, two_sided_problem
 
 pytestmark = pytest.mark.skipif(native.obstacle() is not None, reason=f"no compiled extension: {native.obstacle()}")
 
@@ -34,11 +35,29 @@ def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
 def test_every_level_is_right(shape: tuple[int, int, int], positives: str, level: str) -> None:
     for temperature in (0.01, 0.1):
         for distance in ("cosine", "euclidean", "manhattan"):
-            problem = random_problem(*shape, temperature=temperature, positives=positives, distance=distance)
-            assert_accurate(problem, "cpu")
-            exact, expected = problem.solve("cpu", torch.float64), problem.solve("reference", torch.float64)
-            for name, value in expected.items():
-                assert relative_error(exact[name], value, 1.0) < 1e-10, name
+            assert_right(random_problem(*shape, temperature=temperature, positives=positives, distance=distance))
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        two_sided_problem(333, 333, 37, labelled=False),
+        two_sided_problem(70, 900, 20, labelled=True),
+        two_sided_problem(700, 3, 20, labelled=True),
+        negatives_problem(333, 20),
+    ],
+)
+def test_every_level_is_right_of_two_sides_and_of_negatives(problem: Problem, level: str) -> None:
+    for temperature in (0.01, 0.1):
+        for normalize in (True, False):
+            assert_right(replace(problem, temperature=temperature).with_options(normalize=normalize))
+
+
+def assert_right(problem: Problem) -> None:
+    assert_accurate(problem, "cpu", ill_conditioned=problem.options.get("normalize") is False)
+    exact, expected = problem.solve("cpu", torch.float64), problem.solve("reference", torch.float64)
+    for name, value in expected.items():
+        assert relative_error(exact[name], value, 1.0) < 1e-10, name
 
 
 @pytest.mark.parametrize(("dtype", "lowest", "highest"), [(torch.float32, -126, 127.49), (torch.float64, -1022, 1023.49)])
@@ -54,10 +73,19 @@ def test_exp2_to_its_stated_accuracy(dtype: torch.dtype, lowest: float, highest:
     assert torch.ops.clop_native.cpu_exp2(torch.tensor([torch.nan], dtype=dtype)).isnan()
 
 
-@pytest.mark.parametrize("positives", ["instance", "label"])
+@pytest.mark.parametrize(
+    "problem",
+    [
+        random_problem(2, 1000, 40, positives="instance"),
+        random_problem(2, 1000, 40, positives="label"),
+        two_sided_problem(1000, 1000, 40, labelled=False),
+        two_sided_problem(300, 2000, 40, labelled=True),
+        two_sided_problem(2000, 300, 40, labelled=True),
+    ],
+)
 @pytest.mark.parametrize("temperature", [0.01, 0.1])
-def test_any_number_of_threads_gives_the_same_bits(positives: str, temperature: float) -> None:
-    problem = random_problem(2, 1000, 40, positives=positives, temperature=temperature)
+def test_any_number_of_threads_gives_the_same_bits(problem: Problem, temperature: float) -> None:
+    problem = replace(problem, temperature=temperature)
     results = []
     for threads in (1, 2, 7):
         torch.set_num_threads(threads)
@@ -82,7 +110,9 @@ def test_half_precision_conversions_are_those_of_torch() -> None:
 
 def _forward(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     empty = torch.empty((3, 0), dtype=torch.int32)
-    loss, normalized, *_ = torch.ops.clop_native.cpu_forward(z, empty, None, None, 0.1, 1, 1.0, 0, 0, z.dtype, 0, 1)
+    loss, normalized, *_ = torch.ops.clop_native.cpu_forward(
+        z, empty, None, None, 0.1, 1, 1.0, 0, 0, z.dtype, True, -1, False, 0, 1
+    )
     return loss, normalized
 
 
@@ -91,6 +121,9 @@ WRONG_CALLS = [
     ({"temperature": 0.0}, "out of its range"),
     ({"distance": 3}, "out of its range"),
     ({"n_threads": 0}, "out of its range"),
+    ({"n_left": 3}, "n_left: expected"),
+    ({"n_left": -2}, "n_left: expected"),
+    ({"n_left": 9, "groups": torch.zeros((3, 8), dtype=torch.int32)}, "n_left: expected"),
     ({"compute_dtype": torch.int32}, "compute_dtype: expected float64"),
     ({"groups": torch.full((3, 8), 9, dtype=torch.int32)}, "groups holds an index"),
     ({"groups": torch.zeros((3, 7), dtype=torch.int32)}, "groups has the wrong"),
@@ -105,7 +138,7 @@ def test_a_wrong_call_of_the_operator_is_an_exception(wrong: dict[str, object], 
     right = {
         "embeddings": torch.randn(8, 4), "groups": torch.empty((3, 0), dtype=torch.int32), "labels": None, "prototypes": None,
         "temperature": 0.1, "n_views": 2, "prototype_weight": 1.0, "distance": 0, "reduction": 0, "compute_dtype": torch.float32,
-        "tile_rows": 0, "n_threads": 1,
+        "normalize": True, "n_left": -1, "negatives_only": False, "tile_rows": 0, "n_threads": 1,
     }  # fmt: skip
     torch.ops.clop_native.cpu_forward(*right.values())
     with pytest.raises(RuntimeError, match=message):

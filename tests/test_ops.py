@@ -11,7 +11,7 @@ from torch import Tensor
 
 import clop_kernels
 
-from .oracle import random_problem
+from .oracle import Problem, negatives_problem, random_problem, two_sided_problem
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile's default backend needs g++")
 
@@ -22,7 +22,8 @@ def op_arguments(temperature_tensor: bool, reduction: str, dtype: torch.dtype) -
     z = problem.embeddings.to(dtype).requires_grad_()
     tau = torch.tensor(0.2, dtype=dtype, requires_grad=True) if temperature_tensor else None
     prototypes = problem.prototypes.to(dtype).requires_grad_()
-    return z, problem.labels, prototypes, 0.2, tau, 2, "label", 0.7, "euclidean", reduction, dtype, "tiled"
+    sides = True, None, False
+    return z, problem.labels, prototypes, 0.2, tau, 2, "label", 0.7, "euclidean", reduction, dtype, *sides, "tiled"
 
 
 @pytest.mark.parametrize("temperature_tensor", [False, True])
@@ -59,6 +60,21 @@ def test_gradcheck(positives: str, distance: str, reduction: str, backend: str) 
     tau = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
     inputs = (problem.embeddings.clone().requires_grad_(), problem.prototypes.clone().requires_grad_(), tau)
     assert torch.autograd.gradcheck(loss, inputs)
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        two_sided_problem(7, 7, 5, labelled=False, reduction="none"),
+        two_sided_problem(4, 9, 5, labelled=True, normalize=False),
+        negatives_problem(9, 5),
+        random_problem(2, 5, 5, normalize=False, positives="label"),
+    ],
+)
+def test_gradcheck_of_sides_negatives_and_rows_as_they_are(problem: Problem, backend: str) -> None:
+    tau = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    z = problem.embeddings.clone().requires_grad_()
+    assert torch.autograd.gradcheck(lambda z, tau: problem.loss(z, problem.labels, problem.prototypes, tau, backend), (z, tau))
 
 
 def test_only_the_gradients_asked_for() -> None:
@@ -164,6 +180,23 @@ def test_compiled_module_under_autocast() -> None:
     views = torch.randn(6, 4), torch.randn(6, 4)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         torch.testing.assert_close(compiled(*views, labels=torch.arange(6) % 3), criterion(*views, labels=torch.arange(6) % 3))
+
+
+def clip_step(left: Tensor, right: Tensor, tau: Tensor) -> Tensor:
+    return clop_kernels.clip_loss(torch.tanh(left), right, temperature=tau, normalize=False) * 2
+
+
+def test_compiled_clip_with_any_batch_size() -> None:
+    torch._dynamo.reset()
+    compiled = torch.compile(clip_step, fullgraph=True, dynamic=True, backend="aot_eager")
+    tau = torch.tensor(0.2, requires_grad=True)
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for n in (6, 10, 11):
+            inputs = torch.randn(n, 4, requires_grad=True), torch.randn(n, 4, requires_grad=True), tau
+            expected = torch.autograd.grad(clip_step(*inputs), inputs)
+            actual = torch.autograd.grad(compiled(*inputs), inputs)
+            for a, e in zip(actual, expected, strict=True):
+                torch.testing.assert_close(a, e)
 
 
 def test_bad_labels_raise_from_compiled_code() -> None:

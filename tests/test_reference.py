@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import clop_kernels
 from clop_kernels import reference
 from clop_kernels.backends.contract import DISTANCES, POSITIVES
 
@@ -93,6 +94,45 @@ def test_supcon_is_the_published_formula() -> None:
     log_prob = logits - (logits.exp() * not_self).sum(1, keepdim=True).log()
     expected = -((mask * log_prob).sum(1) / mask.sum(1)).mean()
     torch.testing.assert_close(reference.clop_loss(z, labels, positives="label", temperature=tau), expected)
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+def test_clip_is_the_cross_entropy_of_both_directions(normalize: bool) -> None:
+    left, right = torch.randn(2, 9, 6, dtype=torch.float64)
+    x, y = (F.normalize(side, dim=1) if normalize else side for side in (left, right))
+    logits, target = x @ y.T / 0.2, torch.arange(9)
+    expected = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+    actual = clop_kernels.clip_loss(left, right, temperature=0.2, normalize=normalize, backend="reference")
+    torch.testing.assert_close(actual, expected)
+
+
+def test_clip_with_labels_in_scalar_loops() -> None:
+    x, y = F.normalize(torch.randn(12, 4, dtype=torch.float64), dim=1).split([5, 7])
+    labels = [0, 1, 1, -1, 5], [1, 0, 0, -1, 1, 7, 0]
+    s = (x @ y.T / 0.3).tolist()
+    terms = []
+    for own, other, row in ((labels[0], labels[1], lambda i: s[i]), (labels[1], labels[0], lambda j: [line[j] for line in s])):
+        for i, label in enumerate(own):
+            logits = row(i)
+            same = [logit for logit, name in zip(logits, other, strict=True) if name == label >= 0]
+            terms.append(math.log(sum(map(math.exp, logits))) - sum(same) / len(same) if same else 0.0)
+    arguments = x, y, torch.tensor(labels[0]), torch.tensor(labels[1])
+
+    def loss(reduction: str) -> Tensor:
+        return clop_kernels.clip_loss(*arguments, temperature=0.3, reduction=reduction, backend="reference")
+
+    torch.testing.assert_close(loss("none"), torch.tensor(terms, dtype=torch.float64))
+    torch.testing.assert_close(loss("mean"), torch.tensor(sum(terms) / 8, dtype=torch.float64))  # 8 rows have positives
+
+
+def test_negatives_alone_in_scalar_loops() -> None:
+    z, labels = torch.randn(7, 4, dtype=torch.float64), [0, 0, 1, -1, -1, 2, 0]
+    s = (F.normalize(z, dim=1) @ F.normalize(z, dim=1).T / 0.3).tolist()
+    expected = [
+        math.log(sum(math.exp(s[i][j]) for j in range(7) if j != i and not labels[i] == labels[j] >= 0)) for i in range(7)
+    ]
+    actual = clop_kernels.negative_logsumexp(z, torch.tensor(labels), temperature=0.3, backend="reference")
+    torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float64))
 
 
 def test_can_be_differentiated_twice() -> None:

@@ -53,7 +53,7 @@ def forward(
     """See :mod:`clop_kernels.backends.contract`."""
     if options.positives == "label":
         assert labels is not None
-        groups = label_groups(labels, options.n_views).table()
+        groups = label_groups(labels, options.n_views, options.n_left).table()
     else:
         groups = embeddings.new_empty((3, 0), dtype=torch.int32)
     loss, normalized, norms, shift, total, negative, counts = torch.ops.clop_native.cpu_forward(
@@ -98,6 +98,9 @@ def _options(options: LossOptions) -> tuple[Any, ...]:
         DISTANCES.index(options.distance),
         REDUCTIONS.index(options.reduction),
         options.compute_dtype,
+        options.normalize,
+        -1 if options.n_left is None else options.n_left,
+        options.negatives_only,
         tiled.chosen_tile_rows() or 0,
         torch.get_num_threads(),
     )

@@ -18,8 +18,9 @@ Rows of two sides: the tiles whose rows are on the left side and whose columns a
 is, and serve both directions just so. Of M rows against N that is 2 M N D flops forward and 6 M N D backward.
 
 No shift, and one exponential a pair. A product of rows is bounded, |s_ij| <= max |zhat|^2 / tau, so unless the temperature is
-tiny (or rows that are not normalised are long) exp(s_ij) neither overflows nor underflows, and its plain sum is as accurate as a shifted one and needs no pass for a maximum.
-With w_i the upstream gradient of row i's term, n_i the number of its positives, q_i = w_i / n_i, and a_i = w_i / sum_j exp s_ij::
+tiny (or rows that are not normalised are long) exp(s_ij) neither overflows nor underflows, and its plain sum is as accurate as
+a shifted one and needs no pass for a maximum. With w_i the upstream gradient of row i's term, n_i the number of its positives,
+q_i = w_i / n_i, and a_i = w_i / sum_j exp s_ij::
 
     dL/dzhat_i = 1/tau sum_{j != i} M_ij zhat_j,    M_ij = exp(s_ij) (a_i + a_j) - [j in P(i)] (q_i + q_j)
 
@@ -224,10 +225,13 @@ class _Tile(NamedTuple):
         return self.rows == self.columns
 
 
-def _tiles(zhat: Tensor, groups: Groups, options: LossOptions) -> Iterator[_Tile]:
+def _tiles(zhat: Tensor, groups: Groups, options: LossOptions, unshifted: bool) -> Iterator[_Tile]:
     """The tiles on and above the diagonal of S = zhat zhat^T log2(e) / tau, row of tiles by row of tiles.
 
     Of two sides: those of the left rows and the right columns. Positives that are no pairs have S = -inf and are not marked.
+
+    ``unshifted``, S is small, and the rows are scaled. Else the products are: scaled rows would round S_ij and S_ji apart, an
+    ulp of S, which for S in the thousands is a visible part of exp(s).
     """
     n_rows = zhat.shape[0]
     if n_rows == 0 or not options.has_pairs:
@@ -238,18 +242,26 @@ def _tiles(zhat: Tensor, groups: Groups, options: LossOptions) -> Iterator[_Tile
     # float64 each element rounds for itself. Apple's GPUs have no float64.
     wide = torch.float64 if zhat.device.type != "mps" else zhat.dtype
     scale = _LOG2_E / (temperature.to(wide) if isinstance(temperature, Tensor) else temperature)
+    rounded = torch.as_tensor(scale, dtype=wide).to(zhat.dtype)
+    rest = (scale - rounded.to(wide)).to(zhat.dtype)
     logits_buffer = zhat.new_empty(side * side)
     scratch_buffer = torch.empty_like(logits_buffer)
     position = torch.arange(n_rows, device=zhat.device)
     for i in range(0, n_rows if n_left is None else n_left, side):
         rows = slice(i, min(i + side, n_rows if n_left is None else n_left))
         height = rows.stop - rows.start
-        scaled = torch.mul(zhat[rows].to(wide), scale).to(zhat.dtype)
+        scaled = torch.mul(zhat[rows].to(wide), scale).to(zhat.dtype) if unshifted else zhat[rows]
         for j in range(i if n_left is None else n_left, n_rows, side):
             columns = slice(j, min(j + side, n_rows))
             shape = (height, columns.stop - columns.start)
-            logits = logits_buffer[: shape[0] * shape[1]].view(shape)
+            logits, scratch = (buffer[: shape[0] * shape[1]].view(shape) for buffer in (logits_buffer, scratch_buffer))
             torch.mm(scaled, zhat[columns].T, out=logits)
+            if not unshifted:
+                torch.mul(logits, rest, out=scratch)
+                logits.mul_(rounded).add_(scratch)
+                if i == j:  # nor need a library's product of a matrix with itself be symmetric to the last bit
+                    torch.triu(logits, 1, out=scratch)
+                    logits.triu_().add_(scratch.T)
             positives = None
             if _may_hold_positives(groups, rows, columns):
                 positives = (groups.starts[rows, None] <= position[columns]) & (position[columns] < groups.ends[rows, None])
@@ -258,7 +270,7 @@ def _tiles(zhat: Tensor, groups: Groups, options: LossOptions) -> Iterator[_Tile
                 if options.negatives_only:
                     logits.masked_fill_(positives, -math.inf)
                     positives = None
-            yield _Tile(rows, columns, logits, scratch_buffer[: logits.numel()].view(shape), positives)
+            yield _Tile(rows, columns, logits, scratch, positives)
 
 
 def _may_hold_positives(groups: Groups, rows: slice, columns: slice) -> bool:
@@ -293,7 +305,7 @@ def _softmax(zhat: Tensor, norms: Tensor, groups: Groups, options: LossOptions) 
     unshifted = fits_unshifted(norms, options)
     # Without a shift it stays zero. Else a running maximum, at first finite, so that no infinities are subtracted.
     shift = torch.zeros_like(negative) if unshifted else torch.full_like(negative, torch.finfo(zhat.dtype).min / 2)
-    for tile in _tiles(zhat, groups, options):
+    for tile in _tiles(zhat, groups, options, unshifted):
         directions = ((1, tile.rows),) if tile.on_diagonal else ((1, tile.rows), (0, tile.columns))
         if tile.positives is not None:
             picked = torch.where(tile.positives, tile.logits, 0.0)
@@ -329,9 +341,7 @@ def _contrastive_terms(softmax: _Softmax, groups: Groups) -> Tensor:
     return torch.where(is_dominated, torch.log1p(softmax.negative / softmax.positive), log2_ratio / _LOG2_E)
 
 
-def _similarity_gradient(
-    zhat: Tensor, residuals: Residuals, weights: Tensor, groups: Groups, options: LossOptions
-) -> Tensor:
+def _similarity_gradient(zhat: Tensor, residuals: Residuals, weights: Tensor, groups: Groups, options: LossOptions) -> Tensor:
     """The backward pass over pairs: sum_{j != i} M_ij zhat_j, (N, D)."""
     grad = torch.zeros_like(zhat)
     unshifted = fits_unshifted(residuals.norms, options)
@@ -340,7 +350,7 @@ def _similarity_gradient(
     has_one = groups.n_positives == 1
     b = torch.where(has_one, 0.0, a)
     c = torch.where(has_one, a * residuals.negative, weights / groups.n_positives.clamp(min=1))
-    for rows, columns, m, scratch, positives in _tiles(zhat, groups, options):
+    for rows, columns, m, scratch, positives in _tiles(zhat, groups, options, unshifted):
         of_positives = None
         if unshifted:
             m.exp2_()

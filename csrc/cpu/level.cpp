@@ -26,7 +26,7 @@ void prologue(const Forward& f, const Positions& positions, int64_t begin, int64
   for (int64_t k = begin; k < end; ++k) {
     T* const row = zhat + k * f.width;
     read_row(f.dtype, f.embeddings, positions.row(k) * f.row_stride, f.column_stride, f.width, row);
-    static_cast<T*>(f.norms)[k] = normalize(f.width, row);
+    static_cast<T*>(f.norms)[k] = f.normalize ? normalize(f.width, row) : T(norm_of(f.width, row));
     if (f.compute_dtype != kDtypeOf<T>) {
       write_row(f.compute_dtype, f.normalized, k * f.width, f.width, row);
       read_row(f.compute_dtype, f.normalized, k * f.width, 1, f.width, row);
@@ -36,12 +36,18 @@ void prologue(const Forward& f, const Positions& positions, int64_t begin, int64
   }
 }
 
+// Whether row k is in A: it has positives, or, where those are no pairs, it has negatives.
+template <class T>
+bool is_anchor(const Loss& loss, const Positions& positions, int64_t k, T total) {
+  return loss.negatives_only ? total > 0 : positions.n_positives(k) > 0;
+}
+
 // lse_i - mean_p s_ip, in a form that cancels only what the inputs' rounding has left.
 template <class T>
 double contrastive_term(Softmax<T>& softmax, int64_t row, int64_t n_positives) {
   const double negative = softmax.negative[row], positive = softmax.positive[row];
   if (n_positives == 1 && negative < positive) return __builtin_log1p(negative / positive);
-  const double mean_positive = softmax.positive_logits[row] / double(n_positives);
+  const double mean_positive = softmax.positive_logits[row] / double(n_positives > 1 ? n_positives : 1);
   return (double(softmax.shift[row]) - mean_positive + __builtin_log2(negative + positive)) / kLog2E;
 }
 
@@ -55,27 +61,30 @@ void forward(const Forward& f) {
              [&](int64_t begin, int64_t end, int) { prologue<T>(f, positions, begin, end, zhat.rows, distances); });
   Softmax<T> softmax(n);
   {
-    Rows<T> rows(f, zhat.rows, /*with_panels=*/false);
+    Rows<T> rows(f, zhat.rows, static_cast<const T*>(f.norms), /*with_panels=*/false);
     softmax_of_pairs(rows, f.n_threads, softmax);
   }
 
+  const T* const total = static_cast<const T*>(f.total);
   Buffer<double> contrastive(n);
   for_ranges(n, 200.0, f.n_threads, [&](int64_t begin, int64_t end, int) {
     for (int64_t k = begin; k < end; ++k) {
       static_cast<T*>(f.shift)[k] = softmax.shift[k];
       static_cast<T*>(f.total)[k] = T(softmax.negative[k] + softmax.positive[k]);
       static_cast<T*>(f.negative)[k] = T(softmax.negative[k]);
-      const int64_t n_positives = positions.n_positives(k);
-      // A row without positives has a plain zero, unless it holds a NaN or an Inf, which must stay visible.
-      contrastive[k] = n_positives > 0 ? contrastive_term(softmax, k, n_positives) : 0.0 * zhat.rows[k * f.width];
-      if (n_positives == 0)
-        for (int64_t d = 1; d < f.width; ++d) contrastive[k] += 0.0 * zhat.rows[k * f.width + d];
+      if (is_anchor(f, positions, k, total[k])) {
+        contrastive[k] = contrastive_term(softmax, k, f.negatives_only ? 0 : positions.n_positives(k));
+        continue;
+      }
+      // A plain zero, unless the row holds a NaN or an Inf, which must stay visible.
+      contrastive[k] = 0;
+      for (int64_t d = 0; d < f.width; ++d) contrastive[k] += 0.0 * zhat.rows[k * f.width + d];
     }
   });
 
   double n_anchors = 0, n_labelled = 0, contrastive_sum = 0, distance_sum = 0;
   for (int64_t k = 0; k < n; ++k) {
-    n_anchors += positions.n_positives(k) > 0;
+    n_anchors += is_anchor(f, positions, k, total[k]);
     n_labelled += positions.label(k) >= 0;
     contrastive_sum += contrastive[k];
     distance_sum += distances[k];
@@ -110,7 +119,9 @@ class Upstream {
       if (count > 1) shares_[term] = 1 / count;
     }
   }
-  double contrastive(int64_t k) const { return positions_.n_positives(k) > 0 ? of(k) * shares_[0] : 0.0; }
+  double contrastive(int64_t k) const {
+    return is_anchor(b_, positions_, k, static_cast<const T*>(b_.total)[k]) ? of(k) * shares_[0] : 0.0;
+  }
   double prototype(int64_t k) const { return positions_.label(k) >= 0 ? of(k) * shares_[1] * b_.prototype_weight : 0.0; }
 
  private:
@@ -125,7 +136,8 @@ class Upstream {
 template <class T>
 void set_weights(const Backward& b, const Positions& positions, const Upstream<T>& upstream, Weights<T>& weights) {
   for (int64_t k = 0; k < b.n_rows; ++k) {
-    const double w = upstream.contrastive(k), a = w / static_cast<const T*>(b.total)[k];
+    // A row that is compared with nothing has a total of 0.
+    const double w = upstream.contrastive(k), a = w == 0 ? 0 : w / static_cast<const T*>(b.total)[k];
     const int64_t n_positives = positions.n_positives(k);
     weights.a[k] = T(a);
     weights.b[k] = n_positives == 1 ? 0 : T(a);
@@ -147,6 +159,7 @@ double epilogue(const Backward& b, T norm, const T* zhat, const T* target, doubl
     const T length = b.distance == Distance::euclidean ? distance_to(b.distance, b.width, zhat, target) : T(0);
     for (int64_t d = 0; d < b.width; ++d) row[d] += T(pull) * distance_gradient(b.distance, length, zhat[d], target[d]);
   }
+  if (!b.normalize) return share;
   // zhat = z / max(|z|, kEps): the norm takes the radial part out of the gradient, where it is not below kEps.
   const bool is_tiny = norm < T(kEps);
   const T radial = is_tiny ? 0 : dot(b.width, zhat, row), divisor = is_tiny ? T(kEps) : norm;
@@ -204,7 +217,7 @@ void backward(const Backward& b) {
   const int64_t padded_width = round_up(b.width, kWidthColumns<T>);
   Buffer<T> grad(n * padded_width);
   {
-    Rows<T> rows(b, zhat.rows, /*with_panels=*/true);
+    Rows<T> rows(b, zhat.rows, static_cast<const T*>(b.norms), /*with_panels=*/true);
     Weights<T> weights(rows.padded_rows);
     set_weights<T>(b, positions, upstream, weights);
     gradient_of_pairs<T>(rows, b.n_threads, weights, grad);

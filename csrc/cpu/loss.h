@@ -18,12 +18,15 @@ struct Loss {
   int64_t n_rows, width, n_views, n_prototypes;
   Dtype dtype;                // of the embeddings and of their gradient
   Dtype compute_dtype;        // what the rows zhat are rounded to
-  const int32_t* groups;      // (3, N): order, starts, ends. Null: the views of an instance are a group
+  const int32_t* groups;      // (3, N): order, starts, ends. Null: the views of an instance are a group, one view a side if there are
   const int64_t* labels;      // (B,), or null
   const void* prototypes;     // (K, D) T, or null
   double temperature, prototype_weight;
   Distance distance;
   Reduction reduction;
+  bool normalize;       // whether zhat is z / max(|z|, kEps), or z itself
+  int64_t n_left;       // rows of the left side, which come first and are compared with the others only; -1: there are no sides
+  bool negatives_only;  // positives are no pairs, and a row's term is its log-sum-exp
   int64_t tile_rows;  // the side of a tile, rounded up to what the kernels can take; 0: theirs to choose
   int n_threads;
 };

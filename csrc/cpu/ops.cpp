@@ -72,12 +72,16 @@ void check(const char* name, const Tensor& tensor, ScalarType dtype, std::initia
 // Fills in what both passes are given, and checks it.
 void set_loss(Loss& loss, const Tensor& embeddings, const Tensor& groups, const std::optional<Tensor>& labels,
               const std::optional<Tensor>& prototypes, double temperature, int64_t n_views, double prototype_weight,
-              int64_t distance, int64_t reduction, ScalarType compute_dtype, int64_t tile_rows, int64_t n_threads) {
+              int64_t distance, int64_t reduction, ScalarType compute_dtype, bool normalize, int64_t n_left, bool negatives_only,
+              int64_t tile_rows, int64_t n_threads) {
   if (!embeddings.is_cpu() || embeddings.dim() != 2 || embeddings.size(1) < 1 || n_views < 1 || embeddings.size(0) % n_views != 0)
     throw std::runtime_error("clop_native: embeddings: expected (n_views * B, D) on the CPU");
   if (!(temperature > 0) || distance < 0 || distance > 2 || reduction < 0 || reduction > 2 || tile_rows < 0 || n_threads < 1)
     throw std::runtime_error("clop_native: an option is out of its range");
   loss.n_rows = embeddings.size(0);
+  const bool is_paired = groups.size(1) == 0 && n_left >= 0;  // row by row
+  if (n_left < -1 || n_left > loss.n_rows || (is_paired && 2 * n_left != loss.n_rows))
+    throw std::runtime_error("clop_native: n_left: expected the rows of the left side, or -1");
   loss.width = embeddings.size(1);
   loss.n_views = n_views;
   loss.dtype = dtype_of("embeddings", embeddings.scalar_type());
@@ -101,6 +105,9 @@ void set_loss(Loss& loss, const Tensor& embeddings, const Tensor& groups, const 
   loss.prototype_weight = prototype_weight;
   loss.distance = Distance(distance);
   loss.reduction = Reduction(reduction);
+  loss.normalize = normalize;
+  loss.n_left = n_left;
+  loss.negatives_only = negatives_only;
   loss.tile_rows = tile_rows;
   loss.n_threads = int(n_threads < 1024 ? n_threads : 1024);
   // Values that index memory. clop_kernels checks them with a better message; here they are only kept from doing harm.
@@ -117,11 +124,11 @@ const char* simd_level() { return level().name; }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     Tensor embeddings, Tensor groups, std::optional<Tensor> labels, std::optional<Tensor> prototypes, double temperature,
-    int64_t n_views, double prototype_weight, int64_t distance, int64_t reduction, ScalarType compute_dtype, int64_t tile_rows,
-    int64_t n_threads) {
+    int64_t n_views, double prototype_weight, int64_t distance, int64_t reduction, ScalarType compute_dtype, bool normalize,
+    int64_t n_left, bool negatives_only, int64_t tile_rows, int64_t n_threads) {
   Forward f;
   set_loss(f, embeddings, groups, labels, prototypes, temperature, n_views, prototype_weight, distance, reduction, compute_dtype,
-           tile_rows, n_threads);
+           normalize, n_left, negatives_only, tile_rows, n_threads);
   const ScalarType precise = f.compute_dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float;
   const auto per_row = [&] { return torch::stable::new_empty(embeddings, {f.n_rows}, precise); };
   Tensor loss = f.reduction == Reduction::none ? per_row() : torch::stable::new_empty(embeddings, {}, precise);
@@ -147,10 +154,11 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_loss, Tensor embeddings,
                                             std::optional<Tensor> labels, std::optional<Tensor> prototypes, bool needs_embeddings,
                                             bool needs_temperature, bool needs_prototypes, double temperature, int64_t n_views,
                                             double prototype_weight, int64_t distance, int64_t reduction,
-                                            ScalarType compute_dtype, int64_t tile_rows, int64_t n_threads) {
+                                            ScalarType compute_dtype, bool normalize, int64_t n_left, bool negatives_only,
+                                            int64_t tile_rows, int64_t n_threads) {
   Backward b;
   set_loss(b, embeddings, groups, labels, prototypes, temperature, n_views, prototype_weight, distance, reduction, compute_dtype,
-           tile_rows, n_threads);
+           normalize, n_left, negatives_only, tile_rows, n_threads);
   const ScalarType precise = b.compute_dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float;
   const bool per_row = b.reduction == Reduction::none;
   if (per_row)

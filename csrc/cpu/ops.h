@@ -19,15 +19,16 @@ const char* simd_level();
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     Tensor embeddings, Tensor groups, std::optional<Tensor> labels, std::optional<Tensor> prototypes, double temperature,
-    int64_t n_views, double prototype_weight, int64_t distance, int64_t reduction, ScalarType compute_dtype, int64_t tile_rows,
-    int64_t n_threads);
+    int64_t n_views, double prototype_weight, int64_t distance, int64_t reduction, ScalarType compute_dtype, bool normalize,
+    int64_t n_left, bool negatives_only, int64_t tile_rows, int64_t n_threads);
 
 std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_loss, Tensor embeddings, Tensor normalized, Tensor norms, Tensor shift,
                                             Tensor total, Tensor negative, Tensor groups, Tensor counts,
                                             std::optional<Tensor> labels, std::optional<Tensor> prototypes, bool needs_embeddings,
                                             bool needs_temperature, bool needs_prototypes, double temperature, int64_t n_views,
                                             double prototype_weight, int64_t distance, int64_t reduction,
-                                            ScalarType compute_dtype, int64_t tile_rows, int64_t n_threads);
+                                            ScalarType compute_dtype, bool normalize, int64_t n_left, bool negatives_only,
+                                            int64_t tile_rows, int64_t n_threads);
 
 Tensor exp2(Tensor x);
 

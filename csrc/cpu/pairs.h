@@ -13,13 +13,17 @@
 // positive the difference of the two, -w_i negative_i / total_i, is known without a subtraction (clop_kernels/backends/tiled.py
 // says why positives are subtracted here, inside the tile).
 //
+// Rows of two sides: tiles whose rows are on the left and whose columns are on the right, each once, are all there is; positives lie
+// where a row's run on the other side does. Of M rows against N that is 2 M N D flops forward and 6 M N D backward.
+//
 // Flops: forward N^2 D, backward 3 N^2 D, and N^2 exponentials in all. Bytes: for a tile of side T, T rows of zhat come in, in two
 // forms forward and four backward, and T rows of grad twice; all else stays in the L1 and L2 caches: 48 bytes of traffic for T / 2
 // multiply-adds. Memory: two further forms of zhat and grad, (N, D) each, and T^2 numbers a thread, 0.2 MB.
 //
-// Order. Tiles are handed out round by round; in round r those with i + j = r modulo an odd number of blocks, so that no two of a
-// round share a block. Every second round goes backwards, which puts a whole round between two tiles of one block. Sums of a
-// block are added in the order of rounds (Turns), so the result does not depend on the number of threads, to the last bit.
+// Order. Tiles are handed out round by round; in round r those with i + j = r modulo an odd number of blocks (of two sides: with
+// j - i = r, counted on each side), so that no two of a round share a block. Every second round goes backwards, which puts a whole
+// round between two tiles of one block. Sums of a block are added in the order of rounds (Turns), so the result does not depend on
+// the number of threads, to the last bit.
 #pragma once
 
 #include "product.h"
@@ -49,21 +53,38 @@ int64_t tile_side(int64_t n_rows, int64_t asked_for) {
 
 class Blocks {
  public:
-  Blocks(int64_t n_rows, int64_t side)
-      : side(side), count((n_rows + side - 1) / side), n_rows_(n_rows), modulus_(count + 1 - count % 2) {}
+  // n_left < 0: one side, and each block meets every other and itself. Else the blocks of the left side come first.
+  Blocks(int64_t n_rows, int64_t n_left, int64_t side)
+      : side(side),
+        n_left(n_left < 0 ? 0 : (n_left + side - 1) / side),
+        count(this->n_left + (n_rows - (n_left < 0 ? 0 : n_left) + side - 1) / side),
+        n_rows_(n_rows),
+        left_rows_(n_left),
+        modulus_(n_left < 0 ? count + 1 - count % 2 : this->n_left < count - this->n_left ? count - this->n_left : this->n_left) {}
 
-  int64_t begin(int64_t block) const { return block * side; }
-  int64_t end(int64_t block) const { return n_rows_ < (block + 1) * side ? n_rows_ : (block + 1) * side; }
+  int64_t begin(int64_t block) const { return block < n_left ? block * side : first_right() + (block - n_left) * side; }
+  int64_t end(int64_t block) const {
+    const int64_t end = begin(block) + side, last = block < n_left ? left_rows_ : n_rows_;
+    return end < last ? end : last;
+  }
   int64_t rows(int64_t block) const { return end(block) - begin(block); }
+  bool has_sides() const { return left_rows_ >= 0; }
 
-  int64_t n_tasks() const { return modulus_ * ((modulus_ + 1) / 2); }
+  int64_t n_tasks() const { return modulus_ * (has_sides() ? modulus_ : (modulus_ + 1) / 2); }
 
   struct Task {
     int64_t i, j, round;
   };
 
-  // i <= j; j == count, a block that is not there, makes an even number of blocks odd.
+  // Some tasks are of a block that is not there: it makes an even number of blocks odd, or the sides equally long.
+  bool has(Task task) const { return task.j < count && (!has_sides() || task.i < n_left); }
+
+  // i <= j.
   Task task(int64_t index) const {
+    if (has_sides()) {
+      const int64_t i = index % modulus_, round = index / modulus_;
+      return {i, n_left + (i + round) % modulus_, round};
+    }
     const int64_t per_round = (modulus_ + 1) / 2, round = index / per_round;
     const int64_t distance = round % 2 == 0 ? index % per_round : per_round - 1 - index % per_round;
     const int64_t half = round * per_round % modulus_;  // twice this is `round`
@@ -73,37 +94,53 @@ class Blocks {
 
   // How many tasks a block has before its task of this round.
   int64_t turn(int64_t block, int64_t round) const {
+    if (has_sides() && block < n_left) return n_below(count - n_left, block, round);
+    if (has_sides()) return n_below(n_left, (block - n_left + modulus_ + 1 - round) % modulus_, round);
     return round - (modulus_ > count && round > (block + count) % modulus_ ? 1 : 0);
   }
 
-  const int64_t side, count;
+  const int64_t side, n_left, count;
 
  private:
-  int64_t n_rows_, modulus_;
+  int64_t first_right() const { return left_rows_ < 0 ? 0 : left_rows_; }
+
+  // Of n <= modulus numbers from `first` on, modulo the modulus, how many are below `bound`.
+  int64_t n_below(int64_t bound, int64_t first, int64_t n) const {
+    const int64_t leg = n < modulus_ - first ? n : modulus_ - first, below = bound - first;
+    return (below < 0 ? 0 : below < leg ? below : leg) + (n - leg < bound ? n - leg : bound);
+  }
+
+  int64_t n_rows_, left_rows_, modulus_;
 };
 
 // The rows, in the forms that the products read, and their groups. Positions past the last are padding.
 template <class T>
 struct Rows {
-  Rows(const Loss& loss, const T* zhat, bool with_panels)
+  Rows(const Loss& loss, const T* zhat, const T* norms, bool with_panels)
       : n_rows(loss.n_rows),
         width(loss.width),
         padded_width(round_up(width, kWidthColumns<T>)),
-        blocks(n_rows, tile_side<T>(n_rows, loss.tile_rows)),
-        padded_rows(round_up(n_rows, kPairColumns<T>)),
-        unshifted(1.0 / loss.temperature <= kLargestUnshiftedLogit<T>),
+        blocks(n_rows, loss.n_left, tile_side<T>(n_rows, loss.tile_rows)),
+        padding_of_left(loss.n_left < 0 ? 0 : round_up(loss.n_left, kPairColumns<T>) - loss.n_left),
+        padded_rows(round_up(n_rows + padding_of_left, kPairColumns<T>)),
+        has_pairs(loss.groups != nullptr || loss.n_views > 1 || loss.negatives_only),
+        unshifted(fits_unshifted(loss, norms)),
+        scale(kLog2E / loss.temperature),
+        negatives_only(loss.negatives_only),
         zhat(zhat),
         starts(padded_rows),
         ends(padded_rows),
         transposed(padded_rows * width),
         panels(with_panels ? padded_rows * padded_width : 0) {
+    if (!has_pairs) return;
     const Positions positions(loss);
     for_ranges(blocks.count, 20.0 * blocks.side * width, loss.n_threads, [&](int64_t first, int64_t last, int) {
       for (int64_t b = first; b < last; ++b) {
         const int64_t begin = blocks.begin(b), end = blocks.end(b);
         for (int64_t i = begin; i < end; ++i) starts[i] = positions.start(i), ends[i] = positions.end(i);
-        pack_transposed<T>(begin, end, width, zhat, kLog2E / loss.temperature, transposed + begin * width);
-        if (with_panels) pack_panels<T>(begin, end, width, zhat, panel_size(b), panels + begin * padded_width);
+        if (b >= blocks.n_left)  // left blocks are never columns
+          pack_transposed<T>(begin, end, width, zhat, unshifted ? scale : 1, transposed + slot(b) * width);
+        if (with_panels) pack_panels<T>(begin, end, width, zhat, panel_size(b), panels_of(b));
       }
     });
   }
@@ -112,23 +149,49 @@ struct Rows {
   int64_t padded_block(int64_t block) const { return round_up(blocks.rows(block), kPairColumns<T>); }
   int64_t panel_size(int64_t block) const { return padded_block(block) * kWidthColumns<T>; }
 
-  // The block's panel of S with index `panel`, in a tile whose rows are block i: (rows of i, kPairColumns).
-  void similarities_of(int64_t i, int64_t column, T* s) {
-    similarities<T>(blocks.rows(i), width, zhat + blocks.begin(i) * width, transposed + column * width, s);
+  // Where a block begins in them: both sides are padded.
+  int64_t slot(int64_t block) const { return blocks.begin(block) + (block < blocks.n_left ? 0 : padding_of_left); }
+  T* panels_of(int64_t block) { return panels + slot(block) * padded_width; }
+
+  // The panel of S in the tile of blocks i and j that `local` columns come before: (rows of i, kPairColumns).
+  //
+  // Unshifted, S is small, and the transposed form is scaled. Else the products are: a scaled row would round S_ij and S_ji apart,
+  // an ulp of S, which for S in the thousands is a visible part of 2^S.
+  void similarities_of(int64_t i, int64_t j, int64_t local, T* s) {
+    similarities<T>(blocks.rows(i), width, zhat + blocks.begin(i) * width, transposed + (slot(j) + local) * width, s);
+    if (unshifted) return;
+    const Vec<T> rounded = broadcast(T(scale)), rest = broadcast(T(scale - double(T(scale))));
+    for (int64_t k = 0; k < blocks.rows(i) * kPairColumns<T>; k += kLanes<T>) {
+      const Vec<T> product = load(s + k);
+      store(s + k, product * rounded + product * rest);
+    }
   }
 
   // Whether the tile holds positives, the diagonal or padding: pairs that are not like all others.
   bool is_masked(int64_t i, int64_t j) {
-    return i == j || padded_block(j) > blocks.rows(j) || ends[blocks.end(i) - 1] > blocks.begin(j);
+    return i == j || padded_block(j) > blocks.rows(j) ||
+           (ends[blocks.end(i) - 1] > blocks.begin(j) && starts[blocks.begin(i)] < blocks.end(j));
   }
 
   const int64_t n_rows, width, padded_width;
   const Blocks blocks;
-  const int64_t padded_rows;
+  const int64_t padding_of_left, padded_rows;
+  const bool has_pairs;  // false where no row can have a positive: the prototype term stands alone
   const bool unshifted;
+  const double scale;
+  const bool negatives_only;
   const T* const zhat;
   Buffer<int32_t> starts, ends;
   Buffer<T> transposed, panels;
+
+ private:
+  // |s_ij| <= max |zhat|^2 / tau; a NaN among the norms says no.
+  static bool fits_unshifted(const Loss& loss, const T* norms) {
+    double largest = loss.normalize ? 1 : 0;
+    for (int64_t k = 0; !loss.normalize && k < loss.n_rows; ++k)
+      if (!(double(norms[k]) <= largest)) largest = double(norms[k]);
+    return largest * largest / loss.temperature <= kLargestUnshiftedLogit<T>;
+  }
 };
 
 // The pairs of row i with the kLanes columns from `column` on, as masks: the pairs that count, and the positives among them.
@@ -146,6 +209,10 @@ struct Masks {
     const Vec<Int<T>> other = lane != Int<T>(i - column < 0 || i - column >= kLanes<T> ? kLanes<T> : i - column);
     valid = (lane < clamp(rows.n_rows)) & other;
     positive = (lane >= clamp(rows.starts[i])) & (lane < clamp(rows.ends[i])) & other;
+    if (rows.negatives_only) {
+      valid &= ~positive;
+      positive ^= positive;
+    }
   }
 };
 
@@ -268,12 +335,12 @@ void softmax_tile(Rows<T>& rows, Blocks::Task task, Turns& turns, T* s, TileSums
   const bool masked = rows.is_masked(i, j);
   if (rows.unshifted) {
     for (int64_t local = 0; local < columns; local += kP) {
-      rows.similarities_of(i, first + local, s);
+      rows.similarities_of(i, j, local, s);
       const auto add = masked ? add_panel<T, true, false> : add_panel<T, false, false>;
       add(rows, i, first + local, local, s, sums);
     }
   } else {
-    for (int64_t local = 0; local < columns; local += kP) rows.similarities_of(i, first + local, s + local * count);
+    for (int64_t local = 0; local < columns; local += kP) rows.similarities_of(i, j, local, s + local * count);
     find_shifts(rows, i, j, s, sums);
     const auto add = masked ? add_panel<T, true, true> : add_panel<T, false, true>;
     for (int64_t local = 0; local < columns; local += kP) add(rows, i, first + local, local, s + local * count, sums);
@@ -303,7 +370,7 @@ void for_tiles(Rows<T>& rows, int n_threads, F&& body) {
   for_each_thread(n_threads, [&](int thread) {
     for (int64_t index = counter.next(); index < blocks.n_tasks(); index = counter.next()) {
       const Blocks::Task task = blocks.task(index);
-      if (task.j < blocks.count) body(task, thread);
+      if (blocks.has(task)) body(task, thread);
     }
   });
 }
@@ -324,6 +391,7 @@ void softmax_of_pairs(Rows<T>& rows, int n_threads, Softmax<T>& softmax) {
     softmax.shift[row] = rows.unshifted ? 0 : kNoShift<T>;
     softmax.negative[row] = softmax.positive[row] = softmax.positive_logits[row] = 0;
   }
+  if (!rows.has_pairs) return;
   const int64_t side = rows.blocks.side, columns = rows.unshifted ? int64_t(kPairColumns<T>) : side;
   n_threads = threads_for(double(rows.n_rows) * rows.n_rows * (rows.width + 16), n_threads);
   Scratch<T> tiles(n_threads, side * columns), sums(n_threads, TileSums<T>::size(side));
@@ -393,18 +461,17 @@ void gradient_tile(Rows<T>& rows, Blocks::Task task, Turns& turns, Weights<T>& w
                                     : (masked ? weigh_panel<T, true, true> : weigh_panel<T, false, true>);
   for (int64_t local = 0; local < columns; local += kP) {
     T* const panel = m + local * count;
-    rows.similarities_of(i, blocks.begin(j) + local, panel);
+    rows.similarities_of(i, j, local, panel);
     weigh(rows, i, blocks.begin(j) + local, weights, panel);
   }
 
   const int64_t width = rows.padded_width;
   turns.wait(i, blocks.turn(i, round));
-  add_to_rows<T>(count, columns / kP, m_panel, m, width, rows.panel_size(j), rows.panels + blocks.begin(j) * width,
-                 grad + blocks.begin(i) * width);
+  add_to_rows<T>(count, columns / kP, m_panel, m, width, rows.panel_size(j), rows.panels_of(j), grad + blocks.begin(i) * width);
   turns.pass(i);
   if (i == j) return;
   turns.wait(j, blocks.turn(j, round));
-  add_to_columns<T>(count, blocks.rows(j), m_panel, m, width, rows.panel_size(i), rows.panels + blocks.begin(i) * width,
+  add_to_columns<T>(count, blocks.rows(j), m_panel, m, width, rows.panel_size(i), rows.panels_of(i),
                     grad + blocks.begin(j) * width);
   turns.pass(j);
 }
@@ -414,6 +481,7 @@ template <class T>
 void gradient_of_pairs(Rows<T>& rows, int n_threads, Weights<T>& weights, T* grad) {
   if (rows.n_rows == 0) return;
   std::memset(grad, 0, rows.n_rows * rows.padded_width * sizeof(T));
+  if (!rows.has_pairs) return;
   const int64_t side = rows.blocks.side;
   n_threads = threads_for(3.0 * rows.n_rows * rows.n_rows * (rows.width + 8), n_threads);
   Scratch<T> tiles(n_threads, side * side);

@@ -145,9 +145,8 @@ inline double largest_entry(int64_t width, const double* row) {
   return largest;
 }
 
-// row -> row / max(|row|, kEps) in place; returns |row|. The squares of a float are summed in double, where none overflows, and
-// the quotient is rounded once: an error of the norm would be one of the same sign in all similarities of the row.
-inline float normalize(int64_t width, float* row) {
+// The squares of a float are summed in double, where none overflows.
+inline double norm_of(int64_t width, const float* row) {
   constexpr int kSums = 8;
   double sum[kSums] = {};
   int64_t k = 0;
@@ -155,8 +154,16 @@ inline float normalize(int64_t width, float* row) {
     for (int lane = 0; lane < kSums; ++lane) sum[lane] += double(row[k + lane]) * double(row[k + lane]);
   for (; k < width; ++k) sum[0] += double(row[k]) * double(row[k]);
   for (int lane = 1; lane < kSums; ++lane) sum[0] += sum[lane];
-  const double norm = __builtin_sqrt(sum[0]), scale = 1 / (norm < kEps ? kEps : norm);
-  for (k = 0; k < width; ++k) row[k] = float(row[k] * scale);
+  return __builtin_sqrt(sum[0]);
+}
+
+inline double norm_of(int64_t width, const double* row) { return __builtin_sqrt(dot(width, row, row)); }
+
+// row -> row / max(|row|, kEps) in place; returns |row|. The quotient of a float is rounded once: an error of the norm would be
+// one of the same sign in all similarities of the row.
+inline float normalize(int64_t width, float* row) {
+  const double norm = norm_of(width, row), scale = 1 / (norm < kEps ? kEps : norm);
+  for (int64_t k = 0; k < width; ++k) row[k] = float(row[k] * scale);
   return float(norm);
 }
 
@@ -165,7 +172,7 @@ inline double normalize(int64_t width, double* row) {
   double largest = largest_entry(width, row);
   if (largest < kEps) largest = kEps;
   for (int64_t k = 0; k < width; ++k) row[k] /= largest;
-  const double norm = __builtin_sqrt(dot(width, row, row));
+  const double norm = norm_of(width, row);
   const double floor = kEps / largest, divisor = norm < floor ? floor : norm;
   for (int64_t k = 0; k < width; ++k) row[k] /= divisor;
   return norm * largest;
@@ -192,22 +199,27 @@ T distance_gradient(Distance distance, T length, T zhat, T target) {
   return offset > 0 ? T(1) : offset < 0 ? T(-1) : offset;
 }
 
-// The rows as sorted by group: which input row each position holds, and the positions of its group.
+// The rows as sorted by group: which input row each position holds, and the run [start, end) of positions of its positives,
+// which holds the position itself if there are no sides.
 class Positions {
  public:
   explicit Positions(const Loss& loss) : loss_(loss), n_instances_(loss.n_rows / loss.n_views) {}
 
   int64_t row(int64_t position) const {
     if (loss_.groups != nullptr) return loss_.groups[position];
+    if (loss_.n_left >= 0) return position;
     return position % loss_.n_views * n_instances_ + position / loss_.n_views;
   }
   int64_t start(int64_t position) const {
-    return loss_.groups != nullptr ? loss_.groups[loss_.n_rows + position] : position - position % loss_.n_views;
+    if (loss_.groups != nullptr) return loss_.groups[loss_.n_rows + position];
+    if (loss_.n_left >= 0) return position < loss_.n_left ? position + loss_.n_left : position - loss_.n_left;
+    return position - position % loss_.n_views;
   }
   int64_t end(int64_t position) const {
-    return loss_.groups != nullptr ? loss_.groups[2 * loss_.n_rows + position] : start(position) + loss_.n_views;
+    if (loss_.groups != nullptr) return loss_.groups[2 * loss_.n_rows + position];
+    return start(position) + (loss_.n_left >= 0 ? 1 : loss_.n_views);
   }
-  int64_t n_positives(int64_t position) const { return end(position) - start(position) - 1; }
+  int64_t n_positives(int64_t position) const { return end(position) - start(position) - (loss_.n_left >= 0 ? 0 : 1); }
   // -1 without a label, or where there are no prototypes that a label could name.
   int64_t label(int64_t position) const {
     if (loss_.labels == nullptr || loss_.prototypes == nullptr) return -1;

@@ -1,0 +1,27 @@
+"""What several of these classes need: labels of which none is special, and one way to say no."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def without_special_labels(*labels: Tensor) -> tuple[Tensor, ...]:
+    """The labels with other names, none of them negative: this package takes -1 for "unlabelled", others take it for a class.
+
+    What is not a tensor of integers comes back as it is, for the loss to refuse.
+    """
+    if not all(isinstance(x, Tensor) and not x.dtype.is_floating_point and x.dtype != torch.bool for x in labels):
+        return labels
+    wide = tuple(x.to(torch.int64) for x in labels)
+    lowest = [x.amin() for x in wide if x.numel() > 0]
+    if not lowest:
+        return wide
+    offset = torch.stack(lowest).amin().clamp(max=0)
+    return tuple(x - offset for x in wide)
+
+
+def unsupported(argument: str, value: Any, reason: str, remedy: str) -> NotImplementedError:
+    return NotImplementedError(f"{argument}={value!r}: {reason}. {remedy}")

@@ -1,0 +1,79 @@
+"""The prototype term as its authors publish it: ``from clop_kernels.compat.clop import CLOPLoss`` (arXiv 2403.18699).
+
+To be added to a contrastive loss. :class:`clop_kernels.CLOPLoss` is both in one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, distributed, nn
+
+from ..functional import clop_loss
+from ._conventions import unsupported
+
+
+class CLOPLoss(nn.Module):
+    """``lambda_value`` times the mean distance of both views' labelled rows to the anchors of their classes.
+
+    Args:
+        num_classes: K, the number of anchors; K <= D.
+        embedding_dim: D, the width of the embeddings.
+        lambda_value: the factor of the term, >= 0.
+        distance: "cosine", "euclidean" or "manhattan".
+        etf: anchors that are the first K rows of I - 1/D, of equal angles, and not of length 1; False: orthonormal ones, from the
+            singular value decomposition of a random matrix, which torch's seed determines.
+        backend: as for :func:`clop_kernels.clop_loss`.
+
+    Attributes:
+        anchors: (K, D), a parameter that does not require grad, as in the original's state_dict.
+    """
+
+    def __init__(
+        self,
+        num_classes: int = 100,
+        embedding_dim: int = 128,
+        lambda_value: float = 1.0,
+        distance: str = "cosine",
+        etf: bool = False,
+        *,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        if not 1 <= num_classes <= embedding_dim:
+            raise ValueError(f"num_classes={num_classes}: expected 1 to embedding_dim={embedding_dim}, one anchor a class")
+        self.num_classes = num_classes
+        self.embedding_dim = embedding_dim
+        self.lambda_value = lambda_value
+        self.distance = distance
+        self.backend = backend
+        if etf:
+            anchors = (torch.eye(embedding_dim) - 1.0 / embedding_dim)[:num_classes]
+        else:
+            anchors = torch.linalg.svd(torch.randn(num_classes, embedding_dim), full_matrices=False).Vh
+        self.anchors = nn.Parameter(anchors, requires_grad=False)
+        if distributed.is_initialized():
+            distributed.broadcast(self.anchors, 0)
+
+    def forward(self, z_i: Tensor, z_j: Tensor, labels: Tensor | None) -> Tensor:
+        """(B, D) and (B, D) views, not necessarily normalised, and (B,) labels, -1 = unlabelled -> the term, ().
+
+        Zero, with a graph, where no row has a label.
+        """
+        if distributed.is_initialized() and distributed.get_world_size() > 1:
+            raise unsupported(
+                "world_size",
+                distributed.get_world_size(),
+                "the term is not averaged over processes",
+                "Add clop_kernels.CLOPLoss's, whose gradients DistributedDataParallel averages",
+            )
+        if z_i.shape != z_j.shape:
+            raise ValueError(f"z_j has shape {tuple(z_j.shape)}: expected that of z_i, {tuple(z_i.shape)}")
+        return clop_loss(
+            torch.cat([z_i, z_j]),
+            None if labels is None else labels.repeat(2),
+            self.anchors,
+            n_views=1,  # no row has a positive: the prototype term is all there is
+            prototype_weight=self.lambda_value,
+            distance=self.distance,
+            backend=self.backend,
+        )

@@ -1,0 +1,59 @@
+"""lightly's NT-Xent: ``from clop_kernels.compat.lightly import NTXentLoss``. Written against lightly 1.6."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, distributed, nn
+
+from ..functional import ntxent_loss
+from ._conventions import unsupported
+
+
+class NTXentLoss(nn.Module):
+    """Two views of a batch, each row against all others of both views; the mean over rows.
+
+    Args:
+        temperature: tau > 0.
+        memory_bank_size: 0 only. A bank's rows take part as negatives alone, and change from step to step.
+        gather_distributed: where there is more than one process, False only.
+        backend: as for :func:`clop_kernels.clop_loss`.
+
+    Raises:
+        NotImplementedError: for a memory bank, and for gathering from other processes.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.5,
+        memory_bank_size: int | Sequence[int] = 0,
+        gather_distributed: bool = False,
+        *,
+        backend: str | None = None,
+    ) -> None:
+        super().__init__()
+        size = memory_bank_size if isinstance(memory_bank_size, int) else memory_bank_size[0]
+        if size != 0:
+            raise unsupported(
+                "memory_bank_size",
+                memory_bank_size,
+                "there is no memory bank here",
+                "Take a larger batch, whose memory this loss keeps at O(N D), or lightly's own NTXentLoss",
+            )
+        self.temperature = temperature
+        self.gather_distributed = gather_distributed
+        self.backend = backend
+
+    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+        """(B, D) and (B, D) projections, not necessarily normalised -> the loss, ()."""
+        if self.gather_distributed and distributed.is_initialized() and distributed.get_world_size() > 1:
+            raise unsupported(
+                "gather_distributed",
+                True,
+                "rows are not gathered from other processes",
+                "gather_distributed=False compares the rows of each process among themselves",
+            )
+        if out0.shape != out1.shape:
+            raise ValueError(f"out1 has shape {tuple(out1.shape)}: expected that of out0, {tuple(out0.shape)}")
+        return ntxent_loss(torch.cat([out0, out1]), n_views=2, temperature=self.temperature, backend=self.backend)
