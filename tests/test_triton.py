@@ -202,21 +202,13 @@ def test_parts_of_the_prototypes_gradient_add_up(monkeypatch: pytest.MonkeyPatch
 class OptionsProblem(Problem):
     """A problem of options that no single public function takes together: the operator solves it, or the reference."""
 
-    def solve(self, backend: str, dtype: torch.dtype, device: str = "cpu") -> dict[str, torch.Tensor]:
-        precise = torch.promote_types(dtype, torch.float32)
-        leaves = {"embeddings": self.embeddings.to(dtype), "temperature": torch.tensor(self.temperature, dtype=precise)}
-        if self.prototypes is not None:
-            leaves["prototypes"] = self.prototypes.to(precise)
-        leaves = {name: leaf.detach().clone().requires_grad_() for name, leaf in leaves.items()}
-        arguments: dict[str, Any] = {"temperature": leaves["temperature"], **OPTIONS, **self.options}
-        rows = leaves["embeddings"], self.labels, leaves.get("prototypes")
+    def loss(
+        self, z: torch.Tensor, labels: torch.Tensor | None, prototypes: torch.Tensor | None, tau: torch.Tensor, backend: str
+    ) -> torch.Tensor:
+        arguments: dict[str, Any] = OPTIONS | self.options | {"temperature": tau}
         if backend == "reference":
-            loss = reference.clop_loss(*rows, **arguments)
-        else:
-            loss = ops.loss(*rows, backend=backend, **arguments)
-        upstream = torch.randn(loss.shape, generator=torch.Generator().manual_seed(7)) if loss.dim() else torch.ones(())
-        grads = torch.autograd.grad(loss, list(leaves.values()), upstream.to(loss))
-        return {"loss": loss.detach().double()} | {k: g.double() for k, g in zip(leaves, grads, strict=True)}
+            return reference.clop_loss(z, labels, prototypes, **arguments)
+        return ops.loss(z, labels, prototypes, backend=backend, **arguments)
 
 
 OPTIONS: dict[str, Any] = {
