@@ -39,7 +39,8 @@ LEAST_SHIFT = tl.constexpr(-1.0e38)
 class Span(NamedTuple):
     """What one program compares: rows of one side with all columns that they meet, which are positions too.
 
-    Tiles of BLOCK_N columns are numbered from ``column_base``; :func:`near_columns` and :func:`far_columns` are their positions.
+    Tiles of BLOCK_N columns are numbered from ``column_base``, and so are the columns of :func:`near_columns` and
+    :func:`far_columns`: what is loaded for every pair is loaded through :func:`from_position`.
     """
 
     first: tl.tensor  # the program's first row
@@ -137,16 +138,27 @@ def span_of(
 
 @triton.jit
 def near_columns(index, span, BLOCK_N: tl.constexpr):
-    """The positions in the near tile of that index."""
+    """The columns in the near tile of that index, counted from ``column_base``."""
     last = tl.cdiv(span.column_end - span.column_base, BLOCK_N) - 1
     tile = tl.where(span.near + index < span.near_end, span.near + index, last)
-    return span.column_base + tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    return tile * BLOCK_N + tl.arange(0, BLOCK_N)
 
 
 @triton.jit
 def far_columns(index, span, BLOCK_N: tl.constexpr):
     tile = tl.where(index < span.near, index, index + span.near_end - span.near)
-    return span.column_base + tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    return tile * BLOCK_N + tl.arange(0, BLOCK_N)
+
+
+@triton.jit
+def from_position(zhat, position, WIDTH: tl.constexpr):
+    """zhat from a position on, for rows counted from there.
+
+    The compiler knows how such a count is made, and that the rows of a tile share an address but for constants. A position that
+    it knows nothing of, such as where a side begins, would cost it 64 bits a row: wide rows' softmax spilled at 255 registers on
+    sm_90 where 196 are enough.
+    """
+    return zhat + tl.cast(position, tl.int64) * WIDTH
 
 
 @triton.jit

@@ -41,6 +41,7 @@ from .device import (
     NO_LOGIT,
     far_columns,
     fits_unshifted,
+    from_position,
     group_of,
     is_pair,
     is_positive,
@@ -137,9 +138,11 @@ def row_gradient(
     a_i, shift_i, w_i = load_softmax(rows, total, shift, weights, span.row_end, ONLINE, M_SCALE, False)
     b_i, c_i, start, end = load_positive_form(rows, a_i, w_i, negative, groups, n_rows, n_left, span.row_end, VIEWS)
     gradient = tl.zeros((rows.shape[0], BLOCK_D), tl.float32)
+    of_columns, n_columns = from_position(zhat, span.column_base, WIDTH), span.column_end - span.column_base
     for index in range(0, span.n_near):
-        columns = near_columns(index, span, BLOCK_N)
-        k = load_rows(zhat, columns, span.column_end, width, WIDTH, BLOCK_D, False)
+        local = near_columns(index, span, BLOCK_N)
+        columns = span.column_base + local
+        k = load_rows(of_columns, local, n_columns, width, WIDTH, BLOCK_D, False)
         s = tl.dot(q, tl.trans(k), tl.zeros((rows.shape[0], BLOCK_N), tl.float32), input_precision=PRECISION)
         s = scaled(s, scale, scale_rest, EXACT_SCALE)
         a_j, shift_j, w_j = load_softmax(columns, total, shift, weights, span.column_end, ONLINE, M_SCALE, False)
@@ -149,8 +152,9 @@ def row_gradient(
         )  # fmt: skip
         gradient = tl.dot(m.to(k.dtype), k, gradient, input_precision=PRECISION)
     for index in range(0, span.n_far):
-        columns = far_columns(index, span, BLOCK_N)
-        k = load_rows(zhat, columns, span.column_end, width, WIDTH, BLOCK_D, True)
+        local = far_columns(index, span, BLOCK_N)
+        columns = span.column_base + local
+        k = load_rows(of_columns, local, n_columns, width, WIDTH, BLOCK_D, True)
         s = tl.dot(q, tl.trans(k), tl.zeros((rows.shape[0], BLOCK_N), tl.float32), input_precision=PRECISION)
         s = scaled(s, scale, scale_rest, EXACT_SCALE)
         a_j, shift_j, _ = load_softmax(columns, total, shift, weights, span.column_end, ONLINE, M_SCALE, True)

@@ -36,6 +36,7 @@ from .device import (
     NO_LOGIT,
     far_columns,
     fits_unshifted,
+    from_position,
     group_of,
     is_pair,
     is_positive,
@@ -53,7 +54,8 @@ from .device import (
 @triton.jit
 def similarities(
     q,
-    zhat,
+    of_rows,
+    of_columns,
     rows,
     columns,
     row_end,
@@ -63,16 +65,19 @@ def similarities(
     ALL_COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """zhat_i . zhat_j for rows (M,) and columns (N,); q is the rows' tile where a whole row fits, and unused where not."""
+    """zhat_i . zhat_j for rows (M,) of one matrix and columns (N,), which are rows of another.
+
+    q is the rows' tile where a whole row fits, and unused where not.
+    """
     products = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
     if BLOCK_K >= WIDTH:
-        k = load_rows(zhat, columns, column_end, tl.arange(0, BLOCK_K), WIDTH, BLOCK_K, ALL_COLUMNS)
+        k = load_rows(of_columns, columns, column_end, tl.arange(0, BLOCK_K), WIDTH, BLOCK_K, ALL_COLUMNS)
         products = tl.dot(q, tl.trans(k), products, input_precision=PRECISION)
     else:
         for first in range(0, WIDTH, BLOCK_K):
             chunk = first + tl.arange(0, BLOCK_K)
-            a = load_rows(zhat, rows, row_end, chunk, WIDTH, BLOCK_K, False)
-            b = load_rows(zhat, columns, column_end, chunk, WIDTH, BLOCK_K, ALL_COLUMNS)
+            a = load_rows(of_rows, rows, row_end, chunk, WIDTH, BLOCK_K, False)
+            b = load_rows(of_columns, columns, column_end, chunk, WIDTH, BLOCK_K, ALL_COLUMNS)
             products = tl.dot(a, tl.trans(b), products, input_precision=PRECISION)
     return products
 
@@ -111,9 +116,12 @@ def row_sums(
     zero = tl.zeros_like(rows).to(tl.float32)
     shift = zero + LEAST_SHIFT if ONLINE else zero
     negative, positive, positive_logits = zero, zero, zero
+    of_rows, of_columns = from_position(zhat, span.first, WIDTH), from_position(zhat, span.column_base, WIDTH)
+    local_rows, n_own, n_columns = tl.arange(0, rows.shape[0]), span.row_end - span.first, span.column_end - span.column_base
     for index in range(0, span.n_near):
-        columns = near_columns(index, span, BLOCK_N)
-        s = similarities(q, zhat, rows, columns, span.row_end, span.column_end, WIDTH, BLOCK_K, False, PRECISION)
+        local = near_columns(index, span, BLOCK_N)
+        s = similarities(q, of_rows, of_columns, local_rows, local, n_own, n_columns, WIDTH, BLOCK_K, False, PRECISION)
+        columns = span.column_base + local
         s = scaled(s, scale, scale_rest, EXACT_SCALE)
         among_positives = is_positive(rows, columns, start, end, n_left)
         compared = is_pair(rows, columns, start, end, span.column_end, n_left, PAIRS)
@@ -129,8 +137,8 @@ def row_sums(
             positive += tl.sum(tl.where(among_positives, powers, 0.0), 1)
             negative += tl.sum(tl.where(among_positives, 0.0, powers), 1)
     for index in range(0, span.n_far):
-        columns = far_columns(index, span, BLOCK_N)
-        s = similarities(q, zhat, rows, columns, span.row_end, span.column_end, WIDTH, BLOCK_K, True, PRECISION)
+        local = far_columns(index, span, BLOCK_N)
+        s = similarities(q, of_rows, of_columns, local_rows, local, n_own, n_columns, WIDTH, BLOCK_K, True, PRECISION)
         s = scaled(s, scale, scale_rest, EXACT_SCALE)
         if ONLINE:
             s, shift, negative, positive = shifted(s, shift, negative, positive)
@@ -215,13 +223,14 @@ def softmax_kernel(
     if PAIRS == "negatives":
         n_positives = tl.zeros_like(start)
         is_anchor = total != 0.0  # and not > 0, so that a NaN among its negatives shows in its term
-    tl.store(shift_out + rows, shift, mask=is_row)
-    tl.store(total_out + rows, tl.where(is_anchor, total, float("inf")), mask=is_row)
-    tl.store(negative_out + rows, negative, mask=is_row)
+    nth = tl.arange(0, BLOCK_M)  # and not the position, whose 64 bits would be kept through the loops
+    tl.store(shift_out + span.first + nth, shift, mask=is_row)
+    tl.store(total_out + span.first + nth, tl.where(is_anchor, total, float("inf")), mask=is_row)
+    tl.store(negative_out + span.first + nth, negative, mask=is_row)
 
     is_anchor = is_row & is_anchor
     term = tl.where(is_anchor, contrastive_term(shift, negative, positive, positive_logits, n_positives), 0.0)
-    distance = tl.load(distances + rows, mask=is_row, other=0.0)
+    distance = tl.load(distances + span.first + nth, mask=is_row, other=0.0)
     row = row_of(rows, groups, n_instances, VIEWS, is_row)
     is_labelled = rows < 0
     is_misfit = rows < 0

@@ -104,7 +104,7 @@ def pair_kernel(
         VIEWS, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     scale, scale_rest = logit_scale(temperature, scale, scale_rest)
-    s = similarities(None, zhat, rows, columns, row_end, n_rows, WIDTH, BLOCK_K, False, PRECISION)
+    s = similarities(None, zhat, zhat, rows, columns, row_end, n_rows, WIDTH, BLOCK_K, False, PRECISION)
     s = scaled(s, scale, scale_rest, EXACT_SCALE)
     if SOFTMAX == "device":
         if fits_unshifted(scale):
