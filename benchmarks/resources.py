@@ -41,23 +41,36 @@ PROCESSORS = 132
 ROWS = {128: 65536, 64: 8192, 32: 2048}
 """Numbers of rows that get tiles of so many rows on so many processors."""
 
+FORMS: dict[str, dict[str, Any]] = {
+    "plain": {"positives": "instance", "temperature": 0.1},
+    "general": {"positives": "label", "weighted": True},
+    "two-sided": {"positives": "instance", "sides": True},
+    "two-sided-raw": {"positives": "label", "sides": True, "normalize": False, "weighted": True},
+    "negatives": {"positives": "label", "negatives_only": True, "weighted": True},
+}
+"""What is asked of a loss in each form that is compiled. Where no temperature is given it is a tensor, so that both softmax
+paths are compiled in; ``weighted``: reduction "none", a weight a row, and the Euclidean distance to prototypes.
+
+    plain           NT-Xent with a prototype term: the form with the least code
+    general         SupCon with a prototype term: of one side the most
+    two-sided       CLIP's loss
+    two-sided-raw   the same by labels, of rows that are not normalised, for which there is the online softmax alone
+    negatives       of each row the logarithm of the sum over its negatives
+"""
+
 MATRIX_INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma": "mma.sync"}
 MATRIX_KERNELS = ("softmax_kernel", "gradient_kernel", "pair_kernel", "product_kernel")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A call of the loss: all its launches are compiled.
-
-    ``general`` is the form with the most code: positives by label, the temperature in a tensor, so that both softmax paths
-    are compiled in, and a weight a row. Else it is NT-Xent with a prototype term at temperature 0.1.
-    """
+    """A call of the loss: all its launches are compiled. ``form`` is one of :data:`FORMS`."""
 
     capability: int
     dtype: str
     width: int
     n_rows: int
-    general: bool
+    form: str
 
 
 @dataclass(frozen=True)
@@ -92,15 +105,18 @@ def faults_of(sm: int, spilled_bytes: int, shared_kb: float, lacks_matrix_units:
     return found
 
 
-def cases(targets: Sequence[int], dtypes: Sequence[str], widths: Sequence[int], heights: Sequence[int]) -> list[Case]:
+def cases(
+    targets: Sequence[int], dtypes: Sequence[str], widths: Sequence[int], heights: Sequence[int], forms: Sequence[str]
+) -> list[Case]:
     return [
-        Case(target, dtype, width, ROWS[height], general)
+        Case(target, dtype, width, ROWS[height], form)
         for target in targets
         for dtype in dtypes
         for width in widths
         for height in heights
-        for general in (False, True)
-        if general or height == max(heights)  # lower tiles are for small N: their largest form will do
+        for form in forms
+        # Lower tiles are for small N: the largest form will do for all, and the lowest tile for its variants.
+        if form == "general" or height == max(heights) or (form != "plain" and height == min(heights))
     ]
 
 
@@ -108,55 +124,69 @@ def compile_case(case: Case) -> list[Report]:
     """Compiles the launches of one call; runs in a process of its own."""
     reports: dict[str, Report] = {}
     for launch in launches(case):
-        if launch.kernel.__name__ not in MATRIX_KERNELS and not (case.general and case.n_rows in (ROWS[128], ROWS[32])):
-            continue  # their tiles do not depend on the number of rows; they order few rows themselves and many by a table
-        key = f"{launch.kernel.__name__} {launch.arguments.get('ADD')} {launch.arguments.get('stride_row') == 1}"
+        name = launch.kernel.__name__
+        if name not in MATRIX_KERNELS and not _is_pass_over_rows(name, case):
+            continue
+        if name == "product_kernel" and case.form not in ("plain", "general"):
+            continue  # it multiplies what pair_kernel made of any form
+        key = f"{name} {launch.arguments.get('ADD')} {launch.arguments.get('stride_row') == 1}"
         if key not in reports:
             reports[key] = _compile(launch, case)
     return list(reports.values())
 
 
+def _is_pass_over_rows(name: str, case: Case) -> bool:
+    """Whether to compile a kernel without matrix products: once a form that differs, and a way to order the rows."""
+    if case.form == "two-sided-raw":
+        return case.n_rows == ROWS[128] and name in ("prologue_kernel", "finish_kernel")
+    return case.form == "general" and case.n_rows in (
+        ROWS[128],
+        ROWS[32],
+    )  # few rows are ordered by the prologue, many by a table
+
+
 def launches(case: Case) -> Iterator[Any]:
-    """The launches of the case, on tensors without memory."""
+    """The launches of the case."""
+    form = FORMS[case.form]
+    by_label, is_weighted, has_sides = form["positives"] == "label", form.get("weighted", False), form.get("sides", False)
+    options = LossOptions(
+        n_views=1 if has_sides and by_label else 2,
+        positives=form["positives"],
+        temperature=form.get("temperature", _empty()),
+        prototype_weight=1.0,
+        distance="euclidean" if is_weighted else "cosine",
+        reduction="none" if is_weighted else "mean",
+        compute_dtype=DTYPES[case.dtype],
+        normalize=form.get("normalize", True),
+        n_left=case.n_rows // 2 if has_sides else None,
+        negatives_only=form.get("negatives_only", False),
+    )
+    return launches_of(options, case.n_rows, case.width, case.capability)
+
+
+def launches_of(options: LossOptions, n: int, width: int, capability: int) -> Iterator[Any]:
+    """The launches of a loss of n labelled rows and its gradients, on tensors without memory."""
     from clop_kernels.backends.triton import launches as plan  # after the environment is set
     from clop_kernels.backends.triton import tiles
 
-    dtype = DTYPES[case.dtype]
-    n, width, n_classes = case.n_rows, case.width, 10
-
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    options = LossOptions(
-        n_views=2,
-        positives="label" if case.general else "instance",
-        temperature=empty() if case.general else 0.1,
-        prototype_weight=1.0,
-        distance="euclidean" if case.general else "cosine",
-        reduction="none" if case.general else "mean",
-        compute_dtype=dtype,
-    )
-    z, labels, prototypes = empty(n, width, dtype=dtype), empty(n // 2, dtype=torch.int64), empty(n_classes, width)
-    groups = empty(3, n if case.general else 0, dtype=torch.int32)
-    zhat = empty(n, width, dtype=dtype)
-    residuals = Residuals(zhat, empty(n), empty(n), empty(n), empty(n), groups, empty(2))
-    target = tiles.Target(case.capability, PROCESSORS)
-    scratch = plan.ForwardScratch.like(zhat, target)
-    loss = empty(n) if case.general else empty()
-    yield from plan.forward(z, labels, prototypes, options, loss, residuals, scratch, target)
-    upstream = Upstream(empty(), empty(n) if case.general else None)
-    yield from plan.backward(
-        upstream,
-        residuals,
-        labels,
-        prototypes,
-        options,
-        plan.BackwardScratch.like(zhat),
-        empty(n, width, dtype=dtype),
-        target,
-    )
-    by_class, bounds, parts = empty(n, dtype=torch.int64), empty(n_classes + 1, dtype=torch.int64), empty(4, n_classes, width)
+    dtype, n_classes, is_per_row = options.compute_dtype, 10, options.reduction == "none"
+    z, zhat, grad_z = (_empty(n, width, dtype=dtype) for _ in range(3))
+    labels, prototypes = _empty(n // options.n_views, dtype=torch.int64), _empty(n_classes, width)
+    groups = _empty(3, n if options.positives == "label" else 0, dtype=torch.int32)
+    residuals = Residuals(zhat, _empty(n), _empty(n), _empty(n), _empty(n), groups, _empty(2))
+    target = tiles.Target(capability, PROCESSORS)
+    loss = _empty(n) if is_per_row else _empty()
+    forward_scratch, scratch = plan.ForwardScratch.like(zhat, options, target), plan.BackwardScratch.like(zhat, options)
+    yield from plan.forward(z, labels, prototypes, options, loss, residuals, forward_scratch, target)
+    upstream = Upstream(_empty(), _empty(n) if is_per_row else None)
+    yield from plan.backward(upstream, residuals, labels, prototypes, options, scratch, grad_z, target)
+    by_class, bounds = _empty(n, dtype=torch.int64), _empty(n_classes + 1, dtype=torch.int64)
+    parts = _empty(4, n_classes, width)
     yield plan.prototypes_backward(upstream, residuals, by_class, bounds, prototypes, options, parts, target)
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def _compile(launch: Any, case: Case) -> Report:
@@ -182,7 +212,7 @@ def _compile(launch: Any, case: Case) -> Report:
         case.dtype,
         case.width,
         tile,
-        "general" if case.general else "plain",
+        case.form,
         int(numbers["REG"]),
         spilled,
         round(compiled.metadata.shared / 1024, 1),
@@ -246,6 +276,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--dtypes", nargs="+", choices=DTYPES, default=tuple(DTYPES), help="%(default)s")
     add("--dims", nargs="+", type=int, default=WIDTHS, metavar="D", help="widths of the embeddings (%(default)s)")
     add("--heights", nargs="+", type=int, choices=ROWS, default=tuple(ROWS), help="rows of a program's tile (%(default)s)")
+    add("--forms", nargs="+", choices=FORMS, default=tuple(FORMS), help="what is asked of the loss (%(default)s)")
     add("--everything", action="store_true", help="print the O(N D) kernels too; they are checked in any case")
     add("--csv", type=Path, metavar="FILE", help="write the table there too")
     given = parser.parse_args(arguments)
@@ -255,7 +286,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 180)
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache  # of this run alone: nothing is taken from, or left in, the user's
-        reports = compile_all(cases(given.targets, given.dtypes, given.dims, given.heights), console)
+        reports = compile_all(cases(given.targets, given.dtypes, given.dims, given.heights, given.forms), console)
     console.print(report_table(reports, given.everything))
     if given.csv is not None:
         with given.csv.open("w", newline="") as file:

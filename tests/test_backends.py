@@ -123,6 +123,15 @@ def test_negatives_alone(n_rows: int, temperature: float, backend: str, tile_row
     assert_exact(replace(problem, labels=torch.zeros(n_rows, dtype=torch.int64)), backend)  # no row has any
 
 
+def test_a_nan_among_the_negatives_shows(backend: str) -> None:
+    z = torch.randn(6, 4)
+    z[5, 1] = torch.nan
+    labels = torch.tensor([0, 0, 0, 1, 1, 1])
+    for name in (backend, "reference"):
+        lse = clop_kernels.negative_logsumexp(z, labels, backend=name)
+        assert lse.isnan().tolist() == [True, True, True, False, False, True], name
+
+
 def test_far_negatives_are_not_lost_beside_near_positives(backend: str) -> None:
     """Where a positive's exp(s) is 1e87 times a negative's, which a sum that both are in would lose in float32."""
     z = torch.cat([torch.eye(1, 4), torch.eye(1, 4), -torch.eye(1, 4)])

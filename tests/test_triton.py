@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import torch
 
 import clop_kernels
 from benchmarks import resources
-from clop_kernels import backends
+from clop_kernels import backends, ops, reference
 from clop_kernels.backends.contract import DISTANCES, POSITIVES, REDUCTIONS, LossOptions, Needs, Residuals
 
 from .oracle import (
@@ -42,7 +43,9 @@ OBSTACLE = TRITON.obstacle(torch.device("cpu"), torch.float32)
 
 interpreted = pytest.mark.skipif(OBSTACLE is not None, reason=f"needs Triton's interpreter: {OBSTACLE}")
 # What stands past the end of a tile may be infinite on the way; NumPy, which the interpreter runs on, warns of each.
-pytestmark = pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.* encountered in:RuntimeWarning", "ignore:All-NaN slice encountered:RuntimeWarning"
+)
 
 
 @pytest.fixture
@@ -192,6 +195,154 @@ def test_parts_of_the_prototypes_gradient_add_up(monkeypatch: pytest.MonkeyPatch
     assert_accurate(problem, "triton")
 
 
+# ---- two sides, rows as they are, negatives only ---------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OptionsProblem(Problem):
+    """A problem of options that no single public function takes together: the operator solves it, or the reference."""
+
+    def loss(
+        self, z: torch.Tensor, labels: torch.Tensor | None, prototypes: torch.Tensor | None, tau: torch.Tensor, backend: str
+    ) -> torch.Tensor:
+        arguments: dict[str, Any] = OPTIONS | self.options | {"temperature": tau}
+        if backend == "reference":
+            return reference.clop_loss(z, labels, prototypes, **arguments)
+        return ops.loss(z, labels, prototypes, backend=backend, **arguments)
+
+
+OPTIONS: dict[str, Any] = {
+    "n_views": 2, "positives": "instance", "prototype_weight": 0.7, "distance": "cosine", "reduction": "mean",
+    "normalize": True, "n_left": None, "negatives_only": False,
+}  # fmt: skip
+
+
+def options_problem(
+    n_left: int | None, n_rows: int, width: int = 20, temperature: float = 0.1, norm: float | None = None, **options: Any
+) -> OptionsProblem:
+    """Rows of about the length ``norm`` as they are, or normalised; labels, a few of them -1, where positives are by label."""
+    options |= {"n_left": n_left, "normalize": norm is None, "reduction": options.get("reduction", REDUCTIONS[n_rows % 3])}
+    by_label = options.get("positives") == "label"
+    generator = torch.Generator().manual_seed(n_rows)
+    z = torch.randn(n_rows, width, generator=generator) * (1 if norm is None else norm / width**0.5)
+    with_prototypes = options.pop("with_prototypes", False)
+    options["n_views"] = options.get("n_views", 1 if by_label else 2)
+    labels = torch.randint(-1, 4, (n_rows // options["n_views"],), generator=generator)
+    prototypes = torch.randn(4, width, generator=generator) / width**0.5
+    return OptionsProblem(
+        z.double(),
+        labels if by_label or with_prototypes else None,
+        prototypes.double() if with_prototypes else None,
+        temperature,
+        options,
+    )
+
+
+def forms() -> dict[str, OptionsProblem]:
+    """Each option alone and with the others: ragged numbers of rows, several tiles of 16 and panels of 32 of them a side."""
+    label: dict[str, Any] = {"positives": "label"}
+    return {
+        "clip": options_problem(49, 98),
+        "clip, online": options_problem(49, 98, temperature=0.01, reduction="none"),
+        "clip by label": options_problem(65, 98, **label),
+        "clip by label, online": options_problem(33, 98, temperature=0.01, **label),
+        "clip by label, raw": options_problem(20, 97, norm=3.0, **label),
+        "clip, raw, prototypes": options_problem(33, 66, norm=3.0, with_prototypes=True, distance="euclidean"),
+        "raw, prototypes": options_problem(None, 66, norm=3.0, with_prototypes=True, distance="manhattan"),
+        "supcon, raw": options_problem(None, 67, norm=30.0, **label),
+        "negatives": options_problem(None, 67, negatives_only=True, **label),
+        "negatives, online": options_problem(None, 68, temperature=0.01, negatives_only=True, **label),
+        "negatives of instances": options_problem(None, 66, negatives_only=True, n_views=3),
+        "negatives of two sides, raw": options_problem(33, 66, norm=3.0, negatives_only=True),
+        "negatives of two sides by label": options_problem(17, 67, negatives_only=True, **label),
+    }
+
+
+@interpreted
+@pytest.mark.parametrize("form", forms())
+def test_forms_in_many_tiles(form: str, is_wide: bool, small_tiles: None) -> None:
+    assert_accurate(forms()[form], "triton", ill_conditioned="raw" in form)
+
+
+SIDES = [(1, 1), (1, 33), (130, 1), (31, 31), (33, 130), (65, 64), (0, 31), (65, 0), (0, 0)]
+
+
+@interpreted
+@pytest.mark.parametrize(("m", "n"), SIDES)
+@pytest.mark.parametrize("temperature", [0.1, 0.01])
+@pytest.mark.parametrize("positives", POSITIVES)
+def test_clip_loss(positives: str, temperature: float, m: int, n: int) -> None:
+    """The public function, tiles as shipped; float32 of this width takes the path of wide rows."""
+    if positives == "instance":
+        m = n
+    rows, labels = torch.randn(m + n, 40), torch.randint(-1, 3, (m + n,))
+    of_sides = (labels[:m], labels[m:]) if positives == "label" else ()
+
+    def solve(dtype: torch.dtype, backend: str, reduction: str) -> list[torch.Tensor]:
+        x, y, tau = (v.to(dtype).requires_grad_() for v in (rows[:m], rows[m:], torch.tensor(temperature)))
+        loss = clop_kernels.clip_loss(x, y, *of_sides, temperature=tau, reduction=reduction, backend=backend)
+        upstream = torch.linspace(0.1, 1, m + n).to(loss) if loss.dim() else None
+        return [loss.detach(), *torch.autograd.grad(loss, (x, y, tau), upstream)]
+
+    for reduction in REDUCTIONS:
+        results = solve(torch.float32, "triton", reduction), solve(torch.float64, "reference", reduction)
+        for actual, expected in zip(*results, strict=True):
+            assert actual.shape == expected.shape
+            # The floor: a row compared with one other has a gradient of nothing but rounding.
+            assert relative_error(actual, expected, floor=1e-3 / temperature) < 1e-5
+
+
+@interpreted
+@pytest.mark.parametrize("width", [64, 264])
+@pytest.mark.parametrize("form", ["clip", "clip by label", "negatives", "raw"])
+def test_forms_in_float16(form: str, width: int) -> None:
+    problem = {
+        "clip": options_problem(33, 66, width, reduction="none"),
+        "clip by label": options_problem(40, 65, width, positives="label"),
+        "negatives": options_problem(None, 65, width, positives="label", negatives_only=True),
+        "raw": options_problem(None, 66, width, norm=2.0, with_prototypes=True, distance="euclidean"),
+    }[form]
+    assert_as_good_as_plain(problem, "triton", torch.float16)
+
+
+@interpreted
+def test_negative_logsumexp_of_rows_without_negatives_and_of_nan(is_wide: bool, small_tiles: None) -> None:
+    """A row without negatives has zeros; a NaN among the negatives of a row, or in it, shows in its number."""
+    z, labels = torch.randn(40, 20), torch.zeros(40, dtype=torch.int64)
+    leaf = z.clone().requires_grad_()
+    loss = clop_kernels.negative_logsumexp(leaf, labels, backend="triton")
+    assert torch.equal(loss, torch.zeros(40))
+    assert torch.equal(torch.autograd.grad(loss.sum(), leaf)[0], torch.zeros_like(z))
+    labels[:20] = 1
+    z[3, 2] = float("nan")
+    shows = clop_kernels.negative_logsumexp(z, labels, backend="triton").isnan()
+    assert torch.equal(shows, (labels == 0) | (torch.arange(40) == 3))
+    others = torch.randn(40, 20)
+    assert clop_kernels.clip_loss(z, others, backend="triton").isnan()
+    assert clop_kernels.clip_loss(others, z, normalize=False, backend="triton").isnan()
+
+
+@interpreted
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+def test_the_prototype_term_alone(reduction: str, is_wide: bool, small_tiles: None) -> None:
+    """No row can have a positive: no pairs, no launch for them, and no sums that they would leave."""
+    problem = random_problem(1, 40, 20, reduction=reduction, distance="euclidean")
+    assert_accurate(problem, "triton")
+    assert_accurate(problem.with_options(normalize=False), "triton")
+    as_tensor = run(problem, torch.tensor(problem.temperature))
+    assert as_tensor["temperature"] == 0.0
+    options = LossOptions(temperature=0.1, compute_dtype=torch.bfloat16, **OPTIONS | {"n_views": 1})
+    names = [launch.kernel.__name__ for launch in resources.launches_of(options, 4096, 128, 90)]
+    assert names == ["prologue_kernel", "softmax_kernel", "loss_kernel", "finish_kernel", "prototype_kernel"]
+
+
+@interpreted
+def test_two_sides_give_the_same_bits(is_wide: bool, small_tiles: None) -> None:
+    problem = forms()["clip by label"]
+    first, second = problem.solve("triton", torch.float32), problem.solve("triton", torch.float32)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 # ---- the temperature in a tensor that the host does not read ----------------------------------------------------------
 
 
@@ -207,12 +358,21 @@ def test_the_kernels_read_the_temperature(temperature: float, reduction: str, is
         assert relative_error(as_tensor[name], value) < 1e-6, name
 
 
+@interpreted
+@pytest.mark.parametrize("form", ["clip", "clip, online", "clip by label, raw", "supcon, raw", "negatives"])
+def test_the_kernels_read_the_temperature_in_every_form(form: str, is_wide: bool, small_tiles: None) -> None:
+    problem = forms()[form]
+    as_float, as_tensor = run(problem, problem.temperature), run(problem, torch.tensor(problem.temperature))
+    for name, value in as_float.items():
+        if value is not None:
+            assert relative_error(as_tensor[name], value) < 1e-6, name
+
+
 def run(problem: Problem, temperature: float | torch.Tensor) -> dict[str, torch.Tensor]:
     """The backend itself, below the operator."""
     module = TRITON.load()
     z, prototypes = problem.embeddings.float(), problem.prototypes.float() if problem.prototypes is not None else None
-    defaults: dict[str, Any] = {"positives": "instance", "distance": "cosine", "reduction": "mean"}
-    options = LossOptions(temperature=temperature, compute_dtype=torch.float32, **defaults | problem.options)
+    options = LossOptions(temperature=temperature, compute_dtype=torch.float32, **OPTIONS | problem.options)
     loss, residuals = module.forward(z, problem.labels, prototypes, options)
     assert isinstance(residuals, Residuals)
     upstream = torch.linspace(-1, 1, loss.numel()) if loss.dim() else torch.ones(())
@@ -228,7 +388,10 @@ def op_arguments(reduction: str, temperature_tensor: bool) -> tuple[Any, ...]:
     assert problem.prototypes is not None
     tau = torch.tensor(0.2, requires_grad=True) if temperature_tensor else None
     z, prototypes = problem.embeddings.float().requires_grad_(), problem.prototypes.float().requires_grad_()
-    return z, problem.labels, prototypes, 0.2, tau, 2, "label", 0.7, "euclidean", reduction, torch.float32, "triton"
+    common = "label", 0.7, "euclidean", reduction, torch.float32
+    if reduction == "none":  # rows as they are, of two sides
+        return z, torch.arange(10) % 3, prototypes, 0.2, tau, 1, *common, False, 4, False, "triton"
+    return z, problem.labels, prototypes, 0.2, tau, 2, *common, True, None, False, "triton"
 
 
 @interpreted
@@ -283,20 +446,35 @@ def test_labels_are_checked() -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("general", [False, True])
+@pytest.mark.parametrize("form", resources.FORMS)
 @pytest.mark.parametrize(("width", "dtype", "most"), [(128, "bfloat16", 5), (128, "float32", 6), (1024, "bfloat16", 6)])
-def test_few_launches(width: int, dtype: str, most: int, general: bool) -> None:
-    """And one more for a learnable temperature."""
-    launches = list(resources.launches(resources.Case(90, dtype, width, 2048, general)))
+def test_few_launches(width: int, dtype: str, most: int, form: str) -> None:
+    """And one more for a learnable temperature. A panel of two sides is multiplied twice, once for each."""
+    launches = list(resources.launches(resources.Case(90, dtype, width, 2048, form)))
+    most += most == 6 and form.startswith("two-sided")
     assert len([launch for launch in launches if launch.kernel.__name__ != "prototype_kernel"]) <= most
+
+
+@interpreted
+@pytest.mark.parametrize("n_left", [1, 100, 4096, 6000])
+def test_two_sides_cost_their_own_pairs_only(n_left: int) -> None:
+    options = LossOptions(temperature=0.1, compute_dtype=torch.bfloat16, **OPTIONS | {"n_left": n_left, "positives": "label"})
+    heights = [-(-side // 128) for side in (n_left, 8192 - n_left)]
+    found = [launch for width in (128, 1024) for launch in resources.launches_of(options, 8192, width, 90)]
+    on_chip = [launch for launch in found if launch.kernel.__name__ in ("softmax_kernel", "gradient_kernel")]
+    assert len(on_chip) == 3
+    for launch in on_chip:
+        assert launch.grid[0] == sum(-(-side // launch.arguments["BLOCK_M"]) for side in (n_left, 8192 - n_left))
+    panels = [launch.grid for launch in found if launch.kernel.__name__ == "pair_kernel"]
+    assert sum(rows * columns for rows, columns in panels) <= heights[0] * heights[1] * 2 + 2  # tiles of 128 x 64
 
 
 @interpreted
 @pytest.mark.parametrize("width", [64, 128, 1024])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_no_launch_takes_a_tensor_that_grows_with_n_squared(width: int, dtype: str) -> None:
-    for n_rows in (2**16, 2**18):
-        for launch in itertools.islice(resources.launches(resources.Case(90, dtype, width, n_rows, True)), 1000):
+    for n_rows, form in itertools.product((2**16, 2**18), ("general", "two-sided")):
+        for launch in itertools.islice(resources.launches(resources.Case(90, dtype, width, n_rows, form)), 1000):
             for name, value in launch.arguments.items():
                 if isinstance(value, torch.Tensor):
                     assert value.numel() <= max(n_rows * width, 4096**2), name
@@ -312,15 +490,22 @@ def test_tiles_fill_the_processors() -> None:
 
 
 @interpreted
-@pytest.mark.parametrize("arguments", ["--targets 90 --dtypes bfloat16 --dims 128", "--targets 80 --dtypes float32 --dims 128"])
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "--targets 90 --dtypes bfloat16 --dims 128 --forms plain general negatives",
+        "--targets 80 --dtypes float32 --dims 128 --forms general two-sided-raw",
+        "--targets 100 120 --dtypes bfloat16 --dims 128 --forms two-sided",
+    ],
+)
 def test_kernels_compile_without_spilling(arguments: str) -> None:
-    """Two GPUs and dtypes here; .ci/run compiles the whole table."""
+    """A few here; .ci/run compiles the whole table."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "benchmarks.resources", *arguments.split(), "--heights", "128"]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "0 faults" in done.stdout
-    assert ("wgmma" if "90" in arguments else "mma") in done.stdout
+    assert {"9": "wgmma", "8": "mma", "1": "tcgen05"}[arguments[len("--targets ")]] in done.stdout
 
 
 # ---- why it cannot run ---------------------------------------------------------------------------------------------------

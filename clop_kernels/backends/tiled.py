@@ -122,7 +122,7 @@ def forward(
     zhat = normalized.to(options.accumulate_dtype)
 
     softmax = _softmax(zhat, norms, groups, options)
-    is_anchor = softmax.total > 0 if options.negatives_only else groups.n_positives > 0
+    is_anchor = softmax.total != 0 if options.negatives_only else groups.n_positives > 0
     # A row that is no anchor has a plain zero, unless it holds a NaN or an Inf, which must stay visible.
     contrastive = torch.where(is_anchor, _contrastive_terms(softmax, groups), 0.0 * zhat.sum(1))
 
@@ -165,7 +165,7 @@ def backward(
     if options.reduction == "none":
         grad_loss = grad_loss.index_select(0, groups.order)
     shares = grad_loss / residuals.counts.clamp(min=1) if options.reduction == "mean" else (grad_loss, grad_loss)
-    is_anchor = residuals.total > 0 if options.negatives_only else groups.n_positives > 0
+    is_anchor = residuals.total != 0 if options.negatives_only else groups.n_positives > 0
     weights = torch.where(is_anchor, shares[0], 0.0)  # w_i
 
     # The gradient of zhat first, and at last, in place, that of the raw rows.

@@ -36,10 +36,10 @@ void prologue(const Forward& f, const Positions& positions, int64_t begin, int64
   }
 }
 
-// Whether row k is in A: it has positives, or, where those are no pairs, it has negatives.
+// Whether row k is in A: it has positives, or, where those are no pairs, it has negatives. A NaN has, so that it shows.
 template <class T>
 bool is_anchor(const Loss& loss, const Positions& positions, int64_t k, T total) {
-  return loss.negatives_only ? total > 0 : positions.n_positives(k) > 0;
+  return loss.negatives_only ? total != 0 : positions.n_positives(k) > 0;
 }
 
 // lse_i - mean_p s_ip, in a form that cancels only what the inputs' rounding has left.

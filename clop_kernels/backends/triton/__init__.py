@@ -5,12 +5,13 @@
     gradient.py             rows against columns: the gradient's pairwise sums; wide.py where whole rows do not fit on chip
     finish.py               the pairwise sums -> the gradient of the raw embeddings
     prototype_gradient.py   the gradient of trained prototypes
-    device.py               what kernels share
+    device.py               what kernels share: which columns a program's rows are compared with, whose positives are where
     launches.py             the launches of a call as data;  tiles.py  which tile is used where
 
 Launches: 3 forward and 2 backward, and 1 more for a temperature's gradient. float32 of D > 32, and D > 256, take 3 backward
 for each pair of panels of 4096 rows (float32: 2048). Trained prototypes, ``reduction="none"`` and sorting by more than
-RANKED_INSTANCES labels take a few more.
+RANKED_INSTANCES labels, or by the labels of two sides, take a few more. Where no row can have a positive, and only the prototype
+term is left, no kernel looks at a pair: 3 forward and 1 backward.
 
 float64 stays with the other backends: no matrix unit that Triton drives is exact in it. This module is imported when the
 backend is first used, so that importing the package does not need Triton. **Not yet run on a GPU**: proved by Triton's
@@ -46,7 +47,7 @@ def forward(
         groups = embeddings.new_empty((3, n_rows), dtype=torch.int32)
     else:
         assert labels is not None
-        groups = label_groups(labels, options.n_views).table()
+        groups = label_groups(labels, options.n_views, options.n_left).table()
     zhat = embeddings.new_empty((n_rows, width), dtype=options.compute_dtype)
     counts = embeddings.new_zeros(2, dtype=torch.float32) if n_rows == 0 else embeddings.new_empty(2, dtype=torch.float32)
     residuals = Residuals(zhat, per_row(), per_row(), per_row(), per_row(), groups, counts)
@@ -55,7 +56,7 @@ def forward(
 
     loss = per_row() if options.reduction == "none" else embeddings.new_empty((), dtype=torch.float32)
     target = tiles.target_of(embeddings.device)
-    scratch = launches.ForwardScratch.like(zhat, target)
+    scratch = launches.ForwardScratch.like(zhat, options, target)
     with tiles.device_guard(embeddings.device):
         for launch in launches.forward(
             embeddings, labels, used_prototypes(prototypes, labels), options, loss, residuals, scratch, target
@@ -90,7 +91,7 @@ def backward(
     with tiles.device_guard(embeddings.device):
         if needs.embeddings or needs.temperature:
             grad_embeddings = torch.empty_like(embeddings, memory_format=torch.contiguous_format)
-            scratch = launches.BackwardScratch.like(residuals.normalized)
+            scratch = launches.BackwardScratch.like(residuals.normalized, options)
             for launch in launches.backward(upstream, residuals, labels, used, options, scratch, grad_embeddings, target):
                 launch.run()
             if needs.temperature:

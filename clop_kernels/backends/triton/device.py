@@ -1,15 +1,26 @@
-"""What several kernels share on the device: which rows are whose positives, which tiles hold them, exact products and logs.
+"""What several kernels share on the device: who is compared with whom, whose positives are where, exact products and logs.
 
 Kernels work on *positions*: rows sorted by positive group (:mod:`clop_kernels.groups`), so that the positives of a row
-are the positions [start, end) around it, less itself, and lie in tiles near the diagonal. Those *near* tiles pay for
-masks; all others, the *far* tiles, have none, not even for the ragged end of the matrix, which counts as near.
+are a run of positions [start, end): around it, less itself, and of rows with two sides on the other one. They lie in tiles
+near the diagonal, or what takes its place between two sides. Those *near* tiles pay for masks; all others, the *far* tiles,
+have none, not even for the ragged end of the columns, which counts as near.
 
-Where a temperature is a tensor, ``temperature`` is a pointer to it and the host never reads it; where it is a float,
+Who is compared: every kernel over pairs takes its rows and columns from a :class:`Span`. Three arguments say which, under
+the same names everywhere::
+
+    n_left    how many rows are on the left side, the first positions: a row meets those of the other side only.
+              None: there are no sides, and a row meets all others.
+    PAIRS     "all"; "negatives": positives are no pairs, like a row and itself; "none": nothing is compared.
+    groups    (3, n_rows) int32, by position: row, start, end. None: positives are the views of an instance, and arithmetic.
+
+Where a temperature is a tensor, ``temperature`` is a pointer to it and the host never reads it; where it is None, a float,
 ``scale`` and ``scale_rest`` hold log2(e) / tau in two float32 numbers. One alone would be off by its rounding in every
 similarity alike, as if the temperature were another.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -25,10 +36,27 @@ LEAST_SHIFT = tl.constexpr(-1.0e38)
 """Where the running maximum begins: finite, so that no two infinities are subtracted."""
 
 
+class Span(NamedTuple):
+    """What one program compares: rows of one side with all columns that they meet, which are positions too.
+
+    Tiles of BLOCK_N columns are numbered from ``column_base``, and so are the columns of :func:`near_columns` and
+    :func:`far_columns`: what is loaded for every pair is loaded through :func:`from_position`.
+    """
+
+    first: tl.tensor  # the program's first row
+    row_end: tl.tensor  # one past the last row of their side
+    column_base: tl.tensor
+    column_end: tl.tensor
+    near: tl.tensor  # the tiles [near, near_end) may hold positives, and the diagonal if it is among the pairs
+    near_end: tl.tensor
+    n_near: tl.tensor  # how many tiles are masked: those, and a ragged last one that is not among them
+    n_far: tl.tensor
+
+
 @triton.jit
-def logit_scale(temperature, scale, scale_rest, ON_DEVICE: tl.constexpr):
+def logit_scale(temperature, scale, scale_rest):
     """log2(e) / tau as the sum of two float32 numbers."""
-    if ON_DEVICE:
+    if temperature is not None:
         precise = LOG2_E / tl.load(temperature).to(tl.float64)
         scale = precise.to(tl.float32)
         scale_rest = (precise - scale.to(tl.float64)).to(tl.float32)
@@ -41,20 +69,23 @@ def fits_unshifted(scale):
 
 
 @triton.jit
-def row_of(position, groups, n_instances, VIEWS: tl.constexpr, BY_LABEL: tl.constexpr, mask):
-    """The row of the user's tensor at a position; groups is (3, n_rows) int32: row, start, end of each position."""
-    if BY_LABEL:
+def row_of(position, groups, n_instances, VIEWS: tl.constexpr, mask):
+    """The row of the user's tensor at a position. VIEWS rows of an instance are side by side; of two sides none are, it is 1."""
+    if groups is not None:
         return tl.load(groups + position, mask=mask, other=0)
     else:
         return position % VIEWS * n_instances + position // VIEWS
 
 
 @triton.jit
-def group_of(position, groups, n_rows, VIEWS: tl.constexpr, BY_LABEL: tl.constexpr, mask):
-    """[start, end) of the group of a position."""
-    if BY_LABEL:
+def group_of(position, groups, n_rows, n_left, VIEWS: tl.constexpr, mask):
+    """[start, end): the run of positions that holds the positives of a position, and without sides itself."""
+    if groups is not None:
         start = tl.load(groups + n_rows + position, mask=mask, other=0)
         end = tl.load(groups + 2 * n_rows + position, mask=mask, other=0)
+    elif n_left is not None:
+        start = tl.where(position < n_left, position + n_left, position - n_left)
+        end = start + 1
     else:
         start = position // VIEWS * VIEWS
         end = start + VIEWS
@@ -62,42 +93,86 @@ def group_of(position, groups, n_rows, VIEWS: tl.constexpr, BY_LABEL: tl.constex
 
 
 @triton.jit
-def near_tiles(first, last, groups, n_rows, VIEWS: tl.constexpr, BY_LABEL: tl.constexpr, BLOCK_N: tl.constexpr):
-    """For the rows at positions first to last: the near tiles [near, near_end), and how many near and far ones there are.
+def n_positives_of(start, end, n_left):
+    """n_i, from the run of its positives; below 1 where there are none."""
+    if n_left is None:
+        return end - start - 1
+    else:
+        return end - start
 
-    A ragged last tile that holds no positives is one more near tile; :func:`near_tile` and :func:`far_tile` number them.
+
+@triton.jit
+def span_of(
+    program, groups, n_rows, n_left,
+    VIEWS: tl.constexpr, PAIRS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """What a program compares. Of two sides it owns rows of one; those of the shorter side, whose walk is longer, go first."""
+    if PAIRS == "none":
+        return Span(program * BLOCK_M, n_rows, 0, 0, 0, 0, 0, 0)
+    else:
+        if n_left is None:
+            first = program * BLOCK_M
+            row_end = n_rows
+            column_base = 0
+            column_end = n_rows
+        else:
+            n_right = n_rows - n_left
+            n_early = tl.cdiv(tl.minimum(n_left, n_right), BLOCK_M)
+            is_left = (program < n_early) == (n_left <= n_right)
+            first = tl.where(program < n_early, program, program - n_early) * BLOCK_M + tl.where(is_left, 0, n_left)
+            row_end = tl.where(is_left, n_left, n_rows)
+            column_base = tl.where(is_left, n_left, 0)
+            column_end = tl.where(is_left, n_rows, n_left)
+        # Runs of positives are in the order of their rows: those of the first and the last row enclose all others.
+        last = tl.minimum(first + BLOCK_M, row_end) - 1
+        start, _ = group_of(first, groups, n_rows, n_left, VIEWS, first < row_end)
+        _, end = group_of(last, groups, n_rows, n_left, VIEWS, last < row_end)
+        n_columns = column_end - column_base
+        n_tiles = tl.cdiv(n_columns, BLOCK_N)
+        near = (start - column_base) // BLOCK_N
+        near_end = tl.minimum(tl.cdiv(end - column_base, BLOCK_N), n_tiles)
+        n_ragged = ((n_columns % BLOCK_N != 0) & (near_end < n_tiles)).to(tl.int32)
+        n_near = near_end - near + n_ragged
+        return Span(first, row_end, column_base, column_end, near, near_end, n_near, n_tiles - n_near)
+
+
+@triton.jit
+def near_columns(index, span, BLOCK_N: tl.constexpr):
+    """The columns in the near tile of that index, counted from ``column_base``."""
+    last = tl.cdiv(span.column_end - span.column_base, BLOCK_N) - 1
+    tile = tl.where(span.near + index < span.near_end, span.near + index, last)
+    return tile * BLOCK_N + tl.arange(0, BLOCK_N)
+
+
+@triton.jit
+def far_columns(index, span, BLOCK_N: tl.constexpr):
+    tile = tl.where(index < span.near, index, index + span.near_end - span.near)
+    return tile * BLOCK_N + tl.arange(0, BLOCK_N)
+
+
+@triton.jit
+def from_position(zhat, position, WIDTH: tl.constexpr):
+    """zhat from a position on, for rows counted from there.
+
+    The compiler knows how such a count is made, and that the rows of a tile share an address but for constants. A position that
+    it knows nothing of, such as where a side begins, would cost it 64 bits a row: wide rows' softmax spilled at 255 registers on
+    sm_90 where 196 are enough.
     """
-    start, _ = group_of(first, groups, n_rows, VIEWS, BY_LABEL, first < n_rows)
-    _, end = group_of(last, groups, n_rows, VIEWS, BY_LABEL, last < n_rows)
-    n_tiles = tl.cdiv(n_rows, BLOCK_N)
-    near = start // BLOCK_N
-    near_end = tl.minimum(tl.cdiv(end, BLOCK_N), n_tiles)
-    n_ragged = ((n_rows % BLOCK_N != 0) & (near_end < n_tiles)).to(tl.int32)
-    return near, near_end, near_end - near + n_ragged, n_tiles - (near_end - near) - n_ragged
+    return zhat + tl.cast(position, tl.int64) * WIDTH
 
 
 @triton.jit
-def near_tile(index, near, near_end, n_rows, BLOCK_N: tl.constexpr):
-    return tl.where(near + index < near_end, near + index, tl.cdiv(n_rows, BLOCK_N) - 1)
-
-
-@triton.jit
-def far_tile(index, near, near_end):
-    return tl.where(index < near, index, index + near_end - near)
-
-
-@triton.jit
-def load_rows(zhat, positions, n_rows, columns, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, ALL_ROWS: tl.constexpr):
-    """zhat at positions (M,) and columns (BLOCK_D,), zero outside; a row index times the width may pass 2^31."""
+def load_rows(zhat, positions, end, columns, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, ALL_ROWS: tl.constexpr):
+    """zhat at positions (M,) and columns (BLOCK_D,), zero from position ``end`` on; a position times the width may pass 2^31."""
     pointers = zhat + positions.to(tl.int64)[:, None] * WIDTH + columns[None, :]
     if ALL_ROWS and WIDTH % BLOCK_D == 0:
         return tl.load(pointers)
     elif ALL_ROWS:
         return tl.load(pointers, mask=columns[None, :] < WIDTH, other=0.0)
     elif WIDTH % BLOCK_D == 0:
-        return tl.load(pointers, mask=positions[:, None] < n_rows, other=0.0)
+        return tl.load(pointers, mask=positions[:, None] < end, other=0.0)
     else:
-        return tl.load(pointers, mask=(positions[:, None] < n_rows) & (columns[None, :] < WIDTH), other=0.0)
+        return tl.load(pointers, mask=(positions[:, None] < end) & (columns[None, :] < WIDTH), other=0.0)
 
 
 @triton.jit
@@ -110,9 +185,25 @@ def scaled(products, scale, scale_rest, EXACT_SCALE: tl.constexpr):
 
 
 @triton.jit
-def is_positive(rows, columns, start, end):
-    """(M, N) mask: a column in the group [start, end) of the row, and not the row itself."""
-    return (columns[None, :] >= start[:, None]) & (columns[None, :] < end[:, None]) & (columns[None, :] != rows[:, None])
+def is_positive(rows, columns, start, end, n_left):
+    """(M, N) mask: a column in the run [start, end) of the row, and not the row itself."""
+    in_run = (columns[None, :] >= start[:, None]) & (columns[None, :] < end[:, None])
+    if n_left is None:
+        return in_run & (columns[None, :] != rows[:, None])
+    else:
+        return in_run
+
+
+@triton.jit
+def is_pair(rows, columns, start, end, column_end, n_left, PAIRS: tl.constexpr):
+    """(M, N) mask, or (1, N): a column that the row is compared with. Without sides the run [start, end) holds the row itself."""
+    inside = columns[None, :] < column_end
+    if PAIRS == "negatives":
+        return inside & ((columns[None, :] < start[:, None]) | (columns[None, :] >= end[:, None]))
+    elif n_left is None:
+        return inside & (columns[None, :] != rows[:, None])
+    else:
+        return inside
 
 
 @triton.jit

@@ -5,6 +5,8 @@ derivative of the normalisation, and stored once, in the input's dtype, at the r
 
     dz_i = (g_i - (zhat_i . g_i) zhat_i) / |z_i|,    g_i = dL_contrastive/dzhat_i + w_i lambda dd(zhat_i, c)/dzhat_i
 
+Where rows are taken as they are, dz_i = g_i.
+
 The temperature's gradient needs the same dot products: S is linear in 1/tau and in each of its two rows, so
 dL/dtau = -1/(2 tau) sum_i zhat_i . dL_contrastive/dzhat_i, one partial sum a program.
 
@@ -40,16 +42,16 @@ def distance_gradient(unit, target, DISTANCE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["n_rows", "n_instances", "n_classes"])
 def finish_kernel(
-    sums,  # (N, D) float32, by position: sum_j M_ij zhat_j times M_SCALE
+    sums,  # (N, D) float32, by position: sum_j M_ij zhat_j times M_SCALE; None where nothing was compared
     zhat,  # (N, D), by position
     norms,  # (N,), by position
     weights,  # (N,) float32, by position: w_i, or None: 1 each
-    groups,  # (3, N) int32 if BY_LABEL
+    groups,  # (3, N) int32, or None
     labels,  # (B,) int64, or None
     prototypes,  # (K, D) contiguous, or None
     upstream,  # () float32: what w is in units of
     counts,  # (2,) float32: anchors, labelled rows
-    temperature,  # () float32 if ON_DEVICE
+    temperature,  # () float32, or None
     scale,
     scale_rest,
     prototype_weight,
@@ -59,8 +61,7 @@ def finish_kernel(
     n_instances,
     n_classes,
     VIEWS: tl.constexpr,
-    BY_LABEL: tl.constexpr,
-    ON_DEVICE: tl.constexpr,
+    NORMALIZE: tl.constexpr,
     DISTANCE: tl.constexpr,
     MEAN: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -70,9 +71,9 @@ def finish_kernel(
 ):
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     is_row = rows < n_rows
-    row = row_of(rows, groups, n_instances, VIEWS, BY_LABEL, is_row)
+    row = row_of(rows, groups, n_instances, VIEWS, is_row)
     width = tl.arange(0, BLOCK_D)
-    scale, scale_rest = logit_scale(temperature, scale, scale_rest, ON_DEVICE)
+    scale, scale_rest = logit_scale(temperature, scale, scale_rest)
     inverse_temperature = (scale + scale_rest) * LN_2
 
     of_contrastive = tl.load(upstream) * inverse_temperature * (1.0 / M_SCALE)
@@ -81,7 +82,9 @@ def finish_kernel(
         of_contrastive /= tl.maximum(tl.load(counts), 1.0)
         of_prototypes /= tl.maximum(tl.load(counts + 1), 1.0)
     unit = load_rows(zhat, rows, n_rows, width, WIDTH, BLOCK_D, False).to(tl.float32)
-    gradient = load_rows(sums, rows, n_rows, width, WIDTH, BLOCK_D, False) * of_contrastive
+    gradient = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
+    if sums is not None:
+        gradient = load_rows(sums, rows, n_rows, width, WIDTH, BLOCK_D, False) * of_contrastive
     dots = tl.sum(gradient * unit, 1)
     tl.store(temperature_sums + tl.program_id(0), tl.sum(tl.where(is_row, dots, 0.0), 0) * (-0.5 * inverse_temperature))
     if prototypes is not None:
@@ -92,14 +95,15 @@ def finish_kernel(
             pull *= tl.load(weights + rows, mask=is_row, other=0.0)
         gradient += distance_gradient(unit, target, DISTANCE) * pull[:, None]
 
-    # zhat = z / max(|z|, EPS): the norm takes the radial part out of the gradient, where it is not below EPS.
-    norm = tl.load(norms + rows, mask=is_row, other=1.0)
-    radial = tl.where(norm < EPS, 0.0, tl.sum(gradient * unit, 1))
-    gradient = (gradient - radial[:, None] * unit) / tl.maximum(norm, EPS)[:, None]
-    if grad_z.dtype.element_ty == tl.float16:
-        # 1 / EPS is beyond float16. A row of zeros gets the largest gradient there is, not an infinity that would cost
-        # every step; any other row's overflow stays infinite, for a gradient scaler to see.
-        bounded = tl.minimum(tl.maximum(gradient, -LARGEST_FLOAT16), LARGEST_FLOAT16)
-        gradient = tl.where((norm < EPS)[:, None] & (gradient == gradient), bounded, gradient)
+    if NORMALIZE:
+        # zhat = z / max(|z|, EPS): the norm takes the radial part out of the gradient, where it is not below EPS.
+        norm = tl.load(norms + rows, mask=is_row, other=1.0)
+        radial = tl.where(norm < EPS, 0.0, tl.sum(gradient * unit, 1))
+        gradient = (gradient - radial[:, None] * unit) / tl.maximum(norm, EPS)[:, None]
+        if grad_z.dtype.element_ty == tl.float16:
+            # 1 / EPS is beyond float16. A row of zeros gets the largest gradient there is, not an infinity that would cost
+            # every step; any other row's overflow stays infinite, for a gradient scaler to see.
+            bounded = tl.minimum(tl.maximum(gradient, -LARGEST_FLOAT16), LARGEST_FLOAT16)
+            gradient = tl.where((norm < EPS)[:, None] & (gradient == gradient), bounded, gradient)
     pointers = grad_z + row.to(tl.int64)[:, None] * WIDTH + width[None, :]
     tl.store(pointers, gradient.to(grad_z.dtype.element_ty), mask=is_row[:, None] & (width[None, :] < WIDTH))

@@ -6,8 +6,9 @@ With e_ij = 2^(S_ij), w_i the upstream gradient of row i's term, a_i = w_i / tot
                                                        M_ij = e_ij (b_i + b_j) - (c_i + c_j)        j a positive of i
     n_i > 1:  b_i = a_i,  c_i = w_i / n_i              n_i = 1:  b_i = 0,  c_i = w_i negative_i / total_i
 
-which for n_i = 1 is the same number, found without a subtraction. M is symmetric and needs no sum over the other rows,
-so a program that owns rows i makes their whole sum: no atomics, the same bits from run to run.
+which for n_i = 1 is the same number, found without a subtraction. Pairs that are not compared (PAIRS and n_left, device.py)
+have M_ij = 0; the sum over j is over the others. M is symmetric and needs no sum over the other rows, so a program that owns
+rows i makes their whole sum: no atomics, the same bits from run to run.
 
 Tile picture. A program owns BLOCK_M rows and walks over all columns, BLOCK_N at a time. It is attention with
 K = V = zhat: one column tile k on chip serves both products::
@@ -20,7 +21,8 @@ The sums leave as float32, and the O(N D) rest has a launch of its own: in this 
 once, which at D = 128 and 256 spilled 0.5 and 1.6 KB a thread, the bytes that the detour through memory costs anyway.
 
 Flops 4 N^2 D, exponentials N^2 (online: 2 N^2); float32 operations per pair: scale, a_i + a_j, multiply, round. Bytes:
-zhat once a program from L2, N^2 D itemsize / BLOCK_M in all, 2 BLOCK_M flops a byte in bfloat16; HBM O(N D).
+zhat once a program from L2, N^2 D itemsize / BLOCK_M in all, 2 BLOCK_M flops a byte in bfloat16; HBM O(N D). Rows of two
+sides, L + R = N: a program's columns are the other side's, and for N^2 read 2 L R.
 
 Units. w_i is 1 for an anchor, or the upstream gradient over its largest, so that M <= 2 whatever the loss is scaled by;
 float16, whose numbers end at 6e-8, multiplies M by M_SCALE on top.
@@ -37,22 +39,25 @@ import triton.language as tl
 
 from .device import (
     NO_LOGIT,
-    far_tile,
+    far_columns,
     fits_unshifted,
+    from_position,
     group_of,
+    is_pair,
     is_positive,
     load_rows,
     logit_scale,
-    near_tile,
-    near_tiles,
+    n_positives_of,
+    near_columns,
     scaled,
+    span_of,
 )
 
 
 @triton.jit
-def load_softmax(positions, total, shift, weights, n_rows, ONLINE: tl.constexpr, M_SCALE: tl.constexpr, ALL: tl.constexpr):
-    """a_i * M_SCALE, the shift (anything if not ONLINE) and w_i of some positions; a_i = 0 past the end."""
-    mask = None if ALL else positions < n_rows
+def load_softmax(positions, total, shift, weights, end, ONLINE: tl.constexpr, M_SCALE: tl.constexpr, ALL: tl.constexpr):
+    """a_i * M_SCALE, the shift (anything if not ONLINE) and w_i of some positions; a_i = 0 from position ``end`` on."""
+    mask = None if ALL else positions < end
     other = None if ALL else 0.0
     t = tl.load(total + positions, mask=mask, other=None if ALL else float("inf"))
     w = tl.full(positions.shape, M_SCALE, tl.float32)
@@ -66,13 +71,15 @@ def load_softmax(positions, total, shift, weights, n_rows, ONLINE: tl.constexpr,
 
 
 @triton.jit
-def load_positive_form(positions, a, w, negative, start, end, n_rows):
-    """b_i and c_i of some positions."""
-    n_positives = end - start - 1
+def load_positive_form(positions, a, w, negative, groups, n_rows, n_left, side_end, VIEWS: tl.constexpr):
+    """b_i and c_i of some positions of a side, and their runs of positives."""
+    mask = positions < side_end
+    start, end = group_of(positions, groups, n_rows, n_left, VIEWS, mask)
+    n_positives = n_positives_of(start, end, n_left)
     b = tl.where(n_positives == 1, 0.0, a)
-    remainder = a * tl.load(negative + positions, mask=positions < n_rows, other=0.0)
+    remainder = a * tl.load(negative + positions, mask=mask, other=0.0)
     share = tl.where(n_positives > 0, w / tl.maximum(n_positives, 1).to(tl.float32), 0.0)
-    return b, tl.where(n_positives == 1, remainder, share)
+    return b, tl.where(n_positives == 1, remainder, share), start, end
 
 
 @triton.jit
@@ -85,12 +92,20 @@ def far_pairs(s, a_i, shift_i, a_j, shift_j, ONLINE: tl.constexpr):
 
 
 @triton.jit
-def near_pairs(s, rows, columns, start, end, n_rows, a_i, b_i, c_i, shift_i, a_j, b_j, c_j, shift_j, ONLINE: tl.constexpr):
-    """(M, N) tile of M_ij: positives, the diagonal, and columns past the end, which are zero."""
-    s = tl.where((columns[None, :] < n_rows) & (columns[None, :] != rows[:, None]), s, NO_LOGIT)
-    of_others = far_pairs(s, a_i, shift_i, a_j, shift_j, ONLINE)
-    of_positives = far_pairs(s, b_i, shift_i, b_j, shift_j, ONLINE) - (c_i[:, None] + c_j[None, :])
-    return tl.where(is_positive(rows, columns, start, end), of_positives, of_others)
+def near_pairs(
+    s, rows, columns, start, end, a_i, b_i, c_i, shift_i, a_j, shift_j, w_j, negative, groups, n_rows, n_left, column_end,
+    VIEWS: tl.constexpr, PAIRS: tl.constexpr, ONLINE: tl.constexpr,
+):  # fmt: skip
+    """(M, N) tile of M_ij: positives, pairs that are not compared, and columns past the end, which are zero."""
+    compared = is_pair(rows, columns, start, end, column_end, n_left, PAIRS)
+    if PAIRS == "negatives":
+        return tl.where(compared, far_pairs(s, a_i, shift_i, a_j, shift_j, ONLINE), 0.0)
+    else:
+        s = tl.where(compared, s, NO_LOGIT)
+        of_others = far_pairs(s, a_i, shift_i, a_j, shift_j, ONLINE)
+        b_j, c_j, _, _ = load_positive_form(columns, a_j, w_j, negative, groups, n_rows, n_left, column_end, VIEWS)
+        of_positives = far_pairs(s, b_i, shift_i, b_j, shift_j, ONLINE) - (c_i[:, None] + c_j[None, :])
+        return tl.where(is_positive(rows, columns, start, end, n_left), of_positives, of_others)
 
 
 @triton.jit
@@ -103,15 +118,13 @@ def row_gradient(
     negative,
     weights,
     groups,
-    near,
-    near_end,
-    n_near,
-    n_far,
+    span,
     scale,
     scale_rest,
     n_rows,
+    n_left,
     VIEWS: tl.constexpr,
-    BY_LABEL: tl.constexpr,
+    PAIRS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -120,49 +133,53 @@ def row_gradient(
     EXACT_SCALE: tl.constexpr,
     M_SCALE: tl.constexpr,
 ):
-    """sum_{j != i} M_ij zhat_j, (M, BLOCK_D) float32, times M_SCALE."""
+    """sum_j M_ij zhat_j over the columns of the span, (M, BLOCK_D) float32, times M_SCALE."""
     width = tl.arange(0, BLOCK_D)
-    a_i, shift_i, w_i = load_softmax(rows, total, shift, weights, n_rows, ONLINE, M_SCALE, False)
-    start, end = group_of(rows, groups, n_rows, VIEWS, BY_LABEL, rows < n_rows)
-    b_i, c_i = load_positive_form(rows, a_i, w_i, negative, start, end, n_rows)
+    a_i, shift_i, w_i = load_softmax(rows, total, shift, weights, span.row_end, ONLINE, M_SCALE, False)
+    b_i, c_i, start, end = load_positive_form(rows, a_i, w_i, negative, groups, n_rows, n_left, span.row_end, VIEWS)
     gradient = tl.zeros((rows.shape[0], BLOCK_D), tl.float32)
-    for index in range(0, n_near):
-        columns = near_tile(index, near, near_end, n_rows, BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
-        k = load_rows(zhat, columns, n_rows, width, WIDTH, BLOCK_D, False)
+    of_columns, n_columns = from_position(zhat, span.column_base, WIDTH), span.column_end - span.column_base
+    for index in range(0, span.n_near):
+        local = near_columns(index, span, BLOCK_N)
+        columns = span.column_base + local
+        k = load_rows(of_columns, local, n_columns, width, WIDTH, BLOCK_D, False)
         s = tl.dot(q, tl.trans(k), tl.zeros((rows.shape[0], BLOCK_N), tl.float32), input_precision=PRECISION)
         s = scaled(s, scale, scale_rest, EXACT_SCALE)
-        a_j, shift_j, w_j = load_softmax(columns, total, shift, weights, n_rows, ONLINE, M_SCALE, False)
-        start_j, end_j = group_of(columns, groups, n_rows, VIEWS, BY_LABEL, columns < n_rows)
-        b_j, c_j = load_positive_form(columns, a_j, w_j, negative, start_j, end_j, n_rows)
-        m = near_pairs(s, rows, columns, start, end, n_rows, a_i, b_i, c_i, shift_i, a_j, b_j, c_j, shift_j, ONLINE)
+        a_j, shift_j, w_j = load_softmax(columns, total, shift, weights, span.column_end, ONLINE, M_SCALE, False)
+        m = near_pairs(
+            s, rows, columns, start, end, a_i, b_i, c_i, shift_i, a_j, shift_j, w_j, negative, groups, n_rows, n_left,
+            span.column_end, VIEWS, PAIRS, ONLINE,
+        )  # fmt: skip
         gradient = tl.dot(m.to(k.dtype), k, gradient, input_precision=PRECISION)
-    for index in range(0, n_far):
-        columns = far_tile(index, near, near_end) * BLOCK_N + tl.arange(0, BLOCK_N)
-        k = load_rows(zhat, columns, n_rows, width, WIDTH, BLOCK_D, True)
+    for index in range(0, span.n_far):
+        local = far_columns(index, span, BLOCK_N)
+        columns = span.column_base + local
+        k = load_rows(of_columns, local, n_columns, width, WIDTH, BLOCK_D, True)
         s = tl.dot(q, tl.trans(k), tl.zeros((rows.shape[0], BLOCK_N), tl.float32), input_precision=PRECISION)
         s = scaled(s, scale, scale_rest, EXACT_SCALE)
-        a_j, shift_j, _ = load_softmax(columns, total, shift, weights, n_rows, ONLINE, M_SCALE, True)
+        a_j, shift_j, _ = load_softmax(columns, total, shift, weights, span.column_end, ONLINE, M_SCALE, True)
         m = far_pairs(s, a_i, shift_i, a_j, shift_j, ONLINE)
         gradient = tl.dot(m.to(k.dtype), k, gradient, input_precision=PRECISION)
     return gradient
 
 
-@triton.jit(do_not_specialize=["n_rows"])
+@triton.jit(do_not_specialize=["n_rows", "n_left"])
 def gradient_kernel(
     zhat,  # (N, D), by position
     shift,  # (N,), by position; so are all down to weights
     total,
     negative,
     weights,  # (N,) float32: w_i, or None: 1 each
-    groups,  # (3, N) int32 if BY_LABEL
-    temperature,  # () float32, if SOFTMAX is "device"
+    groups,  # (3, N) int32, or None
+    temperature,  # () float32, or None
     scale,
     scale_rest,
     sums,  # (N, D) float32, by position, written: sum_j M_ij zhat_j times M_SCALE
     n_rows,
+    n_left,  # or None: no sides
     VIEWS: tl.constexpr,
-    BY_LABEL: tl.constexpr,
-    SOFTMAX: tl.constexpr,
+    PAIRS: tl.constexpr,
+    SOFTMAX: tl.constexpr,  # as in softmax_kernel
     WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -171,29 +188,26 @@ def gradient_kernel(
     EXACT_SCALE: tl.constexpr,
     M_SCALE: tl.constexpr,
 ):
-    first = tl.program_id(0) * BLOCK_M
-    rows = first + tl.arange(0, BLOCK_M)
-    last = tl.minimum(first + BLOCK_M, n_rows) - 1
-    near, near_end, n_near, n_far = near_tiles(first, last, groups, n_rows, VIEWS, BY_LABEL, BLOCK_N)
-    scale, scale_rest = logit_scale(temperature, scale, scale_rest, SOFTMAX == "device")
+    span = span_of(tl.program_id(0), groups, n_rows, n_left, VIEWS, PAIRS, BLOCK_M, BLOCK_N)
+    rows = span.first + tl.arange(0, BLOCK_M)
+    scale, scale_rest = logit_scale(temperature, scale, scale_rest)
     width = tl.arange(0, BLOCK_D)
-    q = load_rows(zhat, rows, n_rows, width, WIDTH, BLOCK_D, False)
+    q = load_rows(zhat, rows, span.row_end, width, WIDTH, BLOCK_D, False)
     if SOFTMAX == "device":
         if fits_unshifted(scale):
             products = row_gradient(
-                q, zhat, rows, total, shift, negative, weights, groups, near, near_end, n_near, n_far,
-                scale, scale_rest, n_rows, VIEWS, BY_LABEL, WIDTH, BLOCK_N, BLOCK_D, False, PRECISION, EXACT_SCALE, M_SCALE,
+                q, zhat, rows, total, shift, negative, weights, groups, span, scale, scale_rest, n_rows, n_left,
+                VIEWS, PAIRS, WIDTH, BLOCK_N, BLOCK_D, False, PRECISION, EXACT_SCALE, M_SCALE,
             )  # fmt: skip
         else:
             products = row_gradient(
-                q, zhat, rows, total, shift, negative, weights, groups, near, near_end, n_near, n_far,
-                scale, scale_rest, n_rows, VIEWS, BY_LABEL, WIDTH, BLOCK_N, BLOCK_D, True, PRECISION, EXACT_SCALE, M_SCALE,
+                q, zhat, rows, total, shift, negative, weights, groups, span, scale, scale_rest, n_rows, n_left,
+                VIEWS, PAIRS, WIDTH, BLOCK_N, BLOCK_D, True, PRECISION, EXACT_SCALE, M_SCALE,
             )  # fmt: skip
     else:
         products = row_gradient(
-            q, zhat, rows, total, shift, negative, weights, groups, near, near_end, n_near, n_far,
-            scale, scale_rest, n_rows, VIEWS, BY_LABEL, WIDTH, BLOCK_N, BLOCK_D, SOFTMAX == "online",
-            PRECISION, EXACT_SCALE, M_SCALE,
+            q, zhat, rows, total, shift, negative, weights, groups, span, scale, scale_rest, n_rows, n_left,
+            VIEWS, PAIRS, WIDTH, BLOCK_N, BLOCK_D, SOFTMAX == "online", PRECISION, EXACT_SCALE, M_SCALE,
         )  # fmt: skip
     pointers = sums + rows.to(tl.int64)[:, None] * WIDTH + width[None, :]
-    tl.store(pointers, products, mask=(rows[:, None] < n_rows) & (width[None, :] < WIDTH))
+    tl.store(pointers, products, mask=(rows[:, None] < span.row_end) & (width[None, :] < WIDTH))

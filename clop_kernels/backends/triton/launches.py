@@ -61,25 +61,23 @@ class ForwardScratch(NamedTuple):
     partial_sums: Tensor  # (5, programs of softmax_kernel) float32
 
     @staticmethod
-    def like(zhat: Tensor, target: Target) -> ForwardScratch:
+    def like(zhat: Tensor, options: LossOptions, target: Target) -> ForwardScratch:
         n_rows, width = zhat.shape
-        n_programs = _programs(n_rows, tiles.softmax(n_rows, width, zhat.dtype, target))
+        n_programs = _span_programs(n_rows, _n_left(n_rows, options), tiles.softmax(n_rows, width, zhat.dtype, target))
         return ForwardScratch(zhat.new_empty(n_rows, dtype=torch.float32), zhat.new_empty((5, n_programs), dtype=torch.float32))
 
 
 class BackwardScratch(NamedTuple):
     """What lives only within the backward pass; the sum of ``temperature_sums`` is the temperature's gradient."""
 
-    sums: Tensor  # (N, D) float32
+    sums: Tensor | None  # (N, D) float32; None where nothing is compared
     temperature_sums: Tensor  # (programs of finish_kernel,) float32
 
     @staticmethod
-    def like(zhat: Tensor) -> BackwardScratch:
+    def like(zhat: Tensor, options: LossOptions) -> BackwardScratch:
         n_rows, width = zhat.shape
-        n_programs = _programs(n_rows, tiles.whole_rows(width))
-        return BackwardScratch(
-            zhat.new_empty((n_rows, width), dtype=torch.float32), zhat.new_empty(n_programs, dtype=torch.float32)
-        )
+        sums = None if _pairs(n_rows, options) == "none" else zhat.new_empty((n_rows, width), dtype=torch.float32)
+        return BackwardScratch(sums, zhat.new_empty(_programs(n_rows, tiles.whole_rows(width)), dtype=torch.float32))
 
 
 def precision(dtype: torch.dtype, target: Target) -> str:
@@ -122,13 +120,15 @@ def forward(
     whole = tiles.whole_rows(width)
     yield _launch(prologue_kernel, (_programs(n_rows, whole),), whole, shared | {"BLOCK_B": max(16, 1024 // whole.block_m)})
     tile = tiles.softmax(n_rows, width, residuals.normalized.dtype, target)
-    yield _launch(softmax_kernel, (_programs(n_rows, tile),), tile, shared)
+    yield _launch(softmax_kernel, (_span_programs(n_rows, shared["n_left"], tile),), tile, shared)
     yield _launch(loss_kernel, (1,), tiles.ONE_PROGRAM, shared | {"BLOCK": tiles.ONE_PROGRAM.block_m}, debug=True)
 
 
 def is_ranked(labels: Tensor | None, options: LossOptions) -> bool:
     """Whether the prologue itself orders the rows by label."""
-    return options.positives == "label" and labels is not None and labels.shape[0] <= RANKED_INSTANCES
+    if options.positives != "label" or options.n_left is not None:
+        return False
+    return labels is not None and labels.shape[0] <= RANKED_INSTANCES
 
 
 def backward(
@@ -141,7 +141,7 @@ def backward(
     grad_embeddings: Tensor,
     target: Target,
 ) -> Iterator[Launch]:
-    """The launches that make the gradient of the embeddings: two, or for wide rows a few a panel."""
+    """The launches that make the gradient of the embeddings: two, or for wide rows a few a panel; one if nothing is compared."""
     n_rows, width = residuals.normalized.shape
     shared = _shared(residuals, labels, prototypes, options, target) | {
         "weights": upstream.weights,
@@ -150,37 +150,41 @@ def backward(
         **scratch._asdict(),
         "M_SCALE": _F16_SCALE if residuals.normalized.dtype == torch.float16 else 1.0,
     }
-    if tiles.is_wide(width, residuals.normalized.dtype):
+    if shared["PAIRS"] == "none":
+        pass
+    elif tiles.is_wide(width, residuals.normalized.dtype):
         yield from _wide_products(shared, target)
     else:
         tile = tiles.gradient(n_rows, width, residuals.normalized.dtype, target)
-        yield _launch(gradient_kernel, (_programs(n_rows, tile),), tile, shared)
+        yield _launch(gradient_kernel, (_span_programs(n_rows, shared["n_left"], tile),), tile, shared)
     whole = tiles.whole_rows(width)
     yield _launch(finish_kernel, (_programs(n_rows, whole),), whole, shared)
 
 
 def _wide_products(shared: dict[str, Any], target: Target) -> Iterator[Launch]:
     """sum_j M_ij zhat_j into ``shared["sums"]``, panel by panel."""
-    zhat = shared["zhat"]
+    zhat, n_left = shared["zhat"], shared["n_left"]
     n_rows, width = zhat.shape
-    panel = tiles.panel(n_rows, zhat.dtype)
+    row_end, column_base = (n_rows, 0) if n_left is None else (n_left, n_left)
+    panel = tiles.panel(max(row_end, n_rows - column_base), zhat.dtype)
     shared = shared | {"PANEL": panel, "pairs": zhat.new_empty(panel, panel)}
     pair_tile, product_tile = tiles.pairs(zhat.dtype), tiles.product(zhat.dtype, target)
-    pair_grid = (_programs(panel, pair_tile), tiles.cdiv(panel, pair_tile.block_n))
-    product_grid = (_programs(panel, product_tile), tiles.cdiv(width, product_tile.block_n))
 
-    def product(to: int, of: int, transposed: bool, add: bool) -> Launch:
+    def product(to: range, of: range, transposed: bool, add: bool) -> Launch:
         strides = {"stride_row": 1, "stride_column": panel} if transposed else {"stride_row": panel, "stride_column": 1}
-        span = {"first_row": to, "first_column": of, "n_columns": min(panel, n_rows - of), "ADD": add}
-        return _launch(product_kernel, product_grid, product_tile, shared | strides | span)
+        ends = {"first_row": to.start, "row_end": to.stop, "first_column": of.start, "column_end": of.stop, "ADD": add}
+        grid = (_programs(len(to), product_tile), tiles.cdiv(width, product_tile.block_n))
+        return _launch(product_kernel, grid, product_tile, shared | strides | ends)
 
-    for i in range(0, n_rows, panel):
-        for j in range(i, n_rows, panel):
-            yield _launch(pair_kernel, pair_grid, pair_tile, shared | {"first_row": i, "first_column": j})
-            # The first row of panels meets every block of rows for the first time.
-            yield product(i, j, transposed=False, add=j > 0)
+    for i in range(0, row_end, panel):
+        for j in range(i if n_left is None else column_base, n_rows, panel):
+            rows, columns = range(i, min(i + panel, row_end)), range(j, min(j + panel, n_rows))
+            grid = (_programs(len(rows), pair_tile), tiles.cdiv(len(columns), pair_tile.block_n))
+            yield _launch(pair_kernel, grid, pair_tile, shared | {"first_row": i, "first_column": j})
+            # The first row of panels meets every block of columns for the first time, the first column those of a left side.
+            yield product(rows, columns, transposed=False, add=j > column_base)
             if j > i:
-                yield product(j, i, transposed=True, add=i > 0)
+                yield product(columns, rows, transposed=True, add=i > 0)
 
 
 def prototypes_backward(
@@ -217,41 +221,62 @@ def _shared(
     """The arguments that several kernels have in common, under the names that all of them use."""
     n_rows, width = residuals.normalized.shape
     scale, scale_rest = logit_scale(options.temperature)
-    path = _softmax_path(options.temperature)
     return {
         "zhat": residuals.normalized,
         "norms": residuals.norms,
         "shift": residuals.shift,
         "total": residuals.total,
         "negative": residuals.negative,
-        "groups": residuals.groups,
+        "groups": residuals.groups if options.positives == "label" else None,
         "counts": residuals.counts,
         "labels": labels,
         "prototypes": prototypes,
-        "temperature": options.temperature if path == "device" else None,
+        "temperature": options.temperature if isinstance(options.temperature, Tensor) else None,
         "scale": scale,
         "scale_rest": scale_rest,
         "prototype_weight": options.prototype_weight,
         "n_rows": n_rows,
+        "n_left": _n_left(n_rows, options),
         "n_instances": n_rows // options.n_views,
         "n_classes": 0 if prototypes is None else prototypes.shape[0],
-        "VIEWS": options.n_views,
-        "BY_LABEL": options.positives == "label",
+        "VIEWS": options.n_views if options.n_left is None else 1,  # of an instance, side by side
+        "PAIRS": _pairs(n_rows, options),
+        "NORMALIZE": options.normalize,
         "WIDTH": width,
         "DISTANCE": options.distance,
         "MEAN": options.reduction == "mean",
-        "SOFTMAX": path,
-        "ON_DEVICE": path == "device",
+        "SOFTMAX": _softmax_path(options),
         "PRECISION": precision(residuals.normalized.dtype, target),
         "EXACT_SCALE": residuals.normalized.dtype == torch.float32,
     }
 
 
-def _softmax_path(temperature: float | Tensor) -> str:
-    if isinstance(temperature, Tensor):
+def _pairs(n_rows: int, options: LossOptions) -> str:
+    """Who is compared, as kernels take it: see device.py."""
+    if not options.has_pairs or options.n_left in (0, n_rows):
+        return "none"
+    return "negatives" if options.negatives_only else "all"
+
+
+def _n_left(n_rows: int, options: LossOptions) -> int | None:
+    return None if _pairs(n_rows, options) == "none" else options.n_left
+
+
+def _softmax_path(options: LossOptions) -> str:
+    """Rows of any length have similarities of any size; others are below 1/tau, which of a tensor only the device can read."""
+    if not options.normalize:
+        return "online"
+    if isinstance(options.temperature, Tensor):
         return "device"
-    return "unshifted" if 1.0 / temperature <= LARGEST_UNSHIFTED_LOGIT.value else "online"
+    return "unshifted" if 1.0 / options.temperature <= LARGEST_UNSHIFTED_LOGIT.value else "online"
 
 
 def _programs(n_rows: int, tile: Tile) -> int:
     return tiles.cdiv(n_rows, tile.block_m)
+
+
+def _span_programs(n_rows: int, n_left: int | None, tile: Tile) -> int:
+    """Programs that own rows of one side each: span_of."""
+    if n_left is None:
+        return _programs(n_rows, tile)
+    return _programs(n_left, tile) + _programs(n_rows - n_left, tile)

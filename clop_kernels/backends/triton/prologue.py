@@ -1,15 +1,15 @@
 """First launch: one pass over the raw embeddings that leaves unit rows in the order of the positive groups.
 
-For every row, zhat = z / max(|z|, EPS) rounded to the compute dtype, the norm |z|, and the distance of zhat (as rounded,
-which is what all later products see) to the prototype of its label.
+For every row, zhat = z / max(|z|, EPS), or z as it is, rounded to the compute dtype, the norm |z|, and the distance of zhat (as
+rounded, which is what all later products see) to the prototype of its label.
 
 Tile picture: a program takes BLOCK_M whole rows, BLOCK_D >= D of the width each; no loop over D, so a row is read once.
 Bytes: N D of input and N D of zhat; a row's prototype comes from cache. Flops: O(N D).
 
-Order. By instance, position k is view k % V of instance k // V: arithmetic, no table. By label the table ``groups`` gives
-it: up to RANKED_INSTANCES labels this kernel makes the table itself, each row counting the labels that sort before its
-own, B^2 integer comparisons that no one notices; beyond, B^2 would be felt, and the table comes sorted from
-:func:`clop_kernels.groups.label_groups`. The order is the same, so is every bit of the result.
+Order. By instance, position k is view k % V of instance k // V, and of two sides row k: arithmetic, no table. By label the
+table ``groups`` gives it: up to RANKED_INSTANCES labels this kernel makes the table itself, each row counting the labels that
+sort before its own, B^2 integer comparisons that no one notices; beyond, B^2 would be felt, and the table comes sorted from
+:func:`clop_kernels.groups.label_groups`. The order is the same, so is every bit of the result. Of two sides it is always sorted.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def prologue_kernel(
     stride_z_column,
     labels,  # (B,) int64, or None
     prototypes,  # (K, D) contiguous, or None
-    groups,  # (3, N) int32; written if RANKED, else read, if BY_LABEL
+    groups,  # (3, N) int32, written if RANKED, else read; or None
     zhat,  # (N, D) compute dtype, by position
     norms,  # (N,) float32, by position
     distances,  # (N,) float32, by position: 0 for a row without label or prototype, NaN for a row that is not finite
@@ -77,8 +77,8 @@ def prologue_kernel(
     n_instances,
     n_classes,
     VIEWS: tl.constexpr,
-    BY_LABEL: tl.constexpr,
     RANKED: tl.constexpr,
+    NORMALIZE: tl.constexpr,
     DISTANCE: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -92,7 +92,7 @@ def prologue_kernel(
         position = ranked_position(row, is_row, labels, groups, n_rows, n_instances, VIEWS, BLOCK_B)
     else:
         position = index
-        row = row_of(position, groups, n_instances, VIEWS, BY_LABEL, is_row)
+        row = row_of(position, groups, n_instances, VIEWS, is_row)
 
     columns = tl.arange(0, BLOCK_D)
     inside = is_row[:, None] & (columns[None, :] < WIDTH)
@@ -104,7 +104,7 @@ def prologue_kernel(
     unit = tl.div_rn(raw, largest[:, None])
     norm = tl.sqrt_rn(tl.sum(unit * unit, 1))
     unit = tl.div_rn(unit, tl.maximum(norm, tl.div_rn(EPS, largest))[:, None])
-    rounded = unit.to(zhat.dtype.element_ty)
+    rounded = (unit if NORMALIZE else raw).to(zhat.dtype.element_ty)
     tl.store(zhat + position.to(tl.int64)[:, None] * WIDTH + columns[None, :], rounded, mask=inside)
     tl.store(norms + position, norm * largest, mask=is_row)
 

@@ -12,6 +12,14 @@ by in chunks of BLOCK_K of the width.
 Flops 2 N^2 D, exponentials N^2, and per pair two float32 operations: scale and add. Bytes: zhat once a program from L2,
 N^2 D itemsize / BLOCK_M in all; BLOCK_M flops a byte in bfloat16. Wide rows: see tiles.py.
 
+Rows of two sides, L + R = N: a program owns rows of one and walks over the columns of the other, so no tile is of rows that
+are not compared. The picture is the same with the run of positives in place of the diagonal. 4 L R D flops, 2 L R
+exponentials and 2 L R D itemsize / BLOCK_M bytes: for L = R half of the above.
+
+Rows that are not normalised have similarities of any size, and take the online maximum whatever the temperature.
+
+Negatives only: positives are left out as a row itself is, and a row's term is the logarithm of its sum.
+
 The positives are summed apart from the rest because near-duplicate views need log(1 + negative / positive) to the last
 digit, and they are taken from these very tiles, not from sums of zhat over a group, whose gradient cancels in float32
 (backends/tiled.py has the figures).
@@ -26,42 +34,50 @@ from .device import (
     LEAST_SHIFT,
     LN_2,
     NO_LOGIT,
-    far_tile,
+    far_columns,
     fits_unshifted,
+    from_position,
     group_of,
+    is_pair,
     is_positive,
     load_rows,
     log1p,
     logit_scale,
-    near_tile,
-    near_tiles,
+    n_positives_of,
+    near_columns,
     row_of,
     scaled,
+    span_of,
 )
 
 
 @triton.jit
 def similarities(
     q,
-    zhat,
+    of_rows,
+    of_columns,
     rows,
     columns,
-    n_rows,
+    row_end,
+    column_end,
     WIDTH: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ALL_COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """zhat_i . zhat_j for rows (M,) and columns (N,); q is the rows' tile where a whole row fits, and unused where not."""
+    """zhat_i . zhat_j for rows (M,) of one matrix and columns (N,), which are rows of another.
+
+    q is the rows' tile where a whole row fits, and unused where not.
+    """
     products = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
     if BLOCK_K >= WIDTH:
-        k = load_rows(zhat, columns, n_rows, tl.arange(0, BLOCK_K), WIDTH, BLOCK_K, ALL_COLUMNS)
+        k = load_rows(of_columns, columns, column_end, tl.arange(0, BLOCK_K), WIDTH, BLOCK_K, ALL_COLUMNS)
         products = tl.dot(q, tl.trans(k), products, input_precision=PRECISION)
     else:
         for first in range(0, WIDTH, BLOCK_K):
             chunk = first + tl.arange(0, BLOCK_K)
-            a = load_rows(zhat, rows, n_rows, chunk, WIDTH, BLOCK_K, False)
-            b = load_rows(zhat, columns, n_rows, chunk, WIDTH, BLOCK_K, ALL_COLUMNS)
+            a = load_rows(of_rows, rows, row_end, chunk, WIDTH, BLOCK_K, False)
+            b = load_rows(of_columns, columns, column_end, chunk, WIDTH, BLOCK_K, ALL_COLUMNS)
             products = tl.dot(a, tl.trans(b), products, input_precision=PRECISION)
     return products
 
@@ -81,13 +97,11 @@ def row_sums(
     rows,
     start,
     end,
-    near,
-    near_end,
-    n_near,
-    n_far,
+    span,
     scale,
     scale_rest,
-    n_rows,
+    n_left,
+    PAIRS: tl.constexpr,
     WIDTH: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -102,22 +116,29 @@ def row_sums(
     zero = tl.zeros_like(rows).to(tl.float32)
     shift = zero + LEAST_SHIFT if ONLINE else zero
     negative, positive, positive_logits = zero, zero, zero
-    for index in range(0, n_near):
-        columns = near_tile(index, near, near_end, n_rows, BLOCK_N) * BLOCK_N + tl.arange(0, BLOCK_N)
-        s = similarities(q, zhat, rows, columns, n_rows, WIDTH, BLOCK_K, False, PRECISION)
+    of_rows, of_columns = from_position(zhat, span.first, WIDTH), from_position(zhat, span.column_base, WIDTH)
+    local_rows, n_own, n_columns = tl.arange(0, rows.shape[0]), span.row_end - span.first, span.column_end - span.column_base
+    for index in range(0, span.n_near):
+        local = near_columns(index, span, BLOCK_N)
+        s = similarities(q, of_rows, of_columns, local_rows, local, n_own, n_columns, WIDTH, BLOCK_K, False, PRECISION)
+        columns = span.column_base + local
         s = scaled(s, scale, scale_rest, EXACT_SCALE)
-        among_positives = is_positive(rows, columns, start, end)
-        is_pair = (columns[None, :] < n_rows) & (columns[None, :] != rows[:, None])
-        positive_logits += tl.sum(tl.where(among_positives, s, 0.0), 1)
-        s = tl.where(is_pair, s, NO_LOGIT)
+        among_positives = is_positive(rows, columns, start, end, n_left)
+        compared = is_pair(rows, columns, start, end, span.column_end, n_left, PAIRS)
+        if PAIRS != "negatives":
+            positive_logits += tl.sum(tl.where(among_positives, s, 0.0), 1)
+        s = tl.where(compared, s, NO_LOGIT)
         if ONLINE:
             s, shift, negative, positive = shifted(s, shift, negative, positive)
         powers = tl.exp2(s)
-        positive += tl.sum(tl.where(among_positives, powers, 0.0), 1)
-        negative += tl.sum(tl.where(among_positives, 0.0, powers), 1)
-    for index in range(0, n_far):
-        columns = far_tile(index, near, near_end) * BLOCK_N + tl.arange(0, BLOCK_N)
-        s = similarities(q, zhat, rows, columns, n_rows, WIDTH, BLOCK_K, True, PRECISION)
+        if PAIRS == "negatives":
+            negative += tl.sum(powers, 1)
+        else:
+            positive += tl.sum(tl.where(among_positives, powers, 0.0), 1)
+            negative += tl.sum(tl.where(among_positives, 0.0, powers), 1)
+    for index in range(0, span.n_far):
+        local = far_columns(index, span, BLOCK_N)
+        s = similarities(q, of_rows, of_columns, local_rows, local, n_own, n_columns, WIDTH, BLOCK_K, True, PRECISION)
         s = scaled(s, scale, scale_rest, EXACT_SCALE)
         if ONLINE:
             s, shift, negative, positive = shifted(s, shift, negative, positive)
@@ -127,7 +148,7 @@ def row_sums(
 
 @triton.jit
 def contrastive_term(shift, negative, positive, positive_logits, n_positives):
-    """lse_i - mean_p s_ip in a form that cancels only what the rounding of the inputs has left; any value without positives."""
+    """lse_i - mean_p s_ip in a form that cancels only what the rounding of the inputs has left, lse_i alone for n_i = 0."""
     total = negative + positive
     # log2(total) = exponent + log2(mantissa), mantissa in [1/2, 1): the large parts are subtracted first.
     bits = total.to(tl.int32, bitcast=True)
@@ -141,26 +162,27 @@ def contrastive_term(shift, negative, positive, positive_logits, n_positives):
     return tl.where(is_dominated, log1p(negative / tl.where(is_dominated, positive, 1.0)), term)
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_instances", "n_classes"])
+@triton.jit(do_not_specialize=["n_rows", "n_left", "n_instances", "n_classes"])
 def softmax_kernel(
     zhat,  # (N, D), by position
     distances,  # (N,), by position
     labels,  # (B,) int64, or None
-    groups,  # (3, N) int32 if BY_LABEL
-    temperature,  # () float32 if ON_DEVICE
+    groups,  # (3, N) int32, or None
+    temperature,  # () float32, or None
     scale,
     scale_rest,
     prototype_weight,
     shift_out,  # (N,), by position
-    total_out,  # (N,), by position; infinite for a row without positives, whose share of every gradient is then zero
+    total_out,  # (N,), by position; infinite for a row that is no anchor, whose share of every gradient is then zero
     negative_out,  # (N,), by position
     terms,  # (N,), by row: the row's loss, if PER_ROW
     partial_sums,  # (5, programs): of the contrastive terms, distances, anchors, labelled rows, labels out of range
     n_rows,
+    n_left,  # or None: no sides
     n_instances,
     n_classes,  # labels below it are in range; 0: no prototypes, all are
     VIEWS: tl.constexpr,
-    BY_LABEL: tl.constexpr,
+    PAIRS: tl.constexpr,
     SOFTMAX: tl.constexpr,  # "unshifted", "online", or "device": the kernel reads the temperature and chooses
     PER_ROW: tl.constexpr,
     WIDTH: tl.constexpr,
@@ -171,42 +193,45 @@ def softmax_kernel(
     EXACT_SCALE: tl.constexpr,
 ):
     program = tl.program_id(0)
-    first = program * BLOCK_M
-    rows = first + tl.arange(0, BLOCK_M)
-    is_row = rows < n_rows
-    start, end = group_of(rows, groups, n_rows, VIEWS, BY_LABEL, is_row)
-    last = tl.minimum(first + BLOCK_M, n_rows) - 1
-    near, near_end, n_near, n_far = near_tiles(first, last, groups, n_rows, VIEWS, BY_LABEL, BLOCK_N)
-    scale, scale_rest = logit_scale(temperature, scale, scale_rest, SOFTMAX == "device")
+    span = span_of(program, groups, n_rows, n_left, VIEWS, PAIRS, BLOCK_M, BLOCK_N)
+    rows = span.first + tl.arange(0, BLOCK_M)
+    is_row = rows < span.row_end
+    start, end = group_of(rows, groups, n_rows, n_left, VIEWS, is_row)
+    scale, scale_rest = logit_scale(temperature, scale, scale_rest)
 
-    q = load_rows(zhat, rows, n_rows, tl.arange(0, BLOCK_K), WIDTH, BLOCK_K, False)  # unused, and so left out, if wide
+    q = load_rows(zhat, rows, span.row_end, tl.arange(0, BLOCK_K), WIDTH, BLOCK_K, False)  # unused, and so left out, if wide
     if SOFTMAX == "device":
         if fits_unshifted(scale):
             shift, negative, positive, positive_logits = row_sums(
-                q, zhat, rows, start, end, near, near_end, n_near, n_far, scale, scale_rest, n_rows,
-                WIDTH, BLOCK_N, BLOCK_K, False, PRECISION, EXACT_SCALE,
+                q, zhat, rows, start, end, span, scale, scale_rest, n_left,
+                PAIRS, WIDTH, BLOCK_N, BLOCK_K, False, PRECISION, EXACT_SCALE,
             )  # fmt: skip
         else:
             shift, negative, positive, positive_logits = row_sums(
-                q, zhat, rows, start, end, near, near_end, n_near, n_far, scale, scale_rest, n_rows,
-                WIDTH, BLOCK_N, BLOCK_K, True, PRECISION, EXACT_SCALE,
+                q, zhat, rows, start, end, span, scale, scale_rest, n_left,
+                PAIRS, WIDTH, BLOCK_N, BLOCK_K, True, PRECISION, EXACT_SCALE,
             )  # fmt: skip
     else:
         shift, negative, positive, positive_logits = row_sums(
-            q, zhat, rows, start, end, near, near_end, n_near, n_far, scale, scale_rest, n_rows,
-            WIDTH, BLOCK_N, BLOCK_K, SOFTMAX == "online", PRECISION, EXACT_SCALE,
+            q, zhat, rows, start, end, span, scale, scale_rest, n_left,
+            PAIRS, WIDTH, BLOCK_N, BLOCK_K, SOFTMAX == "online", PRECISION, EXACT_SCALE,
         )  # fmt: skip
 
-    n_positives = end - start - 1
-    is_anchor = is_row & (n_positives > 0)
+    n_positives = n_positives_of(start, end, n_left)
     total = negative + positive
-    tl.store(shift_out + rows, shift, mask=is_row)
-    tl.store(total_out + rows, tl.where(n_positives > 0, total, float("inf")), mask=is_row)
-    tl.store(negative_out + rows, negative, mask=is_row)
+    is_anchor = n_positives > 0
+    if PAIRS == "negatives":
+        n_positives = tl.zeros_like(start)
+        is_anchor = total != 0.0  # and not > 0, so that a NaN among its negatives shows in its term
+    nth = tl.arange(0, BLOCK_M)  # and not the position, whose 64 bits would be kept through the loops
+    tl.store(shift_out + span.first + nth, shift, mask=is_row)
+    tl.store(total_out + span.first + nth, tl.where(is_anchor, total, float("inf")), mask=is_row)
+    tl.store(negative_out + span.first + nth, negative, mask=is_row)
 
+    is_anchor = is_row & is_anchor
     term = tl.where(is_anchor, contrastive_term(shift, negative, positive, positive_logits, n_positives), 0.0)
-    distance = tl.load(distances + rows, mask=is_row, other=0.0)
-    row = row_of(rows, groups, n_instances, VIEWS, BY_LABEL, is_row)
+    distance = tl.load(distances + span.first + nth, mask=is_row, other=0.0)
+    row = row_of(rows, groups, n_instances, VIEWS, is_row)
     is_labelled = rows < 0
     is_misfit = rows < 0
     if labels is not None:
@@ -226,12 +251,11 @@ def softmax_kernel(
 @triton.jit(do_not_specialize=["n_partial"])
 def loss_kernel(
     partial_sums,  # (5, n_partial), as softmax_kernel leaves them
-    temperature,  # () float32 if ON_DEVICE
+    temperature,  # () float32, or None
     loss,  # () float32, written unless PER_ROW
     counts,  # (2,) float32: anchors, labelled rows
     prototype_weight,
     n_partial,
-    ON_DEVICE: tl.constexpr,
     MEAN: tl.constexpr,
     PER_ROW: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -256,7 +280,7 @@ def loss_kernel(
     tl.store(counts, anchors)
     tl.store(counts + 1, labelled)
     tl.device_assert(tl.sum(n_misfits, 0) == 0.0, "clop_kernels: labels holds a value below -1 or without a prototype")
-    if ON_DEVICE:
+    if temperature is not None:
         tau = tl.load(temperature)
         tl.device_assert((tau > 0.0) & (tau < float("inf")), "clop_kernels: temperature is not a positive finite number")
     if not PER_ROW:

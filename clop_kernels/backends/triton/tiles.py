@@ -145,7 +145,10 @@ def gradient(n_rows: int, width: int, dtype: torch.dtype, target: Target) -> Til
 
 
 def panel(n_rows: int, dtype: torch.dtype) -> int:
-    """The side of the square of M that wide rows keep in L2: 32 MB in half precision, 16 MB in float32."""
+    """The side of the square of M that wide rows keep in L2: 32 MB in half precision, 16 MB in float32.
+
+    ``n_rows`` of two sides is that of the longer one.
+    """
     return min(2048 if dtype == torch.float32 else 4096, next_power_of_2(max(n_rows, 16)))
 
 

@@ -10,10 +10,14 @@ dtype, is written once to a buffer of constant size that L2 holds, and multiplie
        2     [           M    x ]    finish.py        when all are done
        3     [                M ]
 
-Flops: N^2 D + 2 N^2 D, fewer than the 4 N^2 D of the one-launch kernel. Bytes per tile: PANEL^2 itemsize written and read
-twice, through L2, against 6 PANEL^2 D flops: D flops a byte in bfloat16, more than the operands' own 43 to 85 (tiles.py).
+Rows of two sides: panels of left rows and right columns, each once, are all that is compared, and serve both sides just so.
+A panel never reaches from one side into the other.
+
+Flops: N^2 D + 2 N^2 D, fewer than the 4 N^2 D of the one-launch kernel; of two sides 2 L R D + 4 L R D instead of 8 L R D.
+Bytes per tile: PANEL^2 itemsize written and read twice, through L2, against 6 PANEL^2 D flops: D flops a byte in bfloat16,
+more than the operands' own 43 to 85 (tiles.py).
 Memory: the tile, 32 MB at PANEL = 4096 in bfloat16, 16 MB at 2048 in float32; less for a smaller N.
-Launches: N <= PANEL takes 2; beyond, 3/2 (N / PANEL)^2 of them.
+Launches: N <= PANEL takes 2; beyond, 3/2 (N / PANEL)^2 of them. Of two sides 3 for each panel, L / PANEL times R / PANEL.
 The order of all sums is fixed: the same bits from run to run.
 """
 
@@ -29,38 +33,38 @@ from .softmax import similarities
 
 @triton.jit
 def is_near_tile(
-    first_row, first_column, groups, n_rows,
-    VIEWS: tl.constexpr, BY_LABEL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    first_row, first_column, groups, n_rows, n_left, row_end,
+    VIEWS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """Whether a tile may hold positives or the diagonal, or is ragged."""
-    first = tl.minimum(first_row, n_rows - 1)
-    last = tl.minimum(first_row + BLOCK_M, n_rows) - 1
-    start, _ = group_of(first, groups, n_rows, VIEWS, BY_LABEL, first < n_rows)
-    _, end = group_of(last, groups, n_rows, VIEWS, BY_LABEL, last < n_rows)
-    is_ragged = (first_row + BLOCK_M > n_rows) | (first_column + BLOCK_N > n_rows)
+    first = tl.minimum(first_row, row_end - 1)
+    last = tl.minimum(first_row + BLOCK_M, row_end) - 1
+    start, _ = group_of(first, groups, n_rows, n_left, VIEWS, first < row_end)
+    _, end = group_of(last, groups, n_rows, n_left, VIEWS, last < row_end)
+    is_ragged = (first_row + BLOCK_M > row_end) | (first_column + BLOCK_N > n_rows)
     return is_ragged | ((first_column < end) & (first_column + BLOCK_N > start))
 
 
 @triton.jit
 def pair_tile(
-    s, rows, columns, is_near, total, shift, negative, weights, groups, n_rows,
-    VIEWS: tl.constexpr, BY_LABEL: tl.constexpr, ONLINE: tl.constexpr, M_SCALE: tl.constexpr,
+    s, rows, columns, is_near, total, shift, negative, weights, groups, n_rows, n_left, row_end,
+    VIEWS: tl.constexpr, PAIRS: tl.constexpr, ONLINE: tl.constexpr, M_SCALE: tl.constexpr,
 ):  # fmt: skip
     """(M, N) tile of M_ij from S."""
-    a_i, shift_i, w_i = load_softmax(rows, total, shift, weights, n_rows, ONLINE, M_SCALE, False)
+    a_i, shift_i, w_i = load_softmax(rows, total, shift, weights, row_end, ONLINE, M_SCALE, False)
     a_j, shift_j, w_j = load_softmax(columns, total, shift, weights, n_rows, ONLINE, M_SCALE, False)
     if is_near:
-        start, end = group_of(rows, groups, n_rows, VIEWS, BY_LABEL, rows < n_rows)
-        start_j, end_j = group_of(columns, groups, n_rows, VIEWS, BY_LABEL, columns < n_rows)
-        b_i, c_i = load_positive_form(rows, a_i, w_i, negative, start, end, n_rows)
-        b_j, c_j = load_positive_form(columns, a_j, w_j, negative, start_j, end_j, n_rows)
-        m = near_pairs(s, rows, columns, start, end, n_rows, a_i, b_i, c_i, shift_i, a_j, b_j, c_j, shift_j, ONLINE)
+        b_i, c_i, start, end = load_positive_form(rows, a_i, w_i, negative, groups, n_rows, n_left, row_end, VIEWS)
+        m = near_pairs(
+            s, rows, columns, start, end, a_i, b_i, c_i, shift_i, a_j, shift_j, w_j, negative, groups, n_rows, n_left, n_rows,
+            VIEWS, PAIRS, ONLINE,
+        )  # fmt: skip
     else:
         m = far_pairs(s, a_i, shift_i, a_j, shift_j, ONLINE)
-    return tl.where(rows[:, None] < n_rows, m, 0.0)
+    return tl.where(rows[:, None] < row_end, m, 0.0)
 
 
-@triton.jit(do_not_specialize=["n_rows", "first_row", "first_column"])
+@triton.jit(do_not_specialize=["n_rows", "n_left", "first_row", "first_column"])
 def pair_kernel(
     zhat,  # (N, D), by position
     shift,  # (N,), by position; so are all down to weights
@@ -72,11 +76,12 @@ def pair_kernel(
     scale,
     scale_rest,
     pairs,  # (PANEL, PANEL) compute dtype: M of the rows from first_row and the columns from first_column
-    first_row,
-    first_column,
+    first_row,  # of two sides on the left,
+    first_column,  # and on the right
     n_rows,
+    n_left,  # or None: no sides
     VIEWS: tl.constexpr,
-    BY_LABEL: tl.constexpr,
+    PAIRS: tl.constexpr,
     SOFTMAX: tl.constexpr,
     WIDTH: tl.constexpr,
     PANEL: tl.constexpr,
@@ -91,32 +96,37 @@ def pair_kernel(
     local_columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = first_row + local_rows
     columns = first_column + local_columns
+    row_end = n_rows
+    if n_left is not None:
+        row_end = n_left
     is_near = is_near_tile(
-        first_row + tl.program_id(0) * BLOCK_M, first_column + tl.program_id(1) * BLOCK_N, groups, n_rows,
-        VIEWS, BY_LABEL, BLOCK_M, BLOCK_N,
+        first_row + tl.program_id(0) * BLOCK_M, first_column + tl.program_id(1) * BLOCK_N, groups, n_rows, n_left, row_end,
+        VIEWS, BLOCK_M, BLOCK_N,
     )  # fmt: skip
-    scale, scale_rest = logit_scale(temperature, scale, scale_rest, SOFTMAX == "device")
-    s = similarities(None, zhat, rows, columns, n_rows, WIDTH, BLOCK_K, False, PRECISION)
+    scale, scale_rest = logit_scale(temperature, scale, scale_rest)
+    s = similarities(None, zhat, zhat, rows, columns, row_end, n_rows, WIDTH, BLOCK_K, False, PRECISION)
     s = scaled(s, scale, scale_rest, EXACT_SCALE)
     if SOFTMAX == "device":
         if fits_unshifted(scale):
             m = pair_tile(
-                s, rows, columns, is_near, total, shift, negative, weights, groups, n_rows, VIEWS, BY_LABEL, False, M_SCALE
-            )
+                s, rows, columns, is_near, total, shift, negative, weights, groups, n_rows, n_left, row_end,
+                VIEWS, PAIRS, False, M_SCALE,
+            )  # fmt: skip
         else:
             m = pair_tile(
-                s, rows, columns, is_near, total, shift, negative, weights, groups, n_rows, VIEWS, BY_LABEL, True, M_SCALE
-            )
+                s, rows, columns, is_near, total, shift, negative, weights, groups, n_rows, n_left, row_end,
+                VIEWS, PAIRS, True, M_SCALE,
+            )  # fmt: skip
     else:
         m = pair_tile(
-            s, rows, columns, is_near, total, shift, negative, weights, groups, n_rows, VIEWS, BY_LABEL, SOFTMAX == "online",
-            M_SCALE,
+            s, rows, columns, is_near, total, shift, negative, weights, groups, n_rows, n_left, row_end,
+            VIEWS, PAIRS, SOFTMAX == "online", M_SCALE,
         )  # fmt: skip
     pointers = pairs + local_rows[:, None] * PANEL + local_columns[None, :]
     tl.store(pointers, m.to(pairs.dtype.element_ty), mask=(local_rows[:, None] < PANEL) & (local_columns[None, :] < PANEL))
 
 
-@triton.jit(do_not_specialize=["n_rows", "first_row", "first_column", "n_columns"])
+@triton.jit(do_not_specialize=["first_row", "row_end", "first_column", "column_end"])
 def product_kernel(
     pairs,  # (PANEL, PANEL)
     stride_row,  # (PANEL, 1) to multiply by M, (1, PANEL) by its transpose
@@ -124,9 +134,9 @@ def product_kernel(
     zhat,  # (N, D), by position
     sums,  # (N, D) float32, by position
     first_row,  # of the sums
+    row_end,  # past the last of them; what M holds there, and past column_end, is anything
     first_column,  # of zhat
-    n_columns,
-    n_rows,
+    column_end,
     ADD: tl.constexpr,  # to what the sums hold, or in its place
     WIDTH: tl.constexpr,
     PANEL: tl.constexpr,
@@ -140,6 +150,7 @@ def product_kernel(
     width = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = first_row + local_rows
     part = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    n_columns = column_end - first_column
     for first in range(0, n_columns, BLOCK_K):
         local_columns = first + tl.arange(0, BLOCK_K)
         m = tl.load(
@@ -147,9 +158,9 @@ def product_kernel(
             mask=(local_rows[:, None] < PANEL) & (local_columns[None, :] < n_columns),
             other=0.0,
         )
-        k = load_rows(zhat, first_column + local_columns, n_rows, width, WIDTH, BLOCK_N, False)
+        k = load_rows(zhat, first_column + local_columns, column_end, width, WIDTH, BLOCK_N, False)
         part = tl.dot(m, k, part, input_precision=PRECISION)
-    inside = (local_rows[:, None] < PANEL) & (rows[:, None] < n_rows) & (width[None, :] < WIDTH)
+    inside = (rows[:, None] < row_end) & (width[None, :] < WIDTH)
     pointers = sums + rows.to(tl.int64)[:, None] * WIDTH + width[None, :]
     if ADD:
         part += tl.load(pointers, mask=inside, other=0.0)
