@@ -155,10 +155,18 @@ def from_position(zhat, position, WIDTH: tl.constexpr):
     """zhat from a position on, for rows counted from there.
 
     The compiler knows how such a count is made, and that the rows of a tile share an address but for constants. A position that
-    it knows nothing of, such as where a side begins, would cost it 64 bits a row: wide rows' softmax spilled at 255 registers on
-    sm_90 where 196 are enough.
+    it knows nothing of, such as where a side begins, would cost it 64 bits a row: wide rows' softmax spilled them on sm_90.
     """
     return zhat + tl.cast(position, tl.int64) * WIDTH
+
+
+@triton.jit
+def own_rows(zhat, rows, span, n_left, WIDTH: tl.constexpr):
+    """The program's rows for loads in a loop: zhat from where they are counted, their count, and its end."""
+    if n_left is None:
+        return zhat, rows, span.row_end
+    else:
+        return from_position(zhat, span.first, WIDTH), tl.arange(0, rows.shape[0]), span.row_end - span.first
 
 
 @triton.jit

@@ -7,7 +7,7 @@ for GPUs that need not be there.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -117,9 +117,9 @@ def forward(
         "n_partial": scratch.partial_sums.shape[1],
         **scratch._asdict(),
     }
-    whole = tiles.whole_rows(width)
+    whole = _tile_for_form(tiles.whole_rows(width), shared, target)
     yield _launch(prologue_kernel, (_programs(n_rows, whole),), whole, shared | {"BLOCK_B": max(16, 1024 // whole.block_m)})
-    tile = tiles.softmax(n_rows, width, residuals.normalized.dtype, target)
+    tile = _tile_for_form(tiles.softmax(n_rows, width, residuals.normalized.dtype, target), shared, target)
     yield _launch(softmax_kernel, (_span_programs(n_rows, shared["n_left"], tile),), tile, shared)
     yield _launch(loss_kernel, (1,), tiles.ONE_PROGRAM, shared | {"BLOCK": tiles.ONE_PROGRAM.block_m}, debug=True)
 
@@ -155,9 +155,9 @@ def backward(
     elif tiles.is_wide(width, residuals.normalized.dtype):
         yield from _wide_products(shared, target)
     else:
-        tile = tiles.gradient(n_rows, width, residuals.normalized.dtype, target)
+        tile = _tile_for_form(tiles.gradient(n_rows, width, residuals.normalized.dtype, target), shared, target)
         yield _launch(gradient_kernel, (_span_programs(n_rows, shared["n_left"], tile),), tile, shared)
-    whole = tiles.whole_rows(width)
+    whole = _tile_for_form(tiles.whole_rows(width), shared, target)
     yield _launch(finish_kernel, (_programs(n_rows, whole),), whole, shared)
 
 
@@ -168,7 +168,7 @@ def _wide_products(shared: dict[str, Any], target: Target) -> Iterator[Launch]:
     row_end, column_base = (n_rows, 0) if n_left is None else (n_left, n_left)
     panel = tiles.panel(max(row_end, n_rows - column_base), zhat.dtype)
     shared = shared | {"PANEL": panel, "pairs": zhat.new_empty(panel, panel)}
-    pair_tile, product_tile = tiles.pairs(zhat.dtype), tiles.product(zhat.dtype, target)
+    pair_tile, product_tile = _tile_for_form(tiles.pairs(zhat.dtype), shared, target), tiles.product(zhat.dtype, target)
 
     def product(to: range, of: range, transposed: bool, add: bool) -> Launch:
         strides = {"stride_row": 1, "stride_column": panel} if transposed else {"stride_row": panel, "stride_column": 1}
@@ -269,6 +269,12 @@ def _softmax_path(options: LossOptions) -> str:
     if isinstance(options.temperature, Tensor):
         return "device"
     return "unshifted" if 1.0 / options.temperature <= LARGEST_UNSHIFTED_LOGIT.value else "online"
+
+
+def _tile_for_form(tile: Tile, shared: dict[str, Any], target: Target) -> Tile:
+    """The tile, with all registers that there are in the forms where the compiler, left to choose, would spill for occupancy."""
+    has_its_choice = shared["n_left"] is None and shared["PAIRS"] != "negatives" and shared["NORMALIZE"]
+    return tile if has_its_choice or target.capability == 0 else replace(tile, max_registers=255)
 
 
 def _programs(n_rows: int, tile: Tile) -> int:

@@ -99,12 +99,17 @@ def prologue_kernel(
     offsets = row.to(tl.int64)[:, None] * stride_z_row + columns.to(tl.int64)[None, :] * stride_z_column
     raw = tl.load(z + offsets, mask=inside, other=0.0).to(tl.float32)
 
-    # Scaled by its largest entry first, so that no square overflows: any finite row has a finite direction.
+    # Scaled by its largest entry first, so that no square overflows: any finite row has a finite direction, and norm.
     largest = tl.maximum(tl.max(tl.abs(raw), 1), EPS)
-    unit = tl.div_rn(raw, largest[:, None])
-    norm = tl.sqrt_rn(tl.sum(unit * unit, 1))
-    unit = tl.div_rn(unit, tl.maximum(norm, tl.div_rn(EPS, largest))[:, None])
-    rounded = (unit if NORMALIZE else raw).to(zhat.dtype.element_ty)
+    if NORMALIZE:
+        unit = tl.div_rn(raw, largest[:, None])
+        norm = tl.sqrt_rn(tl.sum(unit * unit, 1))
+        unit = tl.div_rn(unit, tl.maximum(norm, tl.div_rn(EPS, largest))[:, None])
+    else:
+        unit = raw * tl.div_rn(1.0, largest)[:, None]  # for the norm alone, which no one divides by
+        norm = tl.sqrt_rn(tl.sum(unit * unit, 1))
+        unit = raw
+    rounded = unit.to(zhat.dtype.element_ty)
     tl.store(zhat + position.to(tl.int64)[:, None] * WIDTH + columns[None, :], rounded, mask=inside)
     tl.store(norms + position, norm * largest, mask=is_row)
 

@@ -45,6 +45,7 @@ from .device import (
     logit_scale,
     n_positives_of,
     near_columns,
+    own_rows,
     row_of,
     scaled,
     span_of,
@@ -116,8 +117,8 @@ def row_sums(
     zero = tl.zeros_like(rows).to(tl.float32)
     shift = zero + LEAST_SHIFT if ONLINE else zero
     negative, positive, positive_logits = zero, zero, zero
-    of_rows, of_columns = from_position(zhat, span.first, WIDTH), from_position(zhat, span.column_base, WIDTH)
-    local_rows, n_own, n_columns = tl.arange(0, rows.shape[0]), span.row_end - span.first, span.column_end - span.column_base
+    of_columns, n_columns = from_position(zhat, span.column_base, WIDTH), span.column_end - span.column_base
+    of_rows, local_rows, n_own = own_rows(zhat, rows, span, n_left, WIDTH)
     for index in range(0, span.n_near):
         local = near_columns(index, span, BLOCK_N)
         s = similarities(q, of_rows, of_columns, local_rows, local, n_own, n_columns, WIDTH, BLOCK_K, False, PRECISION)
@@ -223,14 +224,13 @@ def softmax_kernel(
     if PAIRS == "negatives":
         n_positives = tl.zeros_like(start)
         is_anchor = total != 0.0  # and not > 0, so that a NaN among its negatives shows in its term
-    nth = tl.arange(0, BLOCK_M)  # and not the position, whose 64 bits would be kept through the loops
-    tl.store(shift_out + span.first + nth, shift, mask=is_row)
-    tl.store(total_out + span.first + nth, tl.where(is_anchor, total, float("inf")), mask=is_row)
-    tl.store(negative_out + span.first + nth, negative, mask=is_row)
+    tl.store(shift_out + rows, shift, mask=is_row)
+    tl.store(total_out + rows, tl.where(is_anchor, total, float("inf")), mask=is_row)
+    tl.store(negative_out + rows, negative, mask=is_row)
 
     is_anchor = is_row & is_anchor
     term = tl.where(is_anchor, contrastive_term(shift, negative, positive, positive_logits, n_positives), 0.0)
-    distance = tl.load(distances + span.first + nth, mask=is_row, other=0.0)
+    distance = tl.load(distances + rows, mask=is_row, other=0.0)
     row = row_of(rows, groups, n_instances, VIEWS, is_row)
     is_labelled = rows < 0
     is_misfit = rows < 0
