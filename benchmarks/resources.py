@@ -1,8 +1,8 @@
 """``python -m benchmarks.resources``: compiles every shipped Triton kernel ahead of time, for GPUs that need not be there.
 
 One table: registers, bytes spilled, shared memory and matrix instructions of each kernel, tile, GPU, dtype and width, as
-:mod:`clop_kernels.backends.triton.launches` would launch it. Ends with 1 if a kernel spills (but see MOST_TRADED_BYTES), takes
-more shared memory than its GPU has, or lacks matrix instructions where it multiplies matrices.
+:mod:`clop_kernels.backends.triton.launches` would launch it. Ends with 1 if a kernel spills, takes more shared memory than
+its GPU has, or lacks matrix instructions where it multiplies matrices.
 """
 
 from __future__ import annotations
@@ -90,13 +90,7 @@ class Report:
 
     def faults(self) -> list[str]:
         lacks_matrix_units = self.kernel in MATRIX_KERNELS and not self.instructions
-        is_trade = self.registers in TRADED_REGISTERS and self.spilled_bytes <= MOST_TRADED_BYTES
-        return faults_of(self.sm, 0 if is_trade else self.spilled_bytes, self.shared_kb, lacks_matrix_units)
-
-
-TRADED_REGISTERS, MOST_TRADED_BYTES = (64, 128), 64
-"""The compiler may spill so little to stay at a number of registers that lets one more program on a processor. The alternative,
-``max_registers``, costs that program; which is faster only a GPU can say. Of 1176 kernels 11 do, 8 to 56 bytes, none on sm_90."""
+        return faults_of(self.sm, self.spilled_bytes, self.shared_kb, lacks_matrix_units)
 
 
 def faults_of(sm: int, spilled_bytes: int, shared_kb: float, lacks_matrix_units: bool) -> list[str]:

@@ -498,7 +498,7 @@ def test_tiles_fill_the_processors() -> None:
         "--targets 100 120 --dtypes bfloat16 --dims 128 --forms two-sided",
     ],
 )
-def test_kernels_compile_and_do_not_spill(arguments: str) -> None:
+def test_kernels_compile_without_spilling(arguments: str) -> None:
     """A few here; .ci/run compiles the whole table."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "benchmarks.resources", *arguments.split(), "--heights", "128"]

@@ -1,8 +1,8 @@
 """Which tile a kernel gets on which GPU: a small table, made from resource reports, and no tuning at import or first call.
 
-Each entry compiles without spilling (some forms of 128 rows trade up to 56 bytes for a second program) and within the shared
-memory of its part, which ``python -m benchmarks.resources`` shows for sm_80, sm_90, sm_100 and sm_120 and CI holds. Where
-several did, the entry is the one with the most flops per byte of L2. **Not yet tuned by measurements on a GPU.**
+Each entry compiles without spilling and within the shared memory of its part, which ``python -m benchmarks.resources``
+shows for sm_80, sm_90, sm_100 and sm_120 and CI holds. Where several did, the entry is the one with the most flops per
+byte of L2. **Not yet tuned by measurements on a GPU.**
 
 What the reports decided:
 
