@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import clop_kernels
-from clop_kernels import compat
+from clop_kernels import compat, functional
 from clop_kernels.backends import BACKENDS
 from clop_kernels.backends.contract import DISTANCES, POSITIVES, REDUCTIONS
 
@@ -32,12 +32,18 @@ PLAIN_ORDERS = 8
 """Orders of the coordinates that the plain loss's error is taken from."""
 
 
+OPTIONS: dict[str, Any] = {
+    "n_views": 2, "positives": "instance", "prototype_weight": 0.7, "distance": "cosine", "reduction": "mean", "normalize": True,
+}  # fmt: skip
+INNER_OPTIONS = {"n_left", "negatives_only"}
+
+
 @dataclass(frozen=True)
 class Problem:
     """A loss and its float64 inputs, each of which float32 holds exactly: what differs is the computation alone.
 
-    clop_loss; with ``n_left`` clip_loss, whose left rows are the first and whose labels are one a row; with ``negatives_only``
-    negative_logsumexp.
+    The options are clop_loss's, or with ``n_left`` or ``negatives_only`` among them those of LossOptions in
+    clop_kernels/backends/contract.py, in any combination, whether a public function asks for it or not.
     """
 
     embeddings: Tensor
@@ -45,8 +51,6 @@ class Problem:
     prototypes: Tensor | None = None
     temperature: float = 0.1
     options: dict[str, Any] = field(default_factory=dict)
-    n_left: int | None = None
-    negatives_only: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "temperature", float(torch.tensor(self.temperature, dtype=torch.float32)))
@@ -67,14 +71,9 @@ class Problem:
         return {"loss": loss.detach().cpu().double()} | {k: g.cpu().double() for k, g in zip(inputs, grads, strict=True)}
 
     def loss(self, z: Tensor, labels: Tensor | None, prototypes: Tensor | None, tau: Tensor, backend: str) -> Tensor:
-        arguments = {"temperature": tau, "backend": backend, **self.options}
-        if self.n_left is not None:
-            of_labels = (None, None) if labels is None else (labels[: self.n_left], labels[self.n_left :])
-            return clop_kernels.clip_loss(z[: self.n_left], z[self.n_left :], *of_labels, **arguments)
-        if self.negatives_only:
-            assert labels is not None
-            return clop_kernels.negative_logsumexp(z, labels, **arguments)
-        return clop_kernels.clop_loss(z, labels, prototypes, **arguments)
+        if INNER_OPTIONS.isdisjoint(self.options):
+            return clop_kernels.clop_loss(z, labels, prototypes, temperature=tau, backend=backend, **self.options)
+        return functional._loss(z, labels, prototypes, temperature=tau, backend=backend, **OPTIONS | self.options)
 
     def with_options(self, **options: Any) -> Problem:
         return replace(self, options=self.options | options)
@@ -107,12 +106,15 @@ def two_sided_problem(
     """Left and right rows of different norms; row i of one side belongs to row i of the other, or as labels of 4 classes say."""
     rows = random_problem(1, n_left + n_right, width, temperature=temperature, seed=seed)
     assert labelled or n_left == n_right
-    return replace(rows, labels=rows.labels if labelled else None, prototypes=None, n_left=n_left, options=options)
+    options |= {"n_left": n_left} | ({"positives": "label", "n_views": 1} if labelled else {"n_views": 2})
+    return replace(rows, labels=rows.labels if labelled else None, prototypes=None, options=options)
 
 
 def negatives_problem(n_rows: int, width: int, *, temperature: float = 0.1, seed: int = 0, **options: Any) -> Problem:
+    """As of negative_logsumexp: a third of the rows is without a label."""
     rows = random_problem(1, n_rows, width, temperature=temperature, seed=seed)
-    return replace(rows, prototypes=None, negatives_only=True, options=options)
+    defaults = {"negatives_only": True, "positives": "label", "n_views": 1, "reduction": "none"}
+    return replace(rows, prototypes=None, options=defaults | options)
 
 
 def near_duplicates(n_views: int, n_instances: int, width: int, noise: float, temperature: float, seed: int = 0) -> Problem:
@@ -128,7 +130,7 @@ def relative_error(actual: Tensor, expected: Tensor, floor: float = 0.0) -> floa
     return float((actual.double() - expected.double()).norm() / max(float(expected.norm()), floor, 1e-300))
 
 
-def plain_errors(problem: Problem, expected: dict[str, Tensor]) -> dict[str, float]:
+def plain_errors(problem: Problem, expected: dict[str, Tensor], floor: float = 0.0) -> dict[str, float]:
     """Relative errors of the plain loss in float32: root mean squares over orders of the coordinates.
 
     An order changes nothing but the rounding; in a single one a single number, such as the loss, may be exact by chance.
@@ -144,36 +146,37 @@ def plain_errors(problem: Problem, expected: dict[str, Tensor]) -> dict[str, flo
         )
         for name, value in shuffled.solve("reference", torch.float32).items():
             by_column = name in ("embeddings", "prototypes")
-            squares[name] += relative_error(value, expected[name][:, order] if by_column else expected[name]) ** 2
+            squares[name] += relative_error(value, expected[name][:, order] if by_column else expected[name], floor) ** 2
     return {name: (square / PLAIN_ORDERS) ** 0.5 for name, square in squares.items()}
 
 
-def assert_accurate(problem: Problem, backend: str, ill_conditioned: bool = False) -> None:
+def assert_accurate(problem: Problem, backend: str, ill_conditioned: bool = False, floor: float = 0.0) -> None:
     """float32 on ``backend`` against float64 on the reference: within the tolerances above.
 
     Where the problem is ``ill_conditioned``, and for the temperature's gradient, one number to which large terms of both
-    signs cancel in any problem, PLAIN_FACTOR times the plain loss's own error is allowed too.
+    signs cancel in any problem, PLAIN_FACTOR times the plain loss's own error is allowed too. ``floor``: of
+    :func:`relative_error`, for gradients that are zero but for rounding.
     """
     expected = problem.solve("reference", torch.float64)
     actual = problem.solve(backend, torch.float32)
     plain: dict[str, float] | None = None
     for name, value in expected.items():
-        error = relative_error(actual[name], value)
+        error = relative_error(actual[name], value, floor)
         allowed = LOSS_TOLERANCE if name == "loss" else GRADIENT_TOLERANCE
         if not error <= allowed and (ill_conditioned or name == "temperature"):
-            plain = plain or plain_errors(problem, expected)
+            plain = plain or plain_errors(problem, expected, floor)
             allowed = max(allowed, PLAIN_FACTOR * plain[name])
         assert error <= allowed, f"{name}: relative error {error:.2e}, allowed {allowed:.2e}"
 
 
-def assert_as_good_as_plain(problem: Problem, backend: str, dtype: torch.dtype) -> None:
+def assert_as_good_as_plain(problem: Problem, backend: str, dtype: torch.dtype, floor: float = 0.0) -> None:
     """``dtype`` on ``backend``: no more than twice the error of the plain loss in the same dtype."""
     expected = problem.solve("reference", torch.float64)
     plain, actual = problem.solve("reference", dtype), problem.solve(backend, dtype)
     for name, value in expected.items():
         # The temperature's gradient is one number, which plain PyTorch may meet by luck: half a unit of the dtype is allowed.
         slack = torch.finfo(dtype).eps / 2 if name == "temperature" else 1e-4
-        error, allowed = relative_error(actual[name], value), 2 * relative_error(plain[name], value) + slack
+        error, allowed = relative_error(actual[name], value, floor), 2 * relative_error(plain[name], value, floor) + slack
         assert error <= allowed, f"{name}: {error:.2e}, plain PyTorch allows {allowed:.2e}"
 
 

@@ -70,6 +70,21 @@ def test_two_sides_in_float64_are_exact(
             assert_exact(problem.with_options(reduction=reduction, normalize=normalize), backend)
 
 
+def test_the_public_functions_are_these_problems(backend: str) -> None:
+    for problem in (two_sided_problem(9, 9, 5, labelled=False), two_sided_problem(7, 11, 5, labelled=True)):
+        z, n, labels, tau = problem.embeddings, problem.options["n_left"], problem.labels, problem.temperature
+        of_sides = () if labels is None else (labels[:n], labels[n:])
+        loss = clop_kernels.clip_loss(z[:n], z[n:], *of_sides, temperature=tau, backend=backend)
+        torch.testing.assert_close(loss, problem.solve(backend, torch.float64)["loss"])
+    problem = negatives_problem(20, 5)
+    z, labels, tau = problem.embeddings, problem.labels, problem.temperature
+    assert labels is not None
+    lse = clop_kernels.negative_logsumexp(z, labels, temperature=tau, backend=backend)
+    torch.testing.assert_close(lse, problem.solve(backend, torch.float64)["loss"])
+    of_others = clop_kernels.negative_logsumexp(z[:8], labels[:8], z[8:], labels[8:], temperature=tau, backend=backend)
+    torch.testing.assert_close(of_others, problem.with_options(n_left=8).solve(backend, torch.float64)["loss"][:8])
+
+
 @pytest.mark.parametrize("sides", [(77, 77, 64), (150, 40, 129), (1, 200, 32)], ids=str)
 @pytest.mark.parametrize("temperature", [0.01, 0.05, 0.1, 1.0])
 def test_two_sides_in_float32(sides: tuple[int, int, int], temperature: float, backend: str) -> None:
@@ -97,7 +112,7 @@ def test_two_sides_in_float32(sides: tuple[int, int, int], temperature: float, b
 def test_rows_as_they_are(problem: Problem, length: float, backend: str, tile_rows: int | None) -> None:
     """Without normalisation: rows of all lengths up to several times ``length``, whose similarities nothing bounds."""
     problem = replace(problem, embeddings=length * problem.embeddings).with_options(normalize=False)
-    positives = [{}] if problem.n_left is not None or problem.negatives_only else [{"positives": p} for p in POSITIVES]
+    positives = [{}] if "positives" in problem.options or "n_left" in problem.options else [{"positives": p} for p in POSITIVES]
     for options in positives:
         assert_exact(problem.with_options(**options), backend)
         assert_accurate(problem.with_options(**options), backend, ill_conditioned=True)

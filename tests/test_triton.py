@@ -12,7 +12,6 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +20,11 @@ import torch
 
 import clop_kernels
 from benchmarks import resources
-from clop_kernels import backends, ops, reference
+from clop_kernels import backends
 from clop_kernels.backends.contract import DISTANCES, POSITIVES, REDUCTIONS, LossOptions, Needs, Residuals
 
 from .oracle import (
+    OPTIONS,
     Problem,
     assert_accurate,
     assert_as_good_as_plain,
@@ -198,28 +198,9 @@ def test_parts_of_the_prototypes_gradient_add_up(monkeypatch: pytest.MonkeyPatch
 # ---- two sides, rows as they are, negatives only ---------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class OptionsProblem(Problem):
-    """A problem of options that no single public function takes together: the operator solves it, or the reference."""
-
-    def loss(
-        self, z: torch.Tensor, labels: torch.Tensor | None, prototypes: torch.Tensor | None, tau: torch.Tensor, backend: str
-    ) -> torch.Tensor:
-        arguments: dict[str, Any] = OPTIONS | self.options | {"temperature": tau}
-        if backend == "reference":
-            return reference.clop_loss(z, labels, prototypes, **arguments)
-        return ops.loss(z, labels, prototypes, backend=backend, **arguments)
-
-
-OPTIONS: dict[str, Any] = {
-    "n_views": 2, "positives": "instance", "prototype_weight": 0.7, "distance": "cosine", "reduction": "mean",
-    "normalize": True, "n_left": None, "negatives_only": False,
-}  # fmt: skip
-
-
 def options_problem(
     n_left: int | None, n_rows: int, width: int = 20, temperature: float = 0.1, norm: float | None = None, **options: Any
-) -> OptionsProblem:
+) -> Problem:
     """Rows of about the length ``norm`` as they are, or normalised; labels, a few of them -1, where positives are by label."""
     options |= {"n_left": n_left, "normalize": norm is None, "reduction": options.get("reduction", REDUCTIONS[n_rows % 3])}
     by_label = options.get("positives") == "label"
@@ -229,7 +210,7 @@ def options_problem(
     options["n_views"] = options.get("n_views", 1 if by_label else 2)
     labels = torch.randint(-1, 4, (n_rows // options["n_views"],), generator=generator)
     prototypes = torch.randn(4, width, generator=generator) / width**0.5
-    return OptionsProblem(
+    return Problem(
         z.double(),
         labels if by_label or with_prototypes else None,
         prototypes.double() if with_prototypes else None,
@@ -238,7 +219,7 @@ def options_problem(
     )
 
 
-def forms() -> dict[str, OptionsProblem]:
+def forms() -> dict[str, Problem]:
     """Each option alone and with the others: ragged numbers of rows, several tiles of 16 and panels of 32 of them a side."""
     label: dict[str, Any] = {"positives": "label"}
     return {

@@ -1,11 +1,11 @@
-"""What several of these classes need: labels of which none is special, and one way to say no."""
+"""What several of these classes need: labels of which none is special, how many processes there are, and one way to say no."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 
 
 def without_special_labels(*labels: Tensor) -> tuple[Tensor, ...]:
@@ -21,6 +21,11 @@ def without_special_labels(*labels: Tensor) -> tuple[Tensor, ...]:
         return wide
     offset = torch.stack(lowest).amin().clamp(max=0)
     return tuple(x - offset for x in wide)
+
+
+def n_processes() -> int:
+    """Of the default process group; 1 without one, or where torch was built without them."""
+    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
 
 
 def unsupported(argument: str, value: Any, reason: str, remedy: str) -> NotImplementedError:

@@ -6,10 +6,10 @@ To be added to a contrastive loss. :class:`clop_kernels.CLOPLoss` is both in one
 from __future__ import annotations
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from ..functional import clop_loss
-from ._conventions import unsupported
+from ._conventions import n_processes, unsupported
 
 
 class CLOPLoss(nn.Module):
@@ -51,18 +51,16 @@ class CLOPLoss(nn.Module):
         else:
             anchors = torch.linalg.svd(torch.randn(num_classes, embedding_dim), full_matrices=False).Vh
         self.anchors = nn.Parameter(anchors, requires_grad=False)
-        if distributed.is_initialized():
-            distributed.broadcast(self.anchors, 0)
 
     def forward(self, z_i: Tensor, z_j: Tensor, labels: Tensor | None) -> Tensor:
         """(B, D) and (B, D) views, not necessarily normalised, and (B,) labels, -1 = unlabelled -> the term, ().
 
         Zero, with a graph, where no row has a label.
         """
-        if distributed.is_initialized() and distributed.get_world_size() > 1:
+        if n_processes() > 1:
             raise unsupported(
                 "world_size",
-                distributed.get_world_size(),
+                n_processes(),
                 "the term is not averaged over processes",
                 "Add clop_kernels.CLOPLoss's, whose gradients DistributedDataParallel averages",
             )

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 from ..functional import ntxent_loss
-from ._conventions import unsupported
+from ._conventions import n_processes, unsupported
 
 
 class NTXentLoss(nn.Module):
@@ -47,7 +47,7 @@ class NTXentLoss(nn.Module):
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         """(B, D) and (B, D) projections, not necessarily normalised -> the loss, ()."""
-        if self.gather_distributed and distributed.is_initialized() and distributed.get_world_size() > 1:
+        if self.gather_distributed and n_processes() > 1:
             raise unsupported(
                 "gather_distributed",
                 True,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor, nn
 
 from ..functional import clip_loss
@@ -68,8 +69,10 @@ class ClipLoss(nn.Module):
             if logit_scale.numel() != 1:
                 raise ValueError(f"logit_scale has shape {tuple(logit_scale.shape)}: expected one element")
             logit_scale = logit_scale.reshape(())
-        elif not 0 < logit_scale < math.inf:
-            raise ValueError(f"logit_scale={logit_scale}: expected a positive finite number")
+        # What is on a GPU is not read; there the kernels look at the temperature that is made of it.
+        is_read = not isinstance(logit_scale, Tensor) or (logit_scale.device.type == "cpu" and not torch.compiler.is_compiling())
+        if is_read and not 0 < logit_scale < math.inf:
+            raise ValueError(f"logit_scale={float(logit_scale)}: expected a positive finite number")
         loss = clip_loss(image_features, text_features, temperature=1.0 / logit_scale, normalize=False, backend=self.backend)
         if isinstance(logit_bias, Tensor):
             loss = loss + 0.0 * logit_bias.sum()  # part of the graph, with a gradient of zero

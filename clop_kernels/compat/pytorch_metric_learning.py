@@ -6,6 +6,7 @@ without negative pairs has a loss of 0.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from ._conventions import unsupported, without_special_labels
 Reducer = Callable[[dict[str, Any], Tensor, Tensor], Tensor]
 
 
-class _MetricLoss(nn.Module):
+class _MetricLoss(nn.Module, ABC):
     """What both losses have in common: the arguments of the constructor and of the call.
 
     Args:
@@ -30,8 +31,8 @@ class _MetricLoss(nn.Module):
         distance: None, the library's CosineSimilarity() or its DotProductSimilarity().
         reducer: None, the loss's default, or one of the library's reducers.
         embedding_regularizer: None only.
-        embedding_reg_weight: of no effect.
-        collect_stats: of no effect; the library's default is not to.
+        embedding_reg_weight: the weight of that regularizer, so of no effect.
+        collect_stats: None or False only.
         backend: as for :func:`clop_kernels.clop_loss`.
     """
 
@@ -54,6 +55,8 @@ class _MetricLoss(nn.Module):
                 "there is none here",
                 "Add its value to the loss in the training step",
             )
+        if collect_stats:
+            raise unsupported("collect_stats", collect_stats, "there are no statistics here", "Leave it out, as the library does")
         self.temperature = temperature
         self.normalize = _is_normalizing(distance)
         self.reducer = reducer
@@ -104,13 +107,13 @@ class _MetricLoss(nn.Module):
         losses["losses"] = factor * losses["losses"]
         return self.reducer({"loss": losses}, embeddings, labels)
 
+    @abstractmethod
     def _losses(self, embeddings: Tensor, labels: Tensor, others: Tensor | None, other_labels: Tensor | None) -> dict[str, Any]:
         """One loss for each row or pair, in the form that the library's reducers take."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _mean(self, embeddings: Tensor, labels: Tensor, others: Tensor | None, other_labels: Tensor | None) -> Tensor:
         """What the loss's default reducer makes of them."""
-        raise NotImplementedError
 
 
 def _is_normalizing(distance: Any) -> bool:
@@ -165,7 +168,7 @@ class NTXentLoss(_MetricLoss):
     """One term for each positive pair (a, p): -log(exp s_ap / (exp s_ap + the sum of exp s_an over negatives)); their mean.
 
     The slow one. The sums over negatives are fused; the positives take a second pass in plain PyTorch, over tiles of T rows that
-    hold the rows' whole classes, of C rows, and are made again in the backward pass: memory O(N D + T C), and a synchronisation
+    hold the rows' whole classes, of C rows, and are made again in the backward pass: memory O(N D + T C), and one synchronisation
     with a GPU. A reducer of the library takes O(P) memory beside, for P positive pairs. Where each row has one positive,
     :class:`clop_kernels.NTXentLoss`, SimCLR's, is the same loss without all that.
 
@@ -186,7 +189,7 @@ class NTXentLoss(_MetricLoss):
 
     def _mean(self, embeddings: Tensor, labels: Tensor, others: Tensor | None, other_labels: Tensor | None) -> Tensor:
         tiles = self._tiles(embeddings, labels, others, other_labels)
-        sums, counts = zip(*((checkpoint(tile.sum, use_reentrant=False), tile.mask().sum()) for tile in tiles), strict=True)
+        sums, counts = zip(*((checkpoint(tile.sum, use_reentrant=False), tile.count()) for tile in tiles), strict=True)
         return torch.stack(sums).sum() / torch.stack(counts).sum().clamp(min=1)
 
     def _tiles(
@@ -213,10 +216,12 @@ class NTXentLoss(_MetricLoss):
         row_names, column_names = groups.order[:n_rows], groups.order[first_column:] - first_column
         rows, columns = self._rows(embeddings)[row_names], self._rows(of_columns)[column_names]
         starts, ends = groups.starts[:n_rows] - first_column, groups.ends[:n_rows] - first_column
-        for first in range(0, max(n_rows, 1), ROWS_AT_A_TIME):
-            some = slice(first, min(first + ROWS_AT_A_TIME, n_rows))
-            # Both are sorted: the first start and the last end are those of the tile.
-            begin, end = (int(starts[some.start]), int(ends[some.stop - 1])) if n_rows > 0 else (0, 0)
+        # Both are sorted: the start of a tile's first row and the end of its last are those of the tile.
+        last = torch.arange(ROWS_AT_A_TIME, n_rows + ROWS_AT_A_TIME, ROWS_AT_A_TIME, device=labels.device).clamp(max=n_rows) - 1
+        bounds = torch.stack([starts[::ROWS_AT_A_TIME], ends[last]]).T.tolist()  # what synchronises
+        for index, (begin, end) in enumerate(bounds or [(0, 0)]):
+            first = index * ROWS_AT_A_TIME
+            some = slice(first, first + ROWS_AT_A_TIME)
             yield _PositiveTile(
                 rows[some],
                 columns[begin:end],
@@ -267,6 +272,10 @@ class _PositiveTile:
         if self.itself is not None:
             mask &= torch.arange(self.itself, self.itself + len(self.rows), device=column.device)[:, None] != column
         return mask
+
+    def count(self) -> Tensor:
+        """How many they are."""
+        return (self.ends - self.starts).sum() - (0 if self.itself is None else len(self.rows))
 
     def losses(self) -> Tensor:
         """(R, C); of pairs that are not in the mask, any number."""
