@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -12,7 +13,8 @@ from torch import Tensor
 import clop_kernels
 from clop_kernels import compat, functional
 from clop_kernels.backends import BACKENDS
-from clop_kernels.backends.contract import DISTANCES, POSITIVES, REDUCTIONS
+from clop_kernels.backends.contract import DISTANCES, POSITIVES, REDUCTIONS, LossOptions
+from clop_kernels.groups import label_groups
 
 RUNNABLE = tuple(
     b.name
@@ -216,6 +218,68 @@ def assert_float16_saturates_and_overflow_shows(backend: str) -> None:
     assert grad[3].abs().max() == torch.finfo(torch.float16).max
     (grad,) = torch.autograd.grad(loss * 1e7, z)
     assert not grad[0].isfinite().all()
+
+
+def assert_pairs_accurate(
+    backend: str,
+    dtype: torch.dtype,
+    n_rows: int,
+    n_left: int | None,
+    width: int,
+    *,
+    temperature: float | Tensor = 0.1,
+    normalize: bool = True,
+    n_classes: int = 4,
+    device: str = "cpu",
+    slack: float = 4.0,
+    gradient_tolerance: float = 0.0,
+) -> None:
+    """The two passes over pairs of a backend on operands of ``dtype`` against a dense matrix in float64 of the same operands.
+
+    Allowed are ``slack`` roundings of the largest S in the accumulate dtype; for the gradient ``gradient_tolerance``, if more.
+    ``n_classes`` 0: no row of a side has positives on the other one.
+    """
+    options = LossOptions(1, "label", temperature, 0.0, "cosine", "mean", dtype, normalize)
+    generator = torch.Generator().manual_seed(n_rows + width)
+    z = torch.randn(n_rows, width, dtype=torch.float64, generator=generator)
+    labels = torch.randint(0, max(n_classes, 1), (n_rows,), generator=generator)
+    labels[torch.rand(n_rows, generator=generator) < (0.33 if n_classes else 2.0)] = -1
+    groups = label_groups(labels, 1, n_left)
+    zhat = (z / z.norm(dim=1, keepdim=True) if normalize else z)[groups.order].to(dtype)
+    module: Any = next(b for b in BACKENDS if b.name == backend).load()
+
+    n = n_rows if n_left is None else n_left
+    s = zhat[:n].double() @ (zhat if n_left is None else zhat[n:]).double().T * math.log2(math.e) / float(temperature)
+    column = torch.arange(0 if n_left is None else n, n_rows)
+    pairs = column != torch.arange(n)[:, None]
+    positives = pairs & (groups.starts[:n, None] <= column) & (column < groups.ends[:n, None])
+    negatives = pairs & ~positives
+    on_device = zhat.to(device), groups.table().to(device), n_left
+    tolerance = slack * torch.finfo(options.accumulate_dtype).eps * (16 + float(s.abs().amax()))
+    options = replace(options, temperature=temperature.to(device) if isinstance(temperature, Tensor) else temperature)
+    softmax = [x.cpu().double() for x in module.pair_softmax(*on_device, options)]
+    assert all(x.shape == (n,) for x in softmax)
+    shift, negative, positive, positive_logits = softmax
+    for actual, mask in ((negative, negatives), (positive, positives)):
+        expected = torch.where(mask, torch.exp2(s - shift[:, None]), 0.0).sum(1)
+        assert expected.isfinite().all()
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=1e-30)
+    torch.testing.assert_close(positive_logits, torch.where(positives, s, 0.0).sum(1), rtol=tolerance, atol=tolerance * n_rows)
+
+    one_shift = bool((shift == shift[0]).all())
+    of_columns = shift if n_left is None else shift[0].expand(n_rows - n) if one_shift else s.amax(0)
+    precise = options.accumulate_dtype
+    shifts = torch.cat([shift, of_columns[: n_rows - n]]).to(precise)
+    a, b, c = torch.rand(3, n_rows, dtype=torch.float64, generator=generator).to(precise)
+    coefficients = torch.stack([a, b, c, shifts])
+    grad = module.pair_gradient(*on_device, coefficients.to(device), options)
+    a, b, c, shifts = coefficients.double()
+    of_row, of_column = torch.exp2(s - shifts[:n, None]), torch.exp2(s - shifts[column])
+    m = torch.where(positives, of_row * b[:n, None] + of_column * b[column] - (c[:n, None] + c[column]), 0.0)
+    m += torch.where(negatives, of_row * a[:n, None] + of_column * a[column], 0.0)
+    assert grad.shape == (n, width)
+    assert grad.dtype == precise
+    assert relative_error(grad.cpu(), m @ zhat[column].double()) <= max(tolerance, gradient_tolerance)
 
 
 DROP_INS: dict[str, tuple[Any, Callable[[Tensor], tuple[Any, ...]]]] = {

@@ -19,6 +19,7 @@ from .oracle import (
     Problem,
     assert_accurate,
     assert_float16_saturates_and_overflow_shows,
+    assert_pairs_accurate,
     near_duplicates,
     negatives_problem,
     random_problem,
@@ -68,6 +69,21 @@ def test_two_sides_in_float64_are_exact(
         for temperature in (0.001, 0.1, 1.0):
             problem = two_sided_problem(*sides, labelled=labelled, temperature=temperature)
             assert_exact(problem.with_options(reduction=reduction, normalize=normalize), backend)
+
+
+# Rows, those on the left, width: one side, and one way from some rows to the others.
+PAIRS = [(2, None, 3), (70, None, 24), (131, None, 5), (2, 1, 3), (66, 33, 24), (140, 70, 5), (67, 50, 37), (133, 3, 16)]
+
+
+@pytest.mark.parametrize("shape", PAIRS, ids=str)
+@pytest.mark.parametrize("n_classes", [0, 4])
+@pytest.mark.parametrize("normalize", [True, False])
+def test_passes_over_pairs_alone(
+    shape: tuple[int, int | None, int], n_classes: int, normalize: bool, backend: str, tile_rows: int | None
+) -> None:
+    for temperature in (0.01, 0.1, 1.0):
+        for dtype in (torch.float64, torch.float32, torch.bfloat16):
+            assert_pairs_accurate(backend, dtype, *shape, temperature=temperature, normalize=normalize, n_classes=n_classes)
 
 
 def test_the_public_functions_are_these_problems(backend: str) -> None:

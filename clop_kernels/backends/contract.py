@@ -5,8 +5,26 @@
 
     CHECKS_VALUES: bool    # whether forward asserts on a GPU what ops.check_values checks, which is then not called there
 
-Both run below autograd and autocast, on validated input, and must neither synchronise with the host on a GPU nor
+and, for a loss whose rows are spread over processes (:mod:`clop_kernels.distributed`), with its two passes over pairs alone, by
+the same kernels::
+
+    pair_softmax(zhat, groups, n_left, options) -> Softmax
+    pair_gradient(zhat, groups, n_left, coefficients, options) -> Tensor
+
+All run below autograd and autocast, on validated input, and must neither synchronise with the host on a GPU nor
 allocate anything that grows with N^2. The definition they compute is :mod:`clop_kernels.reference`.
+
+The passes over pairs take rows that are normalised, rounded and in the order of their positive groups already. They compare
+``zhat``, (M, D) contiguous in the compute dtype, with itself if ``n_left`` is None; else its first ``n_left`` rows with the other
+ones, and give results for those ``n_left`` only: one way. Neither side is empty. ``groups``, (3, M) int32 contiguous, is
+:meth:`clop_kernels.groups.Groups.table`, of which only the runs of rows that get a result are read: where their positives begin
+and end, as positions in ``zhat``, neither of which goes down from row to row; without sides a run holds the row itself, with
+sides it may be empty, but lies within the right one. ``options`` have positives="label", and no sides or negatives of their own.
+
+    pair_softmax: the sums over the pairs of each row. Where one shift fits all rows, they have that one, whatever they are
+        compared with; it depends on ``options`` alone. The caller merges the sums of several calls.
+    pair_gradient: sum_j M_ij zhat_j, (M, D) or (n_left, D) in the accumulate dtype, of :class:`Coefficients`, (4, M) float32 or
+        float64, contiguous, whose shifts are as pair_softmax gives them.
 """
 
 from __future__ import annotations
@@ -95,6 +113,38 @@ class Residuals(NamedTuple):
     negative: Tensor
     groups: Tensor
     counts: Tensor
+
+
+class Softmax(NamedTuple):
+    """Row statistics, (N,) each in the accumulate dtype. With S_ij = s_ij log2(e), sums over j of
+
+    Attributes:
+        shift: what is subtracted from every S_ij of a row.
+        negative: 2^(S_ij - shift_i) over the pairs that are not positives.
+        positive: the same over the positives.
+        positive_logits: S_ij itself over the positives.
+    """
+
+    shift: Tensor
+    negative: Tensor
+    positive: Tensor
+    positive_logits: Tensor
+
+    @property
+    def total(self) -> Tensor:
+        return self.negative + self.positive
+
+
+class Coefficients(NamedTuple):
+    """What the pairwise matrix M of the gradient is made of, (N,) each in the accumulate dtype; the rows of one (4, N) tensor.
+
+    M_ij = 2^(S_ij - shift_i) a_i + 2^(S_ij - shift_j) a_j, and where j is a positive of i, the same with b for a, less c_i + c_j.
+    """
+
+    a: Tensor
+    b: Tensor
+    c: Tensor
+    shift: Tensor
 
 
 class Needs(NamedTuple):

@@ -49,11 +49,10 @@ import torch
 from torch import Tensor
 
 from ..groups import Groups, instance_groups, label_groups
-from .contract import EPS, Gradients, LossOptions, Needs, Residuals
+from . import rowwise
+from .contract import Gradients, LossOptions, Needs, Residuals, Softmax
 
 CHECKS_VALUES = False
-
-_LOG2_E = math.log2(math.e)
 
 _LARGEST_UNSHIFTED_LOGIT = {torch.float32: 60.0, torch.float64: 600.0}
 """Room for sums over 2^38 rows: exp(60) * 2^38 is below exp(88), the end of float32; float64 ends at exp(709)."""
@@ -115,26 +114,21 @@ def forward(
 ) -> tuple[Tensor, Residuals]:
     """(N, D) embeddings, (B,) int64 labels, (K, D) prototypes -> the loss, and what the backward pass needs."""
     groups = _groups(embeddings.shape[0], labels, options, embeddings.device)
-    # index_select makes the copy that is normalised in place
-    zhat = embeddings.index_select(0, groups.order).to(options.accumulate_dtype)
-    zhat, norms = _normalize(zhat) if options.normalize else (zhat, torch.linalg.vector_norm(zhat, dim=1))
-    normalized = zhat.to(options.compute_dtype)
+    normalized, norms = rowwise.normalized_rows(embeddings, groups.order, options)
     zhat = normalized.to(options.accumulate_dtype)
 
-    softmax = _softmax(zhat, norms, groups, options)
+    softmax = _softmax(zhat, groups, options, fits_unshifted(norms, options))
     is_anchor = softmax.total != 0 if options.negatives_only else groups.n_positives > 0
     # A row that is no anchor has a plain zero, unless it holds a NaN or an Inf, which must stay visible.
-    contrastive = torch.where(is_anchor, _contrastive_terms(softmax, groups), 0.0 * zhat.sum(1))
+    contrastive = torch.where(is_anchor, rowwise.contrastive_terms(softmax, groups.n_positives), 0.0 * zhat.sum(1))
 
     prototype = torch.zeros_like(contrastive)
     counts = contrastive.new_zeros(2)
     counts[0] = is_anchor.sum()
     if labels is not None and prototypes is not None:
-        label = _labels_of_rows(labels, groups, options)
-        is_labelled = label >= 0
-        counts[1] = is_labelled.sum()
-        distances = _distances(zhat, _targets(prototypes, label, zhat), options.distance)
-        prototype = torch.where(is_labelled, distances, 0.0)
+        pull = rowwise.Pull(rowwise.labels_of_rows(labels, groups.order, options), prototypes, options.distance)
+        prototype = pull.distances(zhat)
+        counts[1] = (pull.label >= 0).sum()
 
     if options.reduction == "mean":
         divisors = counts.clamp(min=1)
@@ -167,42 +161,33 @@ def backward(
     shares = grad_loss / residuals.counts.clamp(min=1) if options.reduction == "mean" else (grad_loss, grad_loss)
     is_anchor = residuals.total != 0 if options.negatives_only else groups.n_positives > 0
     weights = torch.where(is_anchor, shares[0], 0.0)  # w_i
+    coefficients = rowwise.coefficients(weights, groups.n_positives, residuals.total, residuals.negative, residuals.shift)
 
     # The gradient of zhat first, and at last, in place, that of the raw rows.
-    grad = _similarity_gradient(zhat, residuals, weights, groups, options).div_(options.temperature)
-    grad_temperature = None
-    if needs.temperature:  # s_ij is linear in 1/tau and in each of its two rows: dL/dtau = -1/(2 tau) sum_i zhat_i . dL/dzhat_i
-        grad_temperature = _row_dots(zhat, grad).sum() / (-2 * options.temperature)
-
-    grad_prototypes = None
-    if needs.prototypes:
-        assert prototypes is not None
-        grad_prototypes = torch.zeros_like(prototypes, dtype=zhat.dtype)
+    grad = _gradient(zhat, groups, coefficients, options, fits_unshifted(residuals.norms, options)).div_(options.temperature)
+    pull = None
     if labels is not None and prototypes is not None:
-        label = _labels_of_rows(labels, groups, options)
-        pull = torch.where(label >= 0, options.prototype_weight * shares[1], 0.0).unsqueeze(1)
-        direction = _distance_gradient(zhat, _targets(prototypes, label, zhat), options.distance).mul_(pull)
-        grad += direction
-        if grad_prototypes is not None:
-            # The distances depend on zhat - c, all but the cosine, whose gradient is -zhat.
-            from_rows = zhat * pull if options.distance == "cosine" else direction
-            grad_prototypes.index_add_(0, label.clamp(min=0), from_rows, alpha=-1)
-        del direction
+        pull = rowwise.Pull(rowwise.labels_of_rows(labels, groups.order, options), prototypes, options.distance)
+    grads = rowwise.finish(grad, zhat, residuals.norms, pull, shares[1], options, needs, embeddings.dtype)
+    if needs.prototypes and grads.prototypes is None:
+        assert prototypes is not None
+        grads = grads._replace(prototypes=torch.zeros_like(prototypes, dtype=zhat.dtype))
+    if grads.embeddings is None:
+        return grads
+    return grads._replace(embeddings=torch.empty_like(grads.embeddings).index_copy_(0, groups.order, grads.embeddings))
 
-    if not needs.embeddings:
-        return Gradients(None, grad_temperature, grad_prototypes)
-    if options.normalize:
-        # zhat = z / max(|z|, EPS): the norm takes the radial part out of the gradient, where it is not below EPS.
-        radial = torch.where(residuals.norms < EPS, 0.0, _row_dots(zhat, grad))
-        grad.addcmul_(zhat, radial.unsqueeze(1), value=-1)
-        grad /= residuals.norms.clamp(min=EPS).unsqueeze(1)
-    if embeddings.dtype == torch.float16 and options.normalize:
-        # 1 / EPS is beyond float16. A row of zeros gets the largest gradient there is, not an infinity that would cost every
-        # step; any other row's overflow stays infinite, for a gradient scaler to see.
-        largest = torch.finfo(torch.float16).max
-        grad = torch.where((residuals.norms < EPS).unsqueeze(1), grad.clamp(-largest, largest), grad)
-    grad = grad.to(embeddings.dtype)
-    return Gradients(torch.empty_like(grad).index_copy_(0, groups.order, grad), grad_temperature, grad_prototypes)
+
+def pair_softmax(zhat: Tensor, groups: Tensor, n_left: int | None, options: LossOptions) -> Softmax:
+    """See :mod:`clop_kernels.backends.contract`."""
+    precise, runs, unshifted = _pairs_of(zhat, groups, n_left, options)
+    softmax = _softmax(precise, runs, options, unshifted, one_way=True)
+    return softmax if n_left is None else Softmax(*(x[:n_left] for x in softmax))
+
+
+def pair_gradient(zhat: Tensor, groups: Tensor, n_left: int | None, coefficients: Tensor, options: LossOptions) -> Tensor:
+    """See :mod:`clop_kernels.backends.contract`."""
+    precise, runs, unshifted = _pairs_of(zhat, groups, n_left, options)
+    return _gradient(precise, runs, coefficients, options, unshifted, one_way=True)
 
 
 # ---- pairs: O(N^2 D) ------------------------------------------------------------------------------------------------
@@ -241,7 +226,7 @@ def _tiles(zhat: Tensor, groups: Groups, options: LossOptions, unshifted: bool) 
     # In float32 the factor's own rounding would be an error of one sign in every S_ij, as if of another temperature. In
     # float64 each element rounds for itself. Apple's GPUs have no float64.
     wide = torch.float64 if zhat.device.type != "mps" else zhat.dtype
-    scale = _LOG2_E / (temperature.to(wide) if isinstance(temperature, Tensor) else temperature)
+    scale = rowwise.LOG2_E / (temperature.to(wide) if isinstance(temperature, Tensor) else temperature)
     rounded = torch.as_tensor(scale, dtype=wide).to(zhat.dtype)
     rest = (scale - rounded.to(wide)).to(zhat.dtype)
     logits_buffer = zhat.new_empty(side * side)
@@ -286,27 +271,20 @@ def _may_hold_positives(groups: Groups, rows: slice, columns: slice) -> bool:
     return bool(groups.ends[rows.stop - 1] > columns.start and groups.starts[rows.start] < columns.stop)
 
 
-class _Softmax(NamedTuple):
-    """Row statistics of S, (N,) each: sums of 2^(S_ij - shift_i), and the sum of the positives' S_ip itself."""
-
-    shift: Tensor
-    negative: Tensor
-    positive: Tensor
-    positive_logits: Tensor
-
-    @property
-    def total(self) -> Tensor:
-        return self.negative + self.positive
+def _pairs_of(zhat: Tensor, groups: Tensor, n_left: int | None, options: LossOptions) -> tuple[Tensor, Groups, bool]:
+    """Rows in the accumulate dtype, their runs, and whether no shift is needed; of rows as they are the host knows no bound."""
+    unshifted = options.normalize and fits_unshifted(zhat.new_empty(0, dtype=options.accumulate_dtype), options)
+    return zhat.to(options.accumulate_dtype), Groups.of_table(groups, n_left), unshifted
 
 
-def _softmax(zhat: Tensor, norms: Tensor, groups: Groups, options: LossOptions) -> _Softmax:
-    """The forward pass over pairs: (N, D) -> four (N,)."""
+def _softmax(zhat: Tensor, groups: Groups, options: LossOptions, unshifted: bool, one_way: bool = False) -> Softmax:
+    """The forward pass over pairs: (N, D) -> four (N,). ``one_way``: rows on the right get no sums."""
     negative, positive, positive_logits = (zhat.new_zeros(zhat.shape[0]) for _ in range(3))
-    unshifted = fits_unshifted(norms, options)
     # Without a shift it stays zero. Else a running maximum, at first finite, so that no infinities are subtracted.
     shift = torch.zeros_like(negative) if unshifted else torch.full_like(negative, torch.finfo(zhat.dtype).min / 2)
     for tile in _tiles(zhat, groups, options, unshifted):
-        directions = ((1, tile.rows),) if tile.on_diagonal else ((1, tile.rows), (0, tile.columns))
+        is_for_rows = tile.on_diagonal or (one_way and groups.n_left is not None)
+        directions = ((1, tile.rows),) if is_for_rows else ((1, tile.rows), (0, tile.columns))
         if tile.positives is not None:
             picked = torch.where(tile.positives, tile.logits, 0.0)
             for dim, owners in directions:
@@ -329,27 +307,16 @@ def _softmax(zhat: Tensor, norms: Tensor, groups: Groups, options: LossOptions) 
                 positive[owners].add_(torch.where(tile.positives, powers, 0.0).sum(dim))
                 powers = torch.where(tile.positives, 0.0, powers)
             negative[owners].add_(powers.sum(dim))
-    return _Softmax(shift, negative, positive, positive_logits)
+    return Softmax(shift, negative, positive, positive_logits)
 
 
-def _contrastive_terms(softmax: _Softmax, groups: Groups) -> Tensor:
-    """lse_i - mean_p s_ip, (N,), in a form that cancels only what the inputs' rounding has left: any value outside A."""
-    mean_positive = softmax.positive_logits / groups.n_positives.clamp(min=1)
-    mantissa, exponent = torch.frexp(softmax.total)  # log2(total) = exponent + log2(mantissa): subtract the large parts first
-    log2_ratio = (softmax.shift - mean_positive) + exponent + mantissa.log2()
-    is_dominated = (groups.n_positives == 1) & (softmax.negative < softmax.positive)
-    return torch.where(is_dominated, torch.log1p(softmax.negative / softmax.positive), log2_ratio / _LOG2_E)
-
-
-def _similarity_gradient(zhat: Tensor, residuals: Residuals, weights: Tensor, groups: Groups, options: LossOptions) -> Tensor:
-    """The backward pass over pairs: sum_{j != i} M_ij zhat_j, (N, D)."""
-    grad = torch.zeros_like(zhat)
-    unshifted = fits_unshifted(residuals.norms, options)
-    a = weights / torch.where(weights == 0, 1.0, residuals.total)  # a row that is compared with nothing has a total of 0
-    # Of a positive pair M is 2^S (b_i + b_j) - (c_i + c_j).
-    has_one = groups.n_positives == 1
-    b = torch.where(has_one, 0.0, a)
-    c = torch.where(has_one, a * residuals.negative, weights / groups.n_positives.clamp(min=1))
+def _gradient(
+    zhat: Tensor, groups: Groups, coefficients: Tensor, options: LossOptions, unshifted: bool, one_way: bool = False
+) -> Tensor:
+    """The backward pass over pairs: sum_{j != i} M_ij zhat_j, (N, D); ``one_way`` of the rows on the left alone."""
+    a, b, c, shift = coefficients
+    one_way = one_way and groups.n_left is not None
+    grad = zhat.new_zeros(groups.n_left if one_way and groups.n_left is not None else zhat.shape[0], zhat.shape[1])
     for rows, columns, m, scratch, positives in _tiles(zhat, groups, options, unshifted):
         of_positives = None
         if unshifted:
@@ -358,8 +325,8 @@ def _similarity_gradient(zhat: Tensor, residuals: Residuals, weights: Tensor, gr
                 of_positives = m * (b[rows, None] + b[columns])
             m.mul_(torch.add(a[rows, None], a[columns], out=scratch))
         else:
-            torch.sub(m, residuals.shift[columns], out=scratch).exp2_()
-            m.sub_(residuals.shift[rows, None]).exp2_()
+            torch.sub(m, shift[columns], out=scratch).exp2_()
+            m.sub_(shift[rows, None]).exp2_()
             if positives is not None:
                 of_positives = m * b[rows, None] + scratch * b[columns]
             m.mul_(a[rows, None]).add_(scratch.mul_(a[columns]))
@@ -368,25 +335,10 @@ def _similarity_gradient(zhat: Tensor, residuals: Residuals, weights: Tensor, gr
             torch.where(positives, of_positives, m, out=m)
         if rows == columns:
             m.fill_diagonal_(0.0)
-        else:
+        elif not one_way:
             grad[columns].addmm_(m.T, zhat[rows])
         grad[rows].addmm_(m, zhat[columns])
     return grad
-
-
-# ---- rows: O(N D) ---------------------------------------------------------------------------------------------------
-
-
-def _normalize(z: Tensor) -> tuple[Tensor, Tensor]:
-    """(N, D) -> zhat = z / max(|z|, EPS), in place, and the norms |z|, (N,).
-
-    Each row is scaled by its largest entry first, so that no square overflows: any finite row has a finite direction.
-    """
-    largest = torch.linalg.vector_norm(z, ord=math.inf, dim=1).clamp(min=EPS)
-    z /= largest.unsqueeze(1)
-    norms = torch.linalg.vector_norm(z, dim=1)
-    z /= torch.maximum(norms, EPS / largest).unsqueeze(1)
-    return z, norms * largest
 
 
 def _groups(n_rows: int, labels: Tensor | None, options: LossOptions, device: torch.device) -> Groups:
@@ -394,36 +346,3 @@ def _groups(n_rows: int, labels: Tensor | None, options: LossOptions, device: to
         assert labels is not None
         return label_groups(labels, options.n_views, options.n_left)
     return instance_groups(n_rows // options.n_views, options.n_views, device, options.n_left)
-
-
-def _labels_of_rows(labels: Tensor, groups: Groups, options: LossOptions) -> Tensor:
-    """(B,) labels -> (N,) labels in the order of the groups."""
-    return labels.repeat(options.n_views).index_select(0, groups.order)
-
-
-def _targets(prototypes: Tensor, label: Tensor, zhat: Tensor) -> Tensor:
-    """The prototype of each row, (N, D); any prototype for a row without a label."""
-    return prototypes.to(zhat.dtype).index_select(0, label.clamp(min=0))
-
-
-def _row_dots(a: Tensor, b: Tensor) -> Tensor:
-    """(N, D), (N, D) -> (N,)."""
-    return torch.linalg.vecdot(a, b)
-
-
-def _distances(zhat: Tensor, target: Tensor, distance: str) -> Tensor:
-    """Distance of each row to its own prototype: (N, D), (N, D) -> (N,)."""
-    if distance == "cosine":
-        return 1 - _row_dots(zhat, target)
-    return torch.linalg.vector_norm(zhat - target, ord=2 if distance == "euclidean" else 1, dim=1)
-
-
-def _distance_gradient(zhat: Tensor, target: Tensor, distance: str) -> Tensor:
-    """d distance / d zhat, (N, D); zero where a row lies on its prototype. A new tensor."""
-    if distance == "cosine":
-        return -target
-    offset = zhat - target
-    if distance == "manhattan":
-        return offset.sign_()
-    length = torch.linalg.vector_norm(offset, dim=1, keepdim=True)
-    return offset.div_(torch.where(length > 0, length, 1.0))
