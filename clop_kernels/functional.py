@@ -8,13 +8,22 @@ from __future__ import annotations
 
 import math
 import numbers
-from typing import TypedDict
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from . import backends, ops, reference
-from .backends.contract import DISTANCES, POSITIVES, REDUCTIONS
+from .backends.contract import DISTANCES, GRADIENT_SCALES, POSITIVES, REDUCTIONS, STRATEGIES
+
+if torch.distributed.is_available():
+    from . import distributed
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from .distributed import Sharding
 
 _INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _EMBEDDING_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -45,6 +54,10 @@ def clop_loss(
     reduction: str = "mean",
     normalize: bool = True,
     backend: str | None = None,
+    group: ProcessGroup | None = None,
+    strategy: str = "auto",
+    grad_scale: str = "ddp",
+    check_ranks: bool = True,
 ) -> Tensor:
     r"""Contrastive loss plus a pull of each labelled row to the prototype of its class (CLOP, arXiv 2403.18699).
 
@@ -76,6 +89,21 @@ def clop_loss(
             keeps its part along the row.
         backend: None takes the fastest that can run; or "cuda", "triton", "cpu", "tiled", "reference". See
             ``python -m clop_kernels info``.
+        group: where the rows are spread over processes, their process group: the loss is that of all rows of all ranks, exactly,
+            and the same number on every rank. Ranks may have different numbers of rows, or none; an instance has all of its
+            views on one rank. None: of this process alone. See :mod:`clop_kernels.distributed`.
+        strategy: how rows of other ranks come here. "gather": all at once, O(N D) memory, and backward only the numbers of their
+            softmax; "ring": a rank at a time while those before are worked on, O(N_local D) memory, and rows again in the
+            backward pass; "auto": gather while that takes no more than a sixteenth of the device's memory.
+        grad_scale: what gradients are of. "ddp": of the sum of what all ranks return, each its loss: world size times that of the
+            loss, which averaging over ranks, as DistributedDataParallel and FSDP average the gradients of parameters, makes that
+            of one process with all rows. "none": of the loss itself, for gradients that are summed over ranks. The gradients of
+            ``temperature`` and ``prototypes`` are this rank's share, likewise. With ``reduction="none"`` a rank returns the terms
+            of its own rows, and gradients are of the sum of what all ranks make of theirs, either way. All ranks are to
+            backpropagate, a scalar with the same upstream gradient.
+        check_ranks: tell each other sizes and options first, so that what does not fit together is an error on every rank and not
+            a hang. That is one small exchange, which on a GPU waits for queued work, unless the group has a CPU backend too, as
+            of ``init_process_group("cpu:gloo,cuda:nccl")``. False: all ranks have as many rows, and nothing is checked.
 
     Returns:
         () or, for ``reduction="none"``, (V*B,); float32, or float64 for float64 embeddings. Gradients are exact for
@@ -90,18 +118,22 @@ def clop_loss(
     Example:
         >>> loss = clop_loss(torch.cat([encoder(view_1), encoder(view_2)]), labels, prototypes)
     """
-    _check_embeddings(embeddings, n_views)
-    if labels is not None:
-        labels = _checked_labels("labels", labels, embeddings.shape[0] // n_views, embeddings.device)
-    _check_choice("positives", positives, POSITIVES)
-    _check_choice("distance", distance, DISTANCES)
-    if positives == "label" and labels is None:
-        raise ValueError('labels=None with positives="label": expected (B,) integers, -1 for unlabelled, to find positives by')
-    if prototypes is not None:
-        _check_prototypes(prototypes, embeddings)
-    weight = _checked_number("prototype_weight", prototype_weight)
-    if weight < 0:
-        raise ValueError(f"prototype_weight={prototype_weight}: expected a number of at least 0")
+    sharding = _sharding(group, strategy, grad_scale, check_ranks)
+    with _failures_announced(sharding):
+        _check_embeddings(embeddings, n_views)
+        if labels is not None:
+            labels = _checked_labels("labels", labels, embeddings.shape[0] // n_views, embeddings.device)
+        _check_choice("positives", positives, POSITIVES)
+        _check_choice("distance", distance, DISTANCES)
+        if positives == "label" and labels is None:
+            raise ValueError(
+                'labels=None with positives="label": expected (B,) integers, -1 for unlabelled, to find positives by'
+            )
+        if prototypes is not None:
+            _check_prototypes(prototypes, embeddings)
+        weight = _checked_number("prototype_weight", prototype_weight)
+        if weight < 0:
+            raise ValueError(f"prototype_weight={prototype_weight}: expected a number of at least 0")
     return _loss(
         embeddings,
         labels,
@@ -114,6 +146,7 @@ def clop_loss(
         reduction=reduction,
         normalize=normalize,
         backend=backend,
+        sharding=sharding,
     )
 
 
@@ -125,10 +158,23 @@ def ntxent_loss(
     reduction: str = "mean",
     normalize: bool = True,
     backend: str | None = None,
+    group: ProcessGroup | None = None,
+    strategy: str = "auto",
+    grad_scale: str = "ddp",
+    check_ranks: bool = True,
 ) -> Tensor:
     """NT-Xent (SimCLR, arXiv 2002.05709): :func:`clop_loss` without labels and prototypes. (V*B, D), view-major rows."""
     return clop_loss(
-        embeddings, n_views=n_views, temperature=temperature, reduction=reduction, normalize=normalize, backend=backend
+        embeddings,
+        n_views=n_views,
+        temperature=temperature,
+        reduction=reduction,
+        normalize=normalize,
+        backend=backend,
+        group=group,
+        strategy=strategy,
+        grad_scale=grad_scale,
+        check_ranks=check_ranks,
     )
 
 
@@ -141,6 +187,10 @@ def supcon_loss(
     reduction: str = "mean",
     normalize: bool = True,
     backend: str | None = None,
+    group: ProcessGroup | None = None,
+    strategy: str = "auto",
+    grad_scale: str = "ddp",
+    check_ranks: bool = True,
 ) -> Tensor:
     """SupCon (arXiv 2004.11362, eq. 2): :func:`clop_loss` with ``positives="label"`` and no prototypes. (V*B, D) and (B,).
 
@@ -155,6 +205,10 @@ def supcon_loss(
         reduction=reduction,
         normalize=normalize,
         backend=backend,
+        group=group,
+        strategy=strategy,
+        grad_scale=grad_scale,
+        check_ranks=check_ranks,
     )
 
 
@@ -168,6 +222,10 @@ def clip_loss(
     reduction: str = "mean",
     normalize: bool = True,
     backend: str | None = None,
+    group: ProcessGroup | None = None,
+    strategy: str = "auto",
+    grad_scale: str = "ddp",
+    check_ranks: bool = True,
 ) -> Tensor:
     r"""Two-sided contrastive loss (CLIP, arXiv 2103.00020): left rows against right ones, and the other way, in one pass.
 
@@ -190,7 +248,8 @@ def clip_loss(
             of CLIP's logit scale.
         reduction: "mean", L above; "none", (M + N,): the left rows' terms, then the right ones', 0 outside A; "sum", their sum.
         normalize: False takes the rows as they are.
-        backend: as for :func:`clop_loss`.
+        backend, group, strategy, grad_scale, check_ranks: as for :func:`clop_loss`. A row meets the other side of all ranks, and
+            without labels as many rows are on both sides of each.
 
     Returns:
         () or, for ``reduction="none"``, (M + N,); float32, or float64 for float64 rows. Gradients are exact for ``left``,
@@ -199,18 +258,20 @@ def clip_loss(
     Raises:
         As :func:`clop_loss`.
     """
-    _check_sides("left", left, "right", right)
-    if (left_labels is None) != (right_labels is None):
-        missing = "left_labels" if left_labels is None else "right_labels"
-        raise ValueError(f"{missing}=None: expected labels of both sides or of neither")
-    if left_labels is None and left.shape[0] != right.shape[0]:
-        raise ValueError(
-            f"left has {left.shape[0]} rows and right {right.shape[0]}: expected as many, row by row, or labels of both sides"
-        )
-    labels = None
-    if left_labels is not None:
-        of_left = _checked_labels("left_labels", left_labels, left.shape[0], left.device)
-        labels = torch.cat([of_left, _checked_labels("right_labels", right_labels, right.shape[0], left.device)])
+    sharding = _sharding(group, strategy, grad_scale, check_ranks)
+    with _failures_announced(sharding):
+        _check_sides("left", left, "right", right)
+        if (left_labels is None) != (right_labels is None):
+            missing = "left_labels" if left_labels is None else "right_labels"
+            raise ValueError(f"{missing}=None: expected labels of both sides or of neither")
+        if left_labels is None and left.shape[0] != right.shape[0]:
+            raise ValueError(
+                f"left has {left.shape[0]} rows and right {right.shape[0]}: expected as many, row by row, or labels of both sides"
+            )
+        labels = None
+        if left_labels is not None:
+            of_left = _checked_labels("left_labels", left_labels, left.shape[0], left.device)
+            labels = torch.cat([of_left, _checked_labels("right_labels", right_labels, right.shape[0], left.device)])
     return _loss(
         torch.cat([left, right]),
         labels,
@@ -221,6 +282,7 @@ def clip_loss(
         normalize=normalize,
         n_left=left.shape[0],
         backend=backend,
+        sharding=sharding,
     )
 
 
@@ -287,29 +349,62 @@ def _loss(
     distance: str = "cosine",
     n_left: int | None = None,
     negatives_only: bool = False,
+    sharding: Sharding | None = None,
 ) -> Tensor:
     """Checks what all losses have in common, and calls the operator, or the reference."""
-    _check_choice("reduction", reduction, REDUCTIONS)
-    if backend is not None:
-        _check_choice("backend", backend, backends.NAMES)
-    if not isinstance(normalize, bool):
-        raise TypeError(f"normalize={normalize!r} of type {type(normalize).__name__}: expected a bool")
-    arguments = _Arguments(
-        n_views=n_views,
-        positives=positives,
-        temperature=_checked_temperature(temperature, embeddings.device),
-        prototype_weight=prototype_weight,
-        distance=distance,
-        reduction=reduction,
-        normalize=normalize,
-        n_left=n_left,
-        negatives_only=negatives_only,
-    )
+    with _failures_announced(sharding):
+        _check_choice("reduction", reduction, REDUCTIONS)
+        if backend is not None:
+            _check_choice("backend", backend, backends.NAMES)
+        if backend == backends.REFERENCE and sharding is not None:
+            raise ValueError(
+                'backend="reference" with a group: expected another backend, or the rows of all ranks and group=None'
+            )
+        if not isinstance(normalize, bool):
+            raise TypeError(f"normalize={normalize!r} of type {type(normalize).__name__}: expected a bool")
+        arguments = _Arguments(
+            n_views=n_views,
+            positives=positives,
+            temperature=_checked_temperature(temperature, embeddings.device),
+            prototype_weight=prototype_weight,
+            distance=distance,
+            reduction=reduction,
+            normalize=normalize,
+            n_left=n_left,
+            negatives_only=negatives_only,
+        )
+    if sharding is not None:
+        return distributed.loss(embeddings, labels, prototypes, sharding, backend=backend, **arguments)
     if backend == backends.REFERENCE:
         if not torch.compiler.is_compiling():
             ops.check_values(labels, prototypes, temperature if isinstance(temperature, Tensor) else None)
         return reference.clop_loss(embeddings, labels, prototypes, **arguments)
     return ops.loss(embeddings, labels, prototypes, backend=backend, **arguments)
+
+
+def _sharding(group: ProcessGroup | None, strategy: str, grad_scale: str, check_ranks: bool) -> Sharding | None:
+    """None for a loss of this process alone."""
+    _check_choice("strategy", strategy, STRATEGIES)
+    _check_choice("grad_scale", grad_scale, GRADIENT_SCALES)
+    if group is None:
+        return None
+    if not torch.distributed.is_available():
+        raise RuntimeError("group: this build of torch has no torch.distributed")
+    non_member: Any = torch.distributed.GroupMember.NON_GROUP_MEMBER
+    if group is non_member:
+        raise ValueError("group: this process is not a member of it; only those that are may call the loss")
+    if not isinstance(group, torch.distributed.ProcessGroup):
+        raise TypeError(
+            f"group is a {type(group).__name__}: expected a torch.distributed.ProcessGroup, such as torch.distributed.group.WORLD"
+        )
+    return distributed.Sharding(group.group_name, strategy, grad_scale, bool(check_ranks))
+
+
+def _failures_announced(sharding: Sharding | None) -> AbstractContextManager[Any]:
+    """Where an error within must not leave other ranks waiting. In a compiled graph nothing but the operator itself can fail."""
+    if sharding is None or torch.compiler.is_compiling():
+        return nullcontext()
+    return distributed.FailuresAnnounced(sharding)
 
 
 def _check_tensor(name: str, value: object) -> None:

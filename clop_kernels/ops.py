@@ -6,36 +6,59 @@ registered here; a second derivative raises. :func:`loss` is the Python entrance
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor
 
 from . import backends
-from .backends.contract import LossOptions, Needs, Residuals, accumulate_dtype
+from .backends.contract import Gradients, LossOptions, Needs, Residuals, accumulate_dtype
 
-_OPTIONS = (
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+OPTIONS_SCHEMA = (
     "float temperature, Tensor? temperature_tensor, int n_views, str positives, float prototype_weight, str distance, "
     "str reduction, ScalarType compute_dtype, bool normalize, SymInt? n_left, bool negatives_only, str? backend"
 )
 
 _library = torch.library.Library("clop", "FRAGMENT")
 _library.define(
-    f"loss(Tensor embeddings, Tensor? labels, Tensor? prototypes, {_OPTIONS}) "
+    f"loss(Tensor embeddings, Tensor? labels, Tensor? prototypes, {OPTIONS_SCHEMA}) "
     "-> (Tensor loss, Tensor normalized, Tensor norms, Tensor shift, Tensor total, Tensor negative, Tensor groups, Tensor counts)"
 )
 _library.define(
     "loss_backward(Tensor grad_loss, Tensor embeddings, Tensor normalized, Tensor norms, Tensor shift, Tensor total, "
-    f"Tensor negative, Tensor groups, Tensor counts, Tensor? labels, Tensor? prototypes, bool[3] needs, {_OPTIONS}) "
+    f"Tensor negative, Tensor groups, Tensor counts, Tensor? labels, Tensor? prototypes, bool[3] needs, {OPTIONS_SCHEMA}) "
     "-> (Tensor grad_embeddings, Tensor grad_temperature, Tensor grad_prototypes)"
 )
 
 
-def loss(
+def loss(embeddings: Tensor, labels: Tensor | None, prototypes: Tensor | None, **options: Unpack[OptionArguments]) -> Tensor:
+    """The loss of validated arguments."""
+    result: tuple[Tensor, ...] = _entrance()(embeddings, labels, prototypes, *option_arguments(embeddings, **options))
+    return result[0]
+
+
+class OptionArguments(TypedDict):
+    """See :class:`clop_kernels.backends.contract.LossOptions`."""
+
+    n_views: int
+    positives: str
+    temperature: float | Tensor
+    prototype_weight: float
+    distance: str
+    reduction: str
+    normalize: bool
+    n_left: int | None
+    negatives_only: bool
+    backend: str | None
+
+
+def option_arguments(
     embeddings: Tensor,
-    labels: Tensor | None,
-    prototypes: Tensor | None,
     *,
     n_views: int,
     positives: str,
@@ -47,21 +70,14 @@ def loss(
     n_left: int | None,
     negatives_only: bool,
     backend: str | None,
-) -> Tensor:
-    """The loss of validated arguments; see :class:`clop_kernels.backends.contract.LossOptions`.
+) -> tuple[Any, ...]:
+    """What an operator takes as :data:`OPTIONS_SCHEMA`.
 
     Under autocast the operands of the matrix products are rounded to the autocast dtype; all else, the loss included,
     stays in float32.
     """
-    compute_dtype = embeddings.dtype
-    device_type = embeddings.device.type
-    if compute_dtype != torch.float64 and _has_autocast(device_type) and torch.is_autocast_enabled(device_type):
-        compute_dtype = torch.get_autocast_dtype(device_type)
     is_tensor = isinstance(temperature, Tensor)
-    result: tuple[Tensor, ...] = _entrance()(
-        embeddings,
-        labels,
-        prototypes,
+    return (
         0.0 if is_tensor else temperature,
         temperature if is_tensor else None,
         n_views,
@@ -69,20 +85,26 @@ def loss(
         prototype_weight,
         distance,
         reduction,
-        compute_dtype,
+        _compute_dtype(embeddings),
         normalize,
         n_left,
         negatives_only,
         backend,
     )
-    return result[0]
+
+
+def _compute_dtype(embeddings: Tensor) -> torch.dtype:
+    device_type = embeddings.device.type
+    if embeddings.dtype != torch.float64 and _has_autocast(device_type) and torch.is_autocast_enabled(device_type):
+        return torch.get_autocast_dtype(device_type)
+    return embeddings.dtype
 
 
 def _has_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)  # not for the meta device, say
 
 
-def _without_autocast(device_type: str) -> AbstractContextManager[Any]:
+def without_autocast(device_type: str) -> AbstractContextManager[Any]:
     return torch.autocast(device_type, enabled=False) if _has_autocast(device_type) else nullcontext()
 
 
@@ -115,7 +137,7 @@ def check_values(labels: Tensor | None, prototypes: Tensor | None, temperature: 
             torch._assert_async(is_valid, "clop_kernels: temperature is not a positive finite number")
 
 
-def _options(
+def options_of(
     temperature: float,
     temperature_tensor: Tensor | None,
     n_views: int,
@@ -139,11 +161,11 @@ def _options(
 
 def _forward(embeddings: Tensor, labels: Tensor | None, prototypes: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
     *option_args, backend = args
-    options = _options(*option_args)
+    options = options_of(*option_args)
     module = backends.select(backend, embeddings.device, options.compute_dtype).load()
     if embeddings.device.type == "cpu" or not module.CHECKS_VALUES:
         check_values(labels, prototypes, option_args[1])
-    with _without_autocast(embeddings.device.type):
+    with without_autocast(embeddings.device.type):
         value, residuals = module.forward(embeddings, labels, prototypes, options)
     return value, *residuals
 
@@ -164,16 +186,23 @@ def _backward(
     *args: Any,
 ) -> tuple[Tensor, ...]:
     *option_args, backend = args
-    options = _options(*option_args)
+    options = options_of(*option_args)
     chosen = backends.select(backend, embeddings.device, options.compute_dtype)
     residuals = Residuals(normalized, norms, shift, total, negative, groups, counts)
-    with _without_autocast(embeddings.device.type):
+    with without_autocast(embeddings.device.type):
         grads = chosen.load().backward(grad_loss, embeddings, residuals, labels, prototypes, options, Needs(*needs))
-    unfilled = _unfilled_gradients(embeddings, option_args[1], prototypes, needs)
+    return filled_gradients(grads, embeddings, option_args[1], prototypes, needs)
+
+
+def filled_gradients(
+    grads: Gradients, embeddings: Tensor, temperature: Tensor | None, prototypes: Tensor | None, needs: list[bool]
+) -> tuple[Tensor, ...]:
+    """A backend's gradients as an operator returns them: of the inputs' dtypes, and without elements where not needed."""
+    unfilled = unfilled_gradients(embeddings, temperature, prototypes, needs)
     return tuple(empty if grad is None else grad.to(empty.dtype) for grad, empty in zip(grads, unfilled, strict=True))
 
 
-def _unfilled_gradients(
+def unfilled_gradients(
     embeddings: Tensor, temperature: Tensor | None, prototypes: Tensor | None, needs: list[bool]
 ) -> tuple[Tensor, ...]:
     """Tensors of the shapes and dtypes of the gradients; one that is not needed has no elements."""
@@ -209,10 +238,10 @@ def _backward_fake(
     needs: list[bool],
     *args: Any,
 ) -> tuple[Tensor, ...]:
-    return _unfilled_gradients(embeddings, args[1], prototypes, needs)
+    return unfilled_gradients(embeddings, args[1], prototypes, needs)
 
 
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     embeddings, labels, prototypes, temperature, temperature_tensor, *options = inputs
     ctx.save_for_backward(embeddings, *output[1:], labels, prototypes, temperature_tensor)
     ctx.mark_non_differentiable(*output[1:])
@@ -220,22 +249,34 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
     ctx.options = (temperature, options)
 
 
-def _autograd(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-    embeddings, *residuals, labels, prototypes, temperature_tensor = ctx.saved_tensors
-    temperature, options = ctx.options
-    needs_embeddings, _labels, needs_prototypes, _temperature, needs_temperature, *_rest = ctx.needs_input_grad
-    needs = [needs_embeddings, needs_temperature, needs_prototypes]
-    if grad_loss is None:
-        grads: list[Tensor | None] = [None, None, None]
-    else:
-        results = _entrance(backward=True)(
-            grad_loss, embeddings, *residuals, labels, prototypes, needs, temperature, temperature_tensor, *options
-        )
-        grads = [grad if needed else None for grad, needed in zip(results, needs, strict=True)]
-    return grads[0], None, grads[2], None, grads[1], *(None for _ in options)
+def autograd_formula(backward_operator: Callable[[], Any]) -> Callable[..., tuple[Tensor | None, ...]]:
+    """Of an operator of the arguments (embeddings, labels, prototypes, options), the first result of which is the loss.
+
+    Its backward operator takes the upstream gradient, the embeddings, the other results, labels, prototypes, which gradients are
+    needed, and the options.
+    """
+
+    def formula(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        embeddings, *residuals, labels, prototypes, temperature_tensor = ctx.saved_tensors
+        temperature, options = ctx.options
+        needs_embeddings, _labels, needs_prototypes, _temperature, needs_temperature, *_rest = ctx.needs_input_grad
+        needs = [needs_embeddings, needs_temperature, needs_prototypes]
+        if grad_loss is None:
+            grads: list[Tensor | None] = [None, None, None]
+        else:
+            results = backward_operator()(
+                grad_loss, embeddings, *residuals, labels, prototypes, needs, temperature, temperature_tensor, *options
+            )
+            grads = [grad if needed else None for grad, needed in zip(results, needs, strict=True)]
+        return grads[0], None, grads[2], None, grads[1], *(None for _ in options)
+
+    return formula
 
 
-def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
+_autograd = autograd_formula(lambda: _entrance(backward=True))
+
+
+def no_second_derivative(ctx: Any, *grads: Tensor) -> None:
     raise NotImplementedError(
         "clop_kernels' loss cannot be differentiated twice: its backward pass is a fused kernel without a derivative of its own. "
         'Take backend="reference", which autograd differentiates any number of times, at N x N memory'
@@ -252,7 +293,7 @@ class _FunctorchLoss(torch.autograd.Function):
     """The same formula for torch.func.grad, which takes an autograd.Function and not (yet) an operator's registered one."""
 
     forward = staticmethod(torch.ops.clop.loss)
-    setup_context = staticmethod(_setup_context)
+    setup_context = staticmethod(setup_context)
     backward = staticmethod(_autograd)
     vmap = staticmethod(_no_vmap)
 
@@ -262,7 +303,7 @@ class _FunctorchLossBackward(torch.autograd.Function):
 
     forward = staticmethod(torch.ops.clop.loss_backward)
     setup_context = staticmethod(lambda ctx, inputs, output: None)
-    backward = staticmethod(_no_second_derivative)
+    backward = staticmethod(no_second_derivative)
     vmap = staticmethod(_no_vmap)
 
 
@@ -277,5 +318,5 @@ _library.impl("loss", _forward, "CompositeExplicitAutograd")
 _library.impl("loss_backward", _backward, "CompositeExplicitAutograd")
 torch.library.register_fake("clop::loss", _forward_fake, lib=_library)
 torch.library.register_fake("clop::loss_backward", _backward_fake, lib=_library)
-torch.library.register_autograd("clop::loss", _autograd, setup_context=_setup_context, lib=_library)
-torch.library.register_autograd("clop::loss_backward", _no_second_derivative, lib=_library)
+torch.library.register_autograd("clop::loss", _autograd, setup_context=setup_context, lib=_library)
+torch.library.register_autograd("clop::loss_backward", no_second_derivative, lib=_library)

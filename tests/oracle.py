@@ -159,8 +159,14 @@ def assert_accurate(problem: Problem, backend: str, ill_conditioned: bool = Fals
     signs cancel in any problem, PLAIN_FACTOR times the plain loss's own error is allowed too. ``floor``: of
     :func:`relative_error`, for gradients that are zero but for rounding.
     """
+    assert_close_to_reference(problem, problem.solve(backend, torch.float32), ill_conditioned, floor)
+
+
+def assert_close_to_reference(
+    problem: Problem, actual: dict[str, Tensor], ill_conditioned: bool = False, floor: float = 0.0
+) -> None:
+    """As :func:`assert_accurate`, of a solution in float32."""
     expected = problem.solve("reference", torch.float64)
-    actual = problem.solve(backend, torch.float32)
     plain: dict[str, float] | None = None
     for name, value in expected.items():
         error = relative_error(actual[name], value, floor)

@@ -38,6 +38,8 @@ from torch import Tensor
 POSITIVES = ("instance", "label")
 DISTANCES = ("cosine", "euclidean", "manhattan")
 REDUCTIONS = ("mean", "sum", "none")
+STRATEGIES = ("auto", "gather", "ring")
+GRADIENT_SCALES = ("ddp", "none")
 
 EPS = 1e-12
 """Smallest norm that a row is divided by; the same constant as in :mod:`clop_kernels.reference`."""

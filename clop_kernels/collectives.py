@@ -1,0 +1,208 @@
+"""What the loss asks of a process group: that all ranks agree, everyone's rows at once, or everyone's rows one rank at a time.
+
+All of it is torch.distributed's own collectives, on whatever backend the group has for the tensors' device. Ranks may have
+different numbers of rows; how many each has, all of them know from the header, one small exchange before anything else.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import struct
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, distributed
+from torch.distributed import distributed_c10d
+
+# Its older name is deprecated from torch 2.13 on.
+_all_gather_single: Callable[..., Any] = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
+
+Sizes = tuple[int, ...]
+"""How many rows each rank has."""
+
+
+@dataclass(frozen=True)
+class Field:
+    """One number of the header.
+
+    Attributes:
+        name: what a person calls it.
+        value: this rank's, an int of 64 bits.
+        show: how a person would write a value; None: ranks need not agree on it.
+    """
+
+    name: str
+    value: int
+    show: Callable[[int], str] | None = str
+
+    @staticmethod
+    def of_choice(name: str, value: Any, choices: Sequence[Any]) -> Field:
+        return Field(name, choices.index(value), lambda index: repr(choices[index]))
+
+    @staticmethod
+    def of_float(name: str, value: float | None) -> Field:
+        """None: a number that this rank does not know."""
+        if value is None:
+            return Field(name, _UNKNOWN_BITS, _float_text)
+        (bits,) = struct.unpack("<q", struct.pack("<d", value))
+        return Field(name, bits, _float_text)
+
+
+(_UNKNOWN_BITS,) = struct.unpack("<q", struct.pack("<d", float("nan")))
+
+
+def _float_text(bits: int) -> str:
+    return "a tensor" if bits == _UNKNOWN_BITS else repr(struct.unpack("<d", struct.pack("<q", bits))[0])
+
+
+_GREETING = 0x636C6F70  # in front of every header; FAILED is what a rank sends that cannot take part
+_FAILED = -1
+
+
+class Ranks:
+    """The ranks of a process group, as one of them sees them.
+
+    Args:
+        group_name: what torch has registered the group as.
+    """
+
+    def __init__(self, group_name: str) -> None:
+        resolve: Any = distributed_c10d._resolve_process_group  # type: ignore[attr-defined]
+        self.group: distributed.ProcessGroup = resolve(group_name)
+        self.rank = distributed.get_rank(self.group)
+        self.size = distributed.get_world_size(self.group)
+
+    # ---- agreement -----------------------------------------------------------------------------------------------------
+
+    def exchange(self, header: Sequence[Field], device: torch.device) -> list[list[int]]:
+        """What every rank has in each field, which for those with a ``show`` is the same.
+
+        The numbers travel through the group's CPU backend if it has one, as in ``init_process_group("cpu:gloo,cuda:nccl")``; else
+        through memory of ``device``, and reading them waits for all work that is queued there.
+
+        Raises:
+            ValueError: on every rank, if they disagree; it names the first field and who has what.
+            RuntimeError: if a rank has called :meth:`announce_failure` instead.
+        """
+        everyone = self._all_gather([_GREETING, *(field.value for field in header)], device)
+        failed = [rank for rank, values in enumerate(everyone) if values[0] == _FAILED]
+        if failed:
+            raise RuntimeError(f"{_ranks_text(failed)} of the process group raised an error before the loss; it says there what")
+        columns = [list(values) for values in zip(*everyone, strict=True)][1:]
+        for field, values in zip(header, columns, strict=True):
+            if field.show is not None and len(set(values)) > 1:
+                raise ValueError(
+                    f"{field.name} differs between the ranks of the process group: {_who_has_what(values, field.show)}"
+                )
+        return columns
+
+    def announce_failure(self, n_fields: int) -> None:
+        """Takes the place of :meth:`exchange` on a rank that has an error to raise, so that the others need not wait for it."""
+        self._all_gather([_FAILED] + [0] * n_fields, torch.device(self._device_types()[0]))
+
+    def _all_gather(self, numbers: list[int], device: torch.device) -> list[list[int]]:
+        mine = torch.tensor(numbers, dtype=torch.int64, device="cpu" if "cpu" in self._device_types() else device)
+        everyone = mine.new_empty(self.size * len(numbers))
+        _all_gather_single(everyone, mine, group=self.group)
+        return [everyone[k : k + len(numbers)].tolist() for k in range(0, len(everyone), len(numbers))]
+
+    def _device_types(self) -> list[str]:
+        """Of which the group has a backend."""
+        return [each.split(":")[0] for each in distributed.get_backend_config(self.group).split(",")]
+
+    # ---- rows ------------------------------------------------------------------------------------------------------------
+
+    def start_gather(self, rows: Tensor, sizes: Sizes) -> Callable[[], Tensor]:
+        """Begins to gather rows, (sizes[rank], ...); what is returned waits, and has those of all ranks, (size * most, ...).
+
+        Those of rank r begin at r * most, most = max(sizes); what is between is anything.
+        """
+        most = max(sizes)
+        if len(rows) < most:
+            rows = torch.cat([rows, rows.new_zeros((most - len(rows), *rows.shape[1:]))])
+        everyone = rows.new_empty((self.size * most, *rows.shape[1:]))
+        work = _all_gather_single(everyone, rows.contiguous(), group=self.group, async_op=True) if most > 0 else None
+
+        def finish() -> Tensor:
+            if work is not None:
+                work.wait()
+            return everyone
+
+        return finish
+
+    def index_of_rows(self, sizes: Sizes, with_own: bool, device: torch.device) -> Tensor:
+        """Where, in what a gather gives, the rows of all ranks are, or of all others: by rank, (their number,) int64."""
+        n_own, most = sizes[self.rank], max(sizes)
+        if min(sizes) == most:  # as in most steps of most runs: no number goes to the device
+            index = torch.arange((self.size - (not with_own)) * most, device=device)
+            return index if with_own else torch.where(index < self.rank * most, index, index + most)
+        counts = [0 if rank == self.rank and not with_own else count for rank, count in enumerate(sizes)]
+        n_rows = sum(sizes) - (0 if with_own else n_own)
+        ranks = torch.arange(self.size, device=device)
+        on_device = torch.tensor(counts, device=device)
+        # Row k of all is row k - (the rows of the ranks before its own) of its rank.
+        offsets = ranks * most - (on_device.cumsum(0) - on_device)
+        return torch.arange(n_rows, device=device) + offsets.repeat_interleave(on_device, output_size=n_rows)
+
+    def ring(self, tensors: Sequence[Tensor], sizes: Sizes) -> Iterator[tuple[int, Sequence[Tensor]]]:
+        """Each rank and its tensors, (sizes[rank], ...): this rank's own first, then those of the rank before, round the ring.
+
+        The next ones arrive while the caller works on those that it has, which it must not change.
+        """
+        held: Sequence[Tensor] = [tensor.contiguous() for tensor in tensors]
+        for step in range(self.size):
+            owner = (self.rank - step) % self.size
+            coming: Sequence[Tensor] = []
+            works: list[distributed.Work] = []
+            if step + 1 < self.size:
+                n_coming = sizes[(owner - 1) % self.size]
+                coming = [tensor.new_empty((n_coming, *tensor.shape[1:])) for tensor in held]
+                works = self._pass_on(held, coming)
+            yield owner, held
+            for work in works:
+                work.wait()
+            held = coming
+
+    def _pass_on(self, held: Sequence[Tensor], coming: Sequence[Tensor]) -> list[distributed.Work]:
+        """Sends to the next rank and receives from the one before; nothing of tensors without elements."""
+        after, before = (self.rank + 1) % self.size, (self.rank - 1) % self.size
+        operations = [
+            distributed.P2POp(transfer, tensor, group=self.group, tag=tag, group_peer=peer)
+            for tag, pair in enumerate(zip(held, coming, strict=True))
+            for transfer, tensor, peer in zip((distributed.isend, distributed.irecv), pair, (after, before), strict=True)
+            if tensor.numel() > 0
+        ]
+        works: list[distributed.Work] = distributed.batch_isend_irecv(operations) if operations else []
+        return works
+
+    def sum(self, numbers: Tensor) -> Tensor:
+        """Over the ranks, in place."""
+        distributed.all_reduce(numbers, group=self.group)
+        return numbers
+
+    def largest(self, number: Tensor) -> Tensor:
+        """Over the ranks, in place."""
+        distributed.all_reduce(number, op=distributed.ReduceOp.MAX, group=self.group)
+        return number
+
+
+def _ranks_text(ranks: Sequence[int]) -> str:
+    return ("rank " if len(ranks) == 1 else "ranks ") + ", ".join(map(str, ranks))
+
+
+def _who_has_what(values: Sequence[int], show: Callable[[int], str]) -> str:
+    who: dict[int, list[int]] = {}
+    for rank, value in enumerate(values):
+        who.setdefault(value, []).append(rank)
+    return "; ".join(f"{show(value)} on {_ranks_text(ranks)}" for value, ranks in who.items())
+
+
+@functools.cache
+def memory_of(device: torch.device) -> int:
+    """Bytes of memory that a device has in all."""
+    if device.type in ("cuda", "xpu"):
+        return int(getattr(torch, device.type).get_device_properties(device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
