@@ -20,6 +20,8 @@ from torch.distributed import distributed_c10d
 # Its older name is deprecated from torch 2.13 on.
 _all_gather_single: Callable[..., Any] = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
 
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
 Sizes = tuple[int, ...]
 """How many rows each rank has."""
 
@@ -102,6 +104,20 @@ class Ranks:
     def announce_failure(self, n_fields: int) -> None:
         """Takes the place of :meth:`exchange` on a rank that has an error to raise, so that the others need not wait for it."""
         self._all_gather([_FAILED] + [0] * n_fields, torch.device(self._device_types()[0]))
+
+    def agreed_on(self, name: str, tensor: Tensor) -> Tensor:
+        """The first rank's, on every rank.
+
+        Raises:
+            ValueError: on every rank, if they are not of one shape and dtype.
+        """
+        on_group = tensor if tensor.device.type in self._device_types() else tensor.to(self._device_types()[0])
+        header = [Field.of_choice(f"the dtype of {name}", tensor.dtype, DTYPES), Field(f"the dimensions of {name}", tensor.dim())]
+        self.exchange(header, on_group.device)
+        self.exchange([Field(f"dimension {k} of {name}", n) for k, n in enumerate(tensor.shape)], on_group.device)
+        on_group = on_group.detach().clone(memory_format=torch.contiguous_format)
+        distributed.broadcast(on_group, group=self.group, group_src=0)
+        return on_group.to(tensor.device)
 
     def _all_gather(self, numbers: list[int], device: torch.device) -> list[list[int]]:
         mine = torch.tensor(numbers, dtype=torch.int64, device="cpu" if "cpu" in self._device_types() else device)

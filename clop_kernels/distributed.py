@@ -49,7 +49,7 @@ from .backends.contract import (
     Softmax,
     accumulate_dtype,
 )
-from .collectives import Field, Ranks, Sizes, memory_of
+from .collectives import DTYPES, Field, Ranks, Sizes, memory_of
 from .groups import Groups, instance_groups, label_groups
 
 if TYPE_CHECKING:
@@ -59,8 +59,6 @@ _N_FIELDS = 18  # of a header
 
 GATHERED_SHARE = 1 / 16
 """strategy="auto" gathers while the rows of all ranks, and their sorted copy, take no more than this of a device's memory."""
-
-_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 class Sharding(NamedTuple):
@@ -442,8 +440,8 @@ def _header(
         Field("memory", memory_of(embeddings.device), None),
         Field("the number of sides that rows have", 1 if n_left is None else 2),
         Field("the width D of the embeddings", embeddings.shape[1]),
-        Field.of_choice("the dtype of the embeddings", embeddings.dtype, _DTYPES),
-        Field.of_choice("the dtype of the matrix products (autocast)", options.compute_dtype, _DTYPES),
+        Field.of_choice("the dtype of the embeddings", embeddings.dtype, DTYPES),
+        Field.of_choice("the dtype of the matrix products (autocast)", options.compute_dtype, DTYPES),
         Field.of_choice("backend", backend.name, backends.NAMES),
         Field.of_choice("strategy", sharding.strategy, STRATEGIES),
         Field.of_choice("grad_scale", sharding.grad_scale, GRADIENT_SCALES),

@@ -357,9 +357,7 @@ def _loss(
         if backend is not None:
             _check_choice("backend", backend, backends.NAMES)
         if backend == backends.REFERENCE and sharding is not None:
-            raise ValueError(
-                'backend="reference" with a group: expected another backend, or the rows of all ranks and group=None'
-            )
+            raise ValueError('backend="reference" with a group: expected another backend, or all rows in one process')
         if not isinstance(normalize, bool):
             raise TypeError(f"normalize={normalize!r} of type {type(normalize).__name__}: expected a bool")
         arguments = _Arguments(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +14,21 @@ from .backends import NAMES
 from .backends.contract import DISTANCES, POSITIVES, REDUCTIONS
 from .prototypes import orthonormal_prototypes, simplex_prototypes
 
+if torch.distributed.is_available():
+    from .collectives import Ranks
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+    from typing_extensions import Self
+
 _PROTOTYPES = {"orthonormal": orthonormal_prototypes, "simplex": simplex_prototypes}
+
+
+class _ShardingArguments(TypedDict):
+    group: ProcessGroup | None
+    strategy: str
+    grad_scale: str
+    check_ranks: bool
 
 
 class _ContrastiveLoss(nn.Module):
@@ -21,7 +37,16 @@ class _ContrastiveLoss(nn.Module):
     log_temperature: nn.Parameter | None
 
     def __init__(
-        self, temperature: float, n_views: int, reduction: str, learnable_temperature: bool, backend: str | None
+        self,
+        temperature: float,
+        n_views: int,
+        reduction: str,
+        learnable_temperature: bool,
+        backend: str | None,
+        group: ProcessGroup | None,
+        strategy: str,
+        grad_scale: str,
+        check_ranks: bool,
     ) -> None:
         super().__init__()
         if isinstance(temperature, Tensor):
@@ -32,9 +57,14 @@ class _ContrastiveLoss(nn.Module):
             functional._check_choice("backend", backend, NAMES)
         if isinstance(n_views, bool) or not isinstance(n_views, int) or n_views < 1:
             raise ValueError(f"n_views={n_views!r}: expected an int of at least 1")
+        functional._sharding(group, strategy, grad_scale, check_ranks)
         self.n_views = n_views
         self.reduction = reduction
         self.backend = backend
+        self.group = group
+        self.strategy = strategy
+        self.grad_scale = grad_scale
+        self.check_ranks = check_ranks
         self._temperature = float(value)
         # The logarithm is what is learned, so that no step of an optimiser can make the temperature negative.
         self.log_temperature = nn.Parameter(torch.tensor(math.log(self._temperature))) if learnable_temperature else None
@@ -65,6 +95,18 @@ class _ContrastiveLoss(nn.Module):
             raise ValueError(f"n_views={n_views} with {len(views)} views: expected None, or one stacked tensor")
         return torch.cat(views), labels, len(views)
 
+    def _sharding(self) -> _ShardingArguments:
+        return _ShardingArguments(
+            group=self.group, strategy=self.strategy, grad_scale=self.grad_scale, check_ranks=self.check_ranks
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        memo[id(self.group)] = self.group  # the copy shares it: a process group cannot be copied
+        result = self.__class__.__new__(self.__class__)
+        memo[id(self)] = result
+        result.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return result
+
     def extra_repr(self) -> str:
         tau = math.exp(self.log_temperature.item()) if self.log_temperature is not None else self._temperature
         learned = " (learned)" if self.log_temperature is not None else ""
@@ -80,6 +122,7 @@ class NTXentLoss(_ContrastiveLoss):
         reduction: "mean", "sum" or "none".
         learnable_temperature: make ``log_temperature`` a parameter.
         backend: None is the fastest that can run.
+        group, strategy, grad_scale, check_ranks: as for :func:`clop_kernels.clop_loss`.
     """
 
     def __init__(
@@ -90,8 +133,14 @@ class NTXentLoss(_ContrastiveLoss):
         reduction: str = "mean",
         learnable_temperature: bool = False,
         backend: str | None = None,
+        group: ProcessGroup | None = None,
+        strategy: str = "auto",
+        grad_scale: str = "ddp",
+        check_ranks: bool = True,
     ) -> None:
-        super().__init__(temperature, n_views, reduction, learnable_temperature, backend)
+        super().__init__(
+            temperature, n_views, reduction, learnable_temperature, backend, group, strategy, grad_scale, check_ranks
+        )
 
     def forward(self, *views: Tensor, n_views: int | None = None) -> Tensor:
         """Any number of (B, D) views, or one view-major (V*B, D) tensor -> the loss."""
@@ -114,8 +163,14 @@ class SupConLoss(_ContrastiveLoss):
         reduction: str = "mean",
         learnable_temperature: bool = False,
         backend: str | None = None,
+        group: ProcessGroup | None = None,
+        strategy: str = "auto",
+        grad_scale: str = "ddp",
+        check_ranks: bool = True,
     ) -> None:
-        super().__init__(temperature, n_views, reduction, learnable_temperature, backend)
+        super().__init__(
+            temperature, n_views, reduction, learnable_temperature, backend, group, strategy, grad_scale, check_ranks
+        )
 
     def forward(self, *views: Tensor, labels: Tensor | None = None, n_views: int | None = None) -> Tensor:
         """Any number of (B, D) views, or one view-major (V*B, D) tensor, and (B,) labels -> the loss."""
@@ -128,6 +183,7 @@ class SupConLoss(_ContrastiveLoss):
             temperature=self.temperature,
             reduction=self.reduction,
             backend=self.backend,
+            **self._sharding(),
         )
 
 
@@ -150,6 +206,8 @@ class CLOPLoss(_ContrastiveLoss):
         prototypes: "orthonormal", "simplex", or a (K, D) tensor of your own.
         generator: a CPU generator for a reproducible draw of the prototypes.
         backend: None is the fastest that can run.
+        group, strategy, grad_scale, check_ranks: as for :func:`clop_kernels.clop_loss`. All ranks of the group get the prototypes
+            of its first one, and must make this loss together.
         device, dtype: of the prototypes and the temperature.
 
     Attributes:
@@ -173,10 +231,16 @@ class CLOPLoss(_ContrastiveLoss):
         prototypes: str | Tensor = "orthonormal",
         generator: torch.Generator | None = None,
         backend: str | None = None,
+        group: ProcessGroup | None = None,
+        strategy: str = "auto",
+        grad_scale: str = "ddp",
+        check_ranks: bool = True,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__(temperature, n_views, reduction, learnable_temperature, backend)
+        super().__init__(
+            temperature, n_views, reduction, learnable_temperature, backend, group, strategy, grad_scale, check_ranks
+        )
         functional._check_choice("distance", distance, DISTANCES)
         functional._check_choice("positives", positives, POSITIVES)
         self.prototype_weight = functional._checked_number("prototype_weight", prototype_weight)
@@ -195,6 +259,8 @@ class CLOPLoss(_ContrastiveLoss):
             functional._check_choice("prototypes", prototypes, tuple(_PROTOTYPES))
             draw = _PROTOTYPES[prototypes]
             buffer = draw(num_classes, embedding_dim, generator=generator, device=device, dtype=dtype)
+        if group is not None:
+            buffer = Ranks(group.group_name).agreed_on("prototypes", buffer)
         self.register_buffer("prototypes", buffer)
         if self.log_temperature is not None:
             self.log_temperature.data = self.log_temperature.data.to(device=device)
@@ -213,6 +279,7 @@ class CLOPLoss(_ContrastiveLoss):
             distance=self.distance,
             reduction=self.reduction,
             backend=self.backend,
+            **self._sharding(),
         )
 
     def extra_repr(self) -> str:

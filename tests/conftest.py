@@ -7,13 +7,16 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import distributed
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when a kernel is defined: before any test can import one
 
 import clop_kernels
 
+from . import world
 from .oracle import RUNNABLE
+from .world import World
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -39,3 +42,11 @@ def tile_rows(request: pytest.FixtureRequest) -> Iterator[int | None]:
     clop_kernels.set_tile_rows(request.param)
     yield request.param
     clop_kernels.set_tile_rows(None)
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[World]:
+    """Up to four ranks of process groups on this CPU."""
+    if not distributed.is_available() or not distributed.is_gloo_available():
+        pytest.skip("this torch has no gloo")
+    yield from world.running(4)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, distributed, nn
+from torch import Tensor, nn
 
 import clop_kernels
 from benchmarks import providers
@@ -292,11 +292,13 @@ def test_open_clip(n: int, scale: float) -> None:
 
 def test_open_clip_says_what_it_cannot_do() -> None:
     compat.open_clip.ClipLoss(True, True, True, 0, 1, False)
-    with pytest.raises(NotImplementedError, match=r"world_size=2.*Gather them"):
-        compat.open_clip.ClipLoss(world_size=2)
-    with pytest.raises(NotImplementedError, match=r"use_horovod=True.*Gather them"):
+    with pytest.raises(NotImplementedError, match=r"gather_with_grad=False.*gives the whole gradient"):
+        compat.open_clip.ClipLoss(local_loss=True, world_size=2)
+    with pytest.raises(NotImplementedError, match=r"use_horovod=True.*torch.distributed"):
         compat.open_clip.ClipLoss(use_horovod=True)
     ours, z = compat.open_clip.ClipLoss(), rows(4, 3)
+    with pytest.raises(ValueError, match="world_size=2: expected that of the default process group, 1"):
+        compat.open_clip.ClipLoss(world_size=2)(z, z, 1.0)
     with pytest.raises(ValueError, match=r"logit_scale=0.0: expected a positive finite number"):
         ours(z, z, 0.0)
     for bad in (-1.0, 0.0, torch.inf, torch.nan):
@@ -356,27 +358,6 @@ def test_published_clop_anchors() -> None:
         compat.clop.CLOPLoss(3, 6)(rows(3, 6), rows(2, 6), torch.arange(3))
     with pytest.raises(ValueError, match="labels contains 5: expected values below 3"):
         compat.clop.CLOPLoss(3, 6)(rows(1, 6), rows(1, 6), torch.tensor([5]))
-
-
-# ---- several processes -------------------------------------------------------------------------------------------------
-
-
-def test_several_processes_are_refused_and_one_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rather than a loss of this process's rows alone where the original would gather."""
-    z = rows(4, 6)
-    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
-    try:
-        gathering, prototypes = compat.lightly.NTXentLoss(gather_distributed=True), compat.clop.CLOPLoss(3, 6)
-        gathering(z, z.flip(0))
-        prototypes(z, z.flip(0), torch.arange(4) % 3)
-        monkeypatch.setattr(distributed, "get_world_size", lambda: 2)
-        with pytest.raises(NotImplementedError, match=r"gather_distributed=True.*each process among themselves"):
-            gathering(z, z.flip(0))
-        with pytest.raises(NotImplementedError, match=r"world_size=2.*clop_kernels.CLOPLoss"):
-            prototypes(z, z.flip(0), torch.arange(4) % 3)
-        compat.lightly.NTXentLoss()(z, z.flip(0))  # of the process's own rows, as the original
-    finally:
-        distributed.destroy_process_group()
 
 
 # ---- all ---------------------------------------------------------------------------------------------------------------

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
-from collections.abc import Iterator
+import multiprocessing
+import os
+import re
 from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,9 +17,9 @@ import torch
 from torch import Tensor, distributed
 
 import clop_kernels
+from clop_kernels import backends
 from clop_kernels.backends.contract import POSITIVES, REDUCTIONS
 
-from . import world
 from .oracle import (
     RUNNABLE,
     Problem,
@@ -26,17 +31,10 @@ from .oracle import (
 )
 from .world import World
 
-pytestmark = pytest.mark.skipif(
-    not distributed.is_available() or not distributed.is_gloo_available(), reason="this torch has no gloo"
-)
+TRITON = next(b for b in backends.BACKENDS if b.name == "triton").obstacle(torch.device("cpu"), torch.float32) is None
 
 Parts = tuple[int, ...]
-"""How many instances each rank has; of two sides without labels pairs, else rows of the left side and of the right one in turn."""
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[World]:
-    yield from world.running(4)
+"""How many instances each rank has; of two sides pairs, or with labels rows of the left side."""
 
 
 # ---- a problem in parts ------------------------------------------------------------------------------------------------
@@ -76,7 +74,7 @@ def solve_part(
     prototypes = problem.prototypes
     if prototypes is not None:
         prototypes = inputs["prototypes"] = prototypes.to(precise).requires_grad_()
-    options = dict(problem.options)
+    options: dict[str, Any] = dict(problem.options)
     n_left = options.pop("n_left", None)
     n_instances = problem.embeddings.shape[0] // options["n_views"]
     labels = None if problem.labels is None else problem.labels[rows[: len(rows) // options["n_views"]] % n_instances]
@@ -84,10 +82,10 @@ def solve_part(
         loss = clop_kernels.clop_loss(z, labels, prototypes, temperature=tau, backend=backend, group=group, **options, **sharding)
     else:
         n = int((rows < n_left).sum())
-        of_sides = () if labels is None else (labels[:n], labels[n:])
+        left_labels, right_labels = (None, None) if labels is None else (labels[:n], labels[n:])
         options = {name: options[name] for name in ("reduction", "normalize") if name in options}
         loss = clop_kernels.clip_loss(
-            z[:n], z[n:], *of_sides, temperature=tau, backend=backend, group=group, **options, **sharding
+            z[:n], z[n:], left_labels, right_labels, temperature=tau, backend=backend, group=group, **options, **sharding
         )
     upstream = torch.ones(())
     if loss.dim():
@@ -147,7 +145,7 @@ WORLDS: list[Parts] = [
     (3, 12, 1, 9),
     (0, 0, 2, 0),
 ]
-BACKENDS = [name for name in RUNNABLE if name != "triton"]
+BACKENDS = RUNNABLE
 
 
 @pytest.mark.parametrize("parts", WORLDS, ids=str)
@@ -172,3 +170,266 @@ def test_two_sides_in_float64_are_exact(parts: Parts, strategy: str, backend: st
         n_right = n + 3 if labelled else n
         problem = two_sided_problem(n, n_right, 6, labelled=labelled, temperature=(0.1, 0.001)[case % 2], reduction=reduction)
         assert_exact(ranks, problem.with_options(normalize=case % 3 > 0), parts, backend, strategy=strategy)
+
+
+# In float32 and below; the values, unlike above, are of ordinary problems.
+ACCURATE: list[Parts] = [(13, 5), (6, 0, 6), (7, 7, 7, 7)]
+
+
+@pytest.mark.parametrize("parts", ACCURATE, ids=str)
+@pytest.mark.parametrize("strategy", ["gather", "ring"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_float32_is_accurate(parts: Parts, strategy: str, backend: str, ranks: World) -> None:
+    n = sum(parts)
+    problems = [
+        *(random_problem(2, n, 24, positives=each, temperature=tau) for each in POSITIVES for tau in (0.1, 0.02)),
+        two_sided_problem(n, n, 24, labelled=False),
+    ]
+    for problem in problems:
+        assert_close_to_reference(problem, solve(ranks, problem, parts, backend, torch.float32, strategy=strategy))
+    problem = near_duplicates(2, n, 24, 1e-3, 0.05)
+    assert_close_to_reference(problem, solve(ranks, problem, parts, backend, torch.float32, strategy=strategy), True)
+
+
+@pytest.mark.skipif(not TRITON, reason="Triton runs on a CPU with TRITON_INTERPRET=1 alone")
+@pytest.mark.parametrize("strategy", ["gather", "ring"])
+@pytest.mark.parametrize("positives", POSITIVES)
+def test_float32_is_accurate_with_triton(strategy: str, positives: str, ranks: World) -> None:
+    problem = random_problem(2, 40, 20, positives=positives)
+    assert_close_to_reference(problem, solve(ranks, problem, (25, 15), "triton", torch.float32, strategy=strategy))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_half_precision_is_as_good_as_plain(dtype: torch.dtype, backend: str, ranks: World) -> None:
+    for strategy, reduction in (("gather", "mean"), ("ring", "none")):
+        problem = random_problem(2, 18, 24, positives="label", reduction=reduction)
+        expected, plain = (problem.solve("reference", each) for each in (torch.float64, dtype))
+        actual = solve(ranks, problem, (13, 5), backend, dtype, strategy=strategy)
+        for name, value in expected.items():
+            slack = torch.finfo(dtype).eps / 2 if name == "temperature" else 1e-4
+            assert relative_error(actual[name], value) <= 2 * relative_error(plain[name], value) + slack, name
+
+
+# ---- conventions -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_strategies_give_the_same_and_auto_is_one_of_them(ranks: World) -> None:
+    problem = random_problem(2, 20, 8, positives="label")
+    results = [solve(ranks, problem, (12, 8), "tiled", torch.float64, strategy=each) for each in ("auto", "gather", "ring")]
+    for name, value in results[1].items():
+        torch.testing.assert_close(results[0][name], value, rtol=0, atol=0)
+        torch.testing.assert_close(results[2][name], value)
+
+
+def chosen_strategy(group: distributed.ProcessGroup, share: float) -> bool:
+    from clop_kernels import distributed as module
+
+    module.GATHERED_SHARE = share
+    kept = Kept()
+    with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda x: x):
+        clop_kernels.ntxent_loss(torch.randn(20, 64, requires_grad=True), group=group, backend="tiled")
+    module.GATHERED_SHARE = 1 / 16
+    return kept.n_rows > 20
+
+
+class Kept:
+    n_rows = 0
+
+    def pack(self, x: Tensor) -> Tensor:
+        if x.dim() == 2 and x.shape[1] == 64:
+            self.n_rows = max(self.n_rows, x.shape[0])
+        return x
+
+
+def test_auto_chooses_by_memory(ranks: World) -> None:
+    assert ranks.run(3, chosen_strategy, 1 / 16) == [True] * 3
+    assert ranks.run(3, chosen_strategy, 1e-9) == [False] * 3
+
+
+def test_equal_ranks_need_no_header(ranks: World) -> None:
+    for parts, strategy in itertools.product([(6,), (6, 6), (6, 6, 6)], ("auto", "gather", "ring")):
+        problem = random_problem(2, sum(parts), 8, positives=POSITIVES[len(parts) % 2])
+        assert_exact(ranks, problem, parts, "tiled", strategy=strategy, check_ranks=False)
+        assert_exact(ranks, two_sided_problem(sum(parts), sum(parts), 5, labelled=False), parts, "tiled", check_ranks=False)
+
+
+def test_without_any_row(ranks: World) -> None:
+    for strategy in ("gather", "ring"):
+        results = ranks.run(2, loss_of_nothing, strategy)
+        assert [loss for loss, _ in results] == [0.0, 0.0]
+        assert all(grad.shape == (0, 4) for _, grad in results)
+
+
+def loss_of_nothing(group: distributed.ProcessGroup, strategy: str) -> tuple[float, Tensor]:
+    z = torch.zeros(0, 4, requires_grad=True)
+    loss = clop_kernels.ntxent_loss(z, group=group, strategy=strategy)
+    loss.backward()
+    assert z.grad is not None
+    return loss.item(), z.grad
+
+
+def test_no_label_on_one_rank_and_prototypes_alone(ranks: World) -> None:
+    problem = random_problem(1, 12, 8, positives="instance")  # one view: no row has a positive
+    assert problem.labels is not None
+    for labels in (problem.labels, torch.full((12,), -1), torch.tensor([-1] * 6 + [0, 1, 2, 3, 0, 1])):
+        for n_views, positives in ((1, "instance"), (1, "label"), (2, "instance")):
+            part = replace(problem, labels=labels[: 12 // n_views]).with_options(n_views=n_views, positives=positives)
+            assert_exact(ranks, part, (6 // n_views, 6 // n_views), "tiled")
+
+
+def prototypes_of(group: distributed.ProcessGroup) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(distributed.get_rank(group))
+    with_group, alone = clop_kernels.CLOPLoss(3, 8, group=group), clop_kernels.CLOPLoss(3, 8)
+    clone = copy.deepcopy(with_group)
+    assert clone.group is with_group.group
+    assert torch.equal(clone.prototypes, with_group.prototypes)
+    return with_group.prototypes, alone.prototypes
+
+
+def test_modules_of_a_group_have_the_prototypes_of_its_first_rank(ranks: World) -> None:
+    results = ranks.run(3, prototypes_of)
+    assert all(torch.equal(shared, results[0][0]) for shared, _ in results)
+    assert not torch.equal(results[0][1], results[1][1])
+
+
+def loss_of_modules(group: distributed.ProcessGroup, z: Tensor, labels: Tensor) -> list[Tensor]:
+    mine = z.view(2, -1, z.shape[1])[:, distributed.get_rank(group) :: 2]
+    y = labels[distributed.get_rank(group) :: 2]
+    clop = clop_kernels.CLOPLoss(4, z.shape[1], group=group, strategy="ring", generator=torch.Generator().manual_seed(3))
+    return [
+        clop(*mine, labels=y),
+        clop_kernels.NTXentLoss(group=group)(*mine),
+        clop_kernels.SupConLoss(n_views=2, group=group, reduction="sum")(mine.flatten(0, 1), y),
+    ]
+
+
+def test_modules(ranks: World) -> None:
+    problem = random_problem(2, 10, 8)
+    assert problem.labels is not None
+    z, labels = problem.embeddings, problem.labels
+    clop = clop_kernels.CLOPLoss(4, 8, generator=torch.Generator().manual_seed(3))
+    expected = [
+        clop(z, labels=labels),
+        clop_kernels.NTXentLoss()(z),
+        clop_kernels.SupConLoss(n_views=2, reduction="sum")(z, labels),
+    ]
+    for losses in ranks.run(2, loss_of_modules, z, labels):
+        torch.testing.assert_close(losses, expected)
+
+
+# ---- errors ------------------------------------------------------------------------------------------------------------------
+
+
+def loss_with(group: distributed.ProcessGroup, of_ranks: dict[int, dict[str, Any]]) -> None:
+    """A loss with other arguments on some ranks."""
+    arguments: dict[str, Any] = {"width": 6, "dtype": torch.float32, "n_rows": 8, "backend": "tiled"}
+    arguments |= of_ranks.get(distributed.get_rank(group), {})
+    z = torch.randn(arguments.pop("n_rows"), arguments.pop("width"), dtype=arguments.pop("dtype"))
+    clop_kernels.clop_loss(z, group=group, **arguments)
+
+
+DIFFERENCES: dict[str, tuple[dict[int, dict[str, Any]], str]] = {
+    "D": ({1: {"width": 7}}, r"the width D of the embeddings differs.*: 6 on ranks 0, 2; 7 on rank 1"),
+    "dtype": ({0: {"dtype": torch.float64}}, r"dtype of the embeddings differs.*float64 on rank 0; torch.float32 on ranks 1, 2"),
+    "temperature": ({2: {"temperature": 0.2}}, r"temperature differs.*: 0.1 on ranks 0, 1; 0.2 on rank 2"),
+    "learnable": ({2: {"temperature": torch.tensor(0.2)}}, r"temperature differs.*: 0.1 on ranks 0, 1; 0.2"),
+    "n_views": ({0: {"n_views": 4}}, "n_views differs.*: 4 on rank 0; 2 on ranks 1, 2"),
+    "reduction": ({0: {"reduction": "sum"}}, "reduction differs.*: 'sum' on rank 0; 'mean' on ranks 1, 2"),
+    "strategy": ({0: {"strategy": "ring"}}, "strategy differs.*: 'ring' on rank 0; 'auto' on ranks 1, 2"),
+    "grad_scale": ({0: {"grad_scale": "none"}}, "grad_scale differs.*: 'none' on rank 0; 'ddp' on ranks 1, 2"),
+    "prototypes": (
+        {1: {"prototypes": torch.eye(3, 6), "labels": torch.zeros(4, dtype=torch.int64)}},
+        "the number of prototypes differs.*: 0 on ranks 0, 2; 3 on rank 1",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DIFFERENCES)
+def test_ranks_that_differ_all_say_how(name: str, ranks: World) -> None:
+    of_ranks, message = DIFFERENCES[name]
+    for error in ranks.errors_of(3, loss_with, of_ranks):
+        assert isinstance(error, ValueError)
+        assert re.search(message, str(error)), str(error)
+    ranks.run(3, loss_with, {})  # and can go on
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"distance": "far"},
+        {"n_rows": 7},
+        {"temperature": -1.0},
+        {"backend": "cuda"},
+        {"reduction": "max"},
+        {"labels": torch.tensor([0, 1, 5, 0]), "prototypes": torch.eye(3, 6)},
+    ],
+    ids=str,
+)
+def test_an_error_of_one_rank_is_one_of_all(wrong: dict[str, Any], ranks: World) -> None:
+    for rank, error in enumerate(ranks.errors_of(3, loss_with, {1: wrong})):
+        if rank == 1:
+            assert isinstance(error, ValueError | clop_kernels.BackendUnavailableError)
+        else:
+            assert isinstance(error, RuntimeError)
+            assert "rank 1 of the process group raised an error" in str(error)
+    ranks.run(3, loss_with, {})
+
+
+def loss_of_a_group_of_others(group: distributed.ProcessGroup) -> None:
+    others = distributed.new_group([1])
+    if distributed.get_rank(group) == 0:
+        clop_kernels.ntxent_loss(torch.randn(4, 3), group=others)
+
+
+def test_arguments_of_groups(ranks: World) -> None:
+    z = torch.randn(4, 3)
+    with pytest.raises(TypeError, match=r"group is a str: expected a torch.distributed.ProcessGroup"):
+        clop_kernels.ntxent_loss(z, group="world")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="strategy='star': expected one of 'auto', 'gather', 'ring'"):
+        clop_kernels.ntxent_loss(z, strategy="star")
+    with pytest.raises(ValueError, match="grad_scale='mean': expected one of 'ddp', 'none'"):
+        clop_kernels.NTXentLoss(grad_scale="mean")
+    error, _, _, _ = ranks.errors_of(4, loss_of_a_group_of_others)
+    assert isinstance(error, ValueError)
+    assert "this process is not a member of it" in str(error)
+    (error,) = ranks.errors_of(1, loss_with, {0: {"backend": "reference"}})
+    assert isinstance(error, ValueError)
+    assert "all rows in one process" in str(error)
+
+
+def die_or_wait(rank: int, store: str, strategy: str, when: str, answers: Any) -> None:
+    """Rank 1 ends before the loss, or between its passes; rank 0 says what it gets to see."""
+    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=20))
+    z = torch.randn(8, 4, requires_grad=True)
+    group = distributed.group.WORLD
+    try:
+        if rank == 1 and when == "forward":
+            os._exit(1)
+        loss = clop_kernels.ntxent_loss(z, group=group, strategy=strategy, backend="tiled")
+        if rank == 1:
+            os._exit(1)
+        loss.backward()
+    except Exception as error:
+        answers.put(f"{type(error).__module__}.{type(error).__name__}: {error}")
+    else:
+        answers.put("no error")
+    answers.close()
+    answers.join_thread()
+    os._exit(0)
+
+
+@pytest.mark.parametrize(("strategy", "when"), [("gather", "forward"), ("gather", "backward"), ("ring", "backward")])
+def test_a_rank_that_dies_is_an_error_of_the_others(strategy: str, when: str, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    answers = context.Queue()
+    processes = [
+        context.Process(target=die_or_wait, args=(rank, str(tmp_path / "store"), strategy, when, answers)) for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    message = answers.get(timeout=60)
+    for process in processes:
+        process.join(10)
+    assert "no error" not in message
+    assert re.search("closed|reset|timed out|Timed out|refused", message), message

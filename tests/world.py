@@ -36,6 +36,7 @@ def _serve(rank: int, size: int, store: str, calls: Connection) -> None:
             break
         function, n_ranks, arguments = call
         torch.manual_seed(0)
+        answer: tuple[Any, Any]
         try:
             answer = function(groups[n_ranks], *arguments), None
         except Exception as error:

@@ -1,11 +1,14 @@
-"""What several of these classes need: labels of which none is special, how many processes there are, and one way to say no."""
+"""What several of these classes need: labels of which none is special, the processes there are, and one way to say no."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def without_special_labels(*labels: Tensor) -> tuple[Tensor, ...]:
@@ -23,9 +26,11 @@ def without_special_labels(*labels: Tensor) -> tuple[Tensor, ...]:
     return tuple(x - offset for x in wide)
 
 
-def n_processes() -> int:
-    """Of the default process group; 1 without one, or where torch was built without them."""
-    return distributed.get_world_size() if distributed.is_available() and distributed.is_initialized() else 1
+def all_processes() -> ProcessGroup | None:
+    """The default process group; None without one, if it is this process alone, or where torch was built without them."""
+    if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
+        return None
+    return distributed.group.WORLD
 
 
 def unsupported(argument: str, value: Any, reason: str, remedy: str) -> NotImplementedError:

@@ -6,14 +6,22 @@ To be added to a contrastive loss. :class:`clop_kernels.CLOPLoss` is both in one
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from ..functional import clop_loss
-from ._conventions import n_processes, unsupported
+from ._conventions import all_processes
+
+if distributed.is_available():
+    from ..collectives import Ranks
 
 
 class CLOPLoss(nn.Module):
     """``lambda_value`` times the mean distance of both views' labelled rows to the anchors of their classes.
+
+    With several processes all have the first one's anchors, and return the mean over processes of their terms, of which each has
+    the gradient of its own: as in the original, a ``world_size``-th of its own term's. DistributedDataParallel, which averages,
+    takes another such factor; with :class:`clop_kernels.CLOPLoss` and its ``group`` there is none. Other than in the original a
+    process whose rows have no label takes part.
 
     Args:
         num_classes: K, the number of anchors; K <= D.
@@ -50,6 +58,9 @@ class CLOPLoss(nn.Module):
             anchors = (torch.eye(embedding_dim) - 1.0 / embedding_dim)[:num_classes]
         else:
             anchors = torch.linalg.svd(torch.randn(num_classes, embedding_dim), full_matrices=False).Vh
+        group = all_processes()
+        if group is not None:
+            anchors = Ranks(group.group_name).agreed_on("anchors", anchors)
         self.anchors = nn.Parameter(anchors, requires_grad=False)
 
     def forward(self, z_i: Tensor, z_j: Tensor, labels: Tensor | None) -> Tensor:
@@ -57,16 +68,9 @@ class CLOPLoss(nn.Module):
 
         Zero, with a graph, where no row has a label.
         """
-        if n_processes() > 1:
-            raise unsupported(
-                "world_size",
-                n_processes(),
-                "the term is not averaged over processes",
-                "Add clop_kernels.CLOPLoss's, whose gradients DistributedDataParallel averages",
-            )
         if z_i.shape != z_j.shape:
             raise ValueError(f"z_j has shape {tuple(z_j.shape)}: expected that of z_i, {tuple(z_i.shape)}")
-        return clop_loss(
+        term = clop_loss(
             torch.cat([z_i, z_j]),
             None if labels is None else labels.repeat(2),
             self.anchors,
@@ -75,3 +79,10 @@ class CLOPLoss(nn.Module):
             distance=self.distance,
             backend=self.backend,
         )
+        group = all_processes()
+        if group is None:
+            return term
+        mine = term / group.size()
+        total = mine.detach().clone()
+        distributed.all_reduce(total, group=group)
+        return mine + (total - mine.detach())

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import ntxent_loss
-from ._conventions import n_processes, unsupported
+from ._conventions import all_processes, unsupported
 
 
 class NTXentLoss(nn.Module):
@@ -17,11 +17,14 @@ class NTXentLoss(nn.Module):
     Args:
         temperature: tau > 0.
         memory_bank_size: 0 only. A bank's rows take part as negatives alone, and change from step to step.
-        gather_distributed: where there is more than one process, False only.
-        backend: as for :func:`clop_kernels.clop_loss`.
+        gather_distributed: against the rows of all processes of the default process group. The loss is the mean over this
+            process's own rows, and gradients are of the sum of all processes' losses, as in the original: averaged, those of
+            parameters are that of one process with all rows, if processes have as many rows each. Other than in the original
+            they need not.
+        backend, strategy, check_ranks: as for :func:`clop_kernels.clop_loss`.
 
     Raises:
-        NotImplementedError: for a memory bank, and for gathering from other processes.
+        NotImplementedError: for a memory bank.
     """
 
     def __init__(
@@ -31,6 +34,8 @@ class NTXentLoss(nn.Module):
         gather_distributed: bool = False,
         *,
         backend: str | None = None,
+        strategy: str = "auto",
+        check_ranks: bool = True,
     ) -> None:
         super().__init__()
         size = memory_bank_size if isinstance(memory_bank_size, int) else memory_bank_size[0]
@@ -44,16 +49,22 @@ class NTXentLoss(nn.Module):
         self.temperature = temperature
         self.gather_distributed = gather_distributed
         self.backend = backend
+        self.strategy = strategy
+        self.check_ranks = check_ranks
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         """(B, D) and (B, D) projections, not necessarily normalised -> the loss, ()."""
-        if self.gather_distributed and n_processes() > 1:
-            raise unsupported(
-                "gather_distributed",
-                True,
-                "rows are not gathered from other processes",
-                "gather_distributed=False compares the rows of each process among themselves",
-            )
         if out0.shape != out1.shape:
             raise ValueError(f"out1 has shape {tuple(out1.shape)}: expected that of out0, {tuple(out0.shape)}")
-        return ntxent_loss(torch.cat([out0, out1]), n_views=2, temperature=self.temperature, backend=self.backend)
+        group = all_processes() if self.gather_distributed else None
+        loss = ntxent_loss(
+            torch.cat([out0, out1]),
+            n_views=2,
+            temperature=self.temperature,
+            reduction="mean" if group is None else "none",
+            backend=self.backend,
+            group=group,
+            strategy=self.strategy,
+            check_ranks=self.check_ranks,
+        )
+        return loss if group is None else loss.mean()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import clip_loss
-from ._conventions import unsupported
+from ._conventions import all_processes, unsupported
 
 
 class ClipLoss(nn.Module):
@@ -17,14 +17,18 @@ class ClipLoss(nn.Module):
     Convention: the features are not normalised here; ``logit_scale`` is the inverse of a temperature.
 
     Args:
-        local_loss, gather_with_grad, rank: of no effect in one process, as in the original.
+        local_loss: of several processes, return the mean over this process's own features, and not over all.
+        gather_with_grad: of several processes, whether features have a gradient of their part in other processes' losses. True:
+            averaged over processes the gradients of parameters are those of one process with all features. False, without
+            ``local_loss``: a ``world_size``-th of that, as in the original.
         cache_labels: of no effect: there are no labels to cache.
-        world_size: 1 only.
+        rank: of no effect: the process group knows.
+        world_size: how many processes there are: that of the default process group, which more than one takes.
         use_horovod: False only.
-        backend: as for :func:`clop_kernels.clop_loss`.
+        backend, strategy, check_ranks: as for :func:`clop_kernels.clop_loss`.
 
     Raises:
-        NotImplementedError: for features of several processes.
+        NotImplementedError: for horovod, and for ``local_loss`` without ``gather_with_grad``, whose gradient is of no loss.
     """
 
     def __init__(
@@ -37,17 +41,25 @@ class ClipLoss(nn.Module):
         use_horovod: bool = False,
         *,
         backend: str | None = None,
+        strategy: str = "auto",
+        check_ranks: bool = True,
     ) -> None:
         super().__init__()
-        for name, value, only in (("world_size", world_size, 1), ("use_horovod", use_horovod, False)):
-            if value != only:
-                raise unsupported(
-                    name,
-                    value,
-                    "features are not gathered from other processes",
-                    "Gather them, with torch.distributed.nn.all_gather, and pass them to a ClipLoss of world_size=1",
-                )
+        if use_horovod:
+            raise unsupported("use_horovod", True, "features are gathered by torch.distributed", "Start a process group of its")
+        if world_size > 1 and local_loss and not gather_with_grad:
+            raise unsupported(
+                "gather_with_grad",
+                False,
+                "with local_loss the features would miss the gradient of their part in other processes' losses",
+                "gather_with_grad=True gives the whole gradient, at no further cost here",
+            )
+        self.local_loss = local_loss
+        self.gather_with_grad = gather_with_grad
+        self.world_size = world_size
         self.backend = backend
+        self.strategy = strategy
+        self.check_ranks = check_ranks
 
     def forward(
         self,
@@ -73,7 +85,33 @@ class ClipLoss(nn.Module):
         is_read = not isinstance(logit_scale, Tensor) or (logit_scale.device.type == "cpu" and not torch.compiler.is_compiling())
         if is_read and not 0 < logit_scale < math.inf:
             raise ValueError(f"logit_scale={float(logit_scale)}: expected a positive finite number")
-        loss = clip_loss(image_features, text_features, temperature=1.0 / logit_scale, normalize=False, backend=self.backend)
+        group = all_processes() if self.world_size > 1 else None
+        n_processes = 1 if group is None else group.size()
+        if n_processes != self.world_size:
+            raise ValueError(f"world_size={self.world_size}: expected that of the default process group, {n_processes}")
+        if n_processes > 1 and not self.gather_with_grad:
+            image_features, text_features = (_with_part_of_gradient(x, 1 / n_processes) for x in (image_features, text_features))
+        is_local = group is not None and self.local_loss
+        loss = clip_loss(
+            image_features,
+            text_features,
+            temperature=1.0 / logit_scale,
+            reduction="none" if is_local else "mean",
+            normalize=False,
+            backend=self.backend,
+            group=group,
+            strategy=self.strategy,
+            check_ranks=self.check_ranks,
+        )
+        if is_local:
+            loss = loss.mean()
         if isinstance(logit_bias, Tensor):
             loss = loss + 0.0 * logit_bias.sum()  # part of the graph, with a gradient of zero
         return {"contrastive_loss": loss} if output_dict else loss
+
+
+def _with_part_of_gradient(features: Tensor, share: float) -> Tensor:
+    result = features.view_as(features)
+    if result.requires_grad:
+        result.register_hook(lambda grad: grad * share)
+    return result
