@@ -55,6 +55,14 @@ STABLE_TORCH_LIBRARY(clop_native, m) {
       "bool needs_temperature, bool needs_prototypes, float temperature, int n_views, float prototype_weight, int distance, "
       "int reduction, ScalarType compute_dtype, bool normalize, int n_left, bool negatives_only, int tile_rows, "
       "int n_threads) -> (Tensor grad_embeddings, Tensor grad_temperature, Tensor grad_prototypes)");
+  // The passes over pairs alone: (M, D) zhat, (3, M) int32 groups, (4, M) coefficients, as in clop_kernels/backends/contract.py;
+  // one way where n_left is not -1.
+  m.def(
+      "cpu_pair_softmax(Tensor zhat, Tensor groups, float temperature, bool normalize, int n_left, int tile_rows, int n_threads) "
+      "-> (Tensor shift, Tensor negative, Tensor positive, Tensor positive_logits)");
+  m.def(
+      "cpu_pair_gradient(Tensor zhat, Tensor groups, Tensor coefficients, float temperature, bool normalize, int n_left, "
+      "int tile_rows, int n_threads) -> Tensor");
   m.def("cpu_exp2(Tensor x) -> Tensor");  // the kernels' own 2^x, for the test of its accuracy
 
 #ifdef CLOP_CUDA_VERSION
@@ -114,6 +122,8 @@ STABLE_TORCH_LIBRARY_IMPL(clop_native, CompositeExplicitAutograd, m) {
 STABLE_TORCH_LIBRARY_IMPL(clop_native, CPU, m) {
   m.impl("cpu_forward", TORCH_BOX(&clop::cpu::forward));
   m.impl("cpu_backward", TORCH_BOX(&clop::cpu::backward));
+  m.impl("cpu_pair_softmax", TORCH_BOX(&clop::cpu::pair_softmax));
+  m.impl("cpu_pair_gradient", TORCH_BOX(&clop::cpu::pair_gradient));
   m.impl("cpu_exp2", TORCH_BOX(&clop::cpu::exp2));
 }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,8 +13,17 @@ import torch
 
 import clop_kernels
 from clop_kernels.backends import native
+from clop_kernels.groups import label_groups
 
-from .oracle import Problem, assert_accurate, negatives_problem, random_problem, relative_error, two_sided_problem
+from .oracle import (
+    Problem,
+    assert_accurate,
+    assert_pairs_accurate,
+    negatives_problem,
+    random_problem,
+    relative_error,
+    two_sided_problem,
+)
 
 pytestmark = pytest.mark.skipif(native.obstacle() is not None, reason=f"no compiled extension: {native.obstacle()}")
 
@@ -51,6 +61,13 @@ def test_every_level_is_right_of_two_sides_and_of_negatives(problem: Problem, le
     for temperature in (0.01, 0.1):
         for normalize in (True, False):
             assert_right(replace(problem, temperature=temperature).with_options(normalize=normalize))
+
+
+@pytest.mark.parametrize("sides", [(333, None), (333, 70), (700, 660), (403, 3)], ids=str)
+def test_every_level_is_right_of_pairs_alone(sides: tuple[int, int | None], level: str) -> None:
+    for temperature, normalize in itertools.product((0.01, 0.1), (True, False)):
+        for dtype, width in ((torch.float64, 37), (torch.float32, 128), (torch.float16, 20)):
+            assert_pairs_accurate("cpu", dtype, *sides, width, temperature=temperature, normalize=normalize)
 
 
 def assert_right(problem: Problem) -> None:
@@ -95,6 +112,22 @@ def test_any_number_of_threads_gives_the_same_bits(problem: Problem, temperature
             torch.set_num_threads(1)
     for name, value in results[0].items():
         assert all(torch.equal(other[name], value) for other in results[1:]), name
+
+
+@pytest.mark.parametrize("n_left", [None, 300, 2000])
+@pytest.mark.parametrize("temperature", [0.01, 0.1])
+def test_any_number_of_threads_gives_the_same_bits_of_pairs_alone(n_left: int | None, temperature: float) -> None:
+    n = 2300
+    groups = label_groups(torch.arange(n) % 7, 1, n_left).table()
+    zhat, coefficients = torch.nn.functional.normalize(torch.randn(n, 40), dim=1), torch.rand(4, n)
+    options = (temperature, True, -1 if n_left is None else n_left, 0)
+    softmax, gradient = torch.ops.clop_native.cpu_pair_softmax, torch.ops.clop_native.cpu_pair_gradient
+    results = [
+        (*softmax(zhat, groups, *options, threads), gradient(zhat, groups, coefficients, *options, threads))
+        for threads in (1, 2, 2, 7, 7)
+    ]
+    for result in results[1:]:
+        assert all(torch.equal(actual, expected) for actual, expected in zip(result, results[0], strict=True))
 
 
 def test_half_precision_conversions_are_those_of_torch() -> None:
@@ -143,6 +176,48 @@ def test_a_wrong_call_of_the_operator_is_an_exception(wrong: dict[str, object], 
     torch.ops.clop_native.cpu_forward(*right.values())
     with pytest.raises(RuntimeError, match=message):
         torch.ops.clop_native.cpu_forward(*(right | wrong).values())
+
+
+WRONG_CALLS_OF_PAIRS = [
+    ({"zhat": torch.randn(8)}, "zhat: expected"),
+    ({"zhat": torch.randn(4, 8).T}, "zhat: expected"),
+    ({"zhat": torch.randn(8, 0)}, "zhat: expected"),
+    ({"zhat": torch.zeros((8, 4), dtype=torch.int32)}, "compute_dtype: expected float64"),
+    ({"groups": torch.empty((3, 0), dtype=torch.int32)}, "groups has the wrong"),
+    ({"groups": torch.zeros(3, 8)}, "groups has the wrong"),
+    ({"groups": torch.full((3, 8), 9, dtype=torch.int32)}, "groups holds an index"),
+    ({"groups": torch.full((3, 8), -1, dtype=torch.int32), "n_left": -1}, "groups holds an index"),
+    ({"coefficients": torch.zeros(3, 8)}, "coefficients has the wrong"),
+    ({"coefficients": torch.zeros((4, 8), dtype=torch.float64)}, "coefficients has the wrong"),
+    ({"temperature": 0.0}, "out of its range"),
+    ({"temperature": torch.nan}, "out of its range"),
+    ({"n_left": 0}, "n_left: expected"),
+    ({"n_left": 8}, "n_left: expected"),
+    ({"n_left": 9}, "n_left: expected"),
+    ({"n_left": -2}, "n_left: expected"),
+    ({"tile_rows": -1}, "out of its range"),
+    ({"n_threads": 0}, "out of its range"),
+]
+
+
+@pytest.mark.parametrize(("wrong", "message"), WRONG_CALLS_OF_PAIRS)
+def test_a_wrong_call_of_the_passes_over_pairs_is_an_exception(wrong: dict[str, object], message: str) -> None:
+    groups = torch.full((3, 8), 99, dtype=torch.int32)
+    groups[1:, :3] = 5  # of the left rows; the order, and what is on the right, nobody reads
+    right = {
+        "zhat": torch.randn(8, 4), "groups": groups, "coefficients": torch.rand(4, 8), "temperature": 0.1, "normalize": True,
+        "n_left": 3, "tile_rows": 0, "n_threads": 1,
+    }  # fmt: skip
+    softmax, gradient = torch.ops.clop_native.cpu_pair_softmax, torch.ops.clop_native.cpu_pair_gradient
+    assert gradient(**right).isfinite().all()
+    with pytest.raises(RuntimeError, match=message):
+        gradient(**right | wrong)
+    without_coefficients = {name: value for name, value in (right | wrong).items() if name != "coefficients"}
+    if "coefficients" in wrong:
+        assert all(x.shape == (3,) and x.isfinite().all() for x in softmax(**without_coefficients))
+    else:
+        with pytest.raises(RuntimeError, match=message):
+            softmax(**without_coefficients)
 
 
 def test_an_unknown_level_is_an_exception(monkeypatch: pytest.MonkeyPatch) -> None:

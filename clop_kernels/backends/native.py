@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..groups import label_groups
 from . import tiled
-from .contract import DISTANCES, REDUCTIONS, Gradients, LossOptions, Needs, Residuals
+from .contract import DISTANCES, REDUCTIONS, Gradients, LossOptions, Needs, Residuals, Softmax
 
 CHECKS_VALUES = False
 
@@ -83,6 +83,17 @@ def backward(
     return Gradients(*(grad if needed else None for grad, needed in zip(grads, needs, strict=True)))
 
 
+def pair_softmax(zhat: Tensor, groups: Tensor, n_left: int | None, options: LossOptions) -> Softmax:
+    """See :mod:`clop_kernels.backends.contract`."""
+    return Softmax(*torch.ops.clop_native.cpu_pair_softmax(zhat, groups, *_pair_options(n_left, options)))
+
+
+def pair_gradient(zhat: Tensor, groups: Tensor, n_left: int | None, coefficients: Tensor, options: LossOptions) -> Tensor:
+    """See :mod:`clop_kernels.backends.contract`."""
+    grad: Tensor = torch.ops.clop_native.cpu_pair_gradient(zhat, groups, coefficients, *_pair_options(n_left, options))
+    return grad
+
+
 def _inputs(labels: Tensor | None, prototypes: Tensor | None, options: LossOptions) -> tuple[Tensor | None, Tensor | None]:
     return (
         None if labels is None else labels.contiguous(),
@@ -101,6 +112,14 @@ def _options(options: LossOptions) -> tuple[Any, ...]:
         options.normalize,
         -1 if options.n_left is None else options.n_left,
         options.negatives_only,
-        tiled.chosen_tile_rows() or 0,
-        torch.get_num_threads(),
+        *_tiles_and_threads(),
     )
+
+
+def _pair_options(n_left: int | None, options: LossOptions) -> tuple[Any, ...]:
+    return float(options.temperature), options.normalize, -1 if n_left is None else n_left, *_tiles_and_threads()
+
+
+def _tiles_and_threads() -> tuple[int, int]:
+    """The side of a tile, 0 for the kernels' choice, and the number of threads."""
+    return tiled.chosen_tile_rows() or 0, torch.get_num_threads()

@@ -10,13 +10,27 @@ namespace {
 // The rows as the products see them, in T: what `normalized` holds, or a copy where that is in half precision.
 template <class T>
 struct Zhat {
-  Zhat(const Loss& loss, const void* normalized)
-      : copy(loss.compute_dtype == kDtypeOf<T> ? 0 : loss.n_rows * loss.width),
+  Zhat(const Pairs& pairs, const void* normalized)
+      : copy(pairs.compute_dtype == kDtypeOf<T> ? 0 : pairs.n_rows * pairs.width),
         // Written to by the forward pass alone, which owns it.
-        rows(loss.compute_dtype == kDtypeOf<T> ? const_cast<T*>(static_cast<const T*>(normalized)) : static_cast<T*>(copy)) {}
+        rows(pairs.compute_dtype == kDtypeOf<T> ? const_cast<T*>(static_cast<const T*>(normalized)) : static_cast<T*>(copy)) {}
+
+  // Fills the copy, for a pass that is given what `normalized` holds.
+  void read(const Pairs& pairs, const void* normalized) {
+    if (pairs.compute_dtype == kDtypeOf<T>) return;
+    for_ranges(pairs.n_rows, 4.0 * pairs.width, pairs.n_threads, [&](int64_t begin, int64_t end, int) {
+      read_row(pairs.compute_dtype, normalized, begin * pairs.width, 1, (end - begin) * pairs.width, rows + begin * pairs.width);
+    });
+  }
+
   Buffer<T> copy;
   T* rows;
 };
+
+// The label of a position; -1 without one, or where there are no prototypes that a label could name.
+int64_t label_of(const Loss& loss, const Positions& positions, int64_t k) {
+  return loss.labels == nullptr || loss.prototypes == nullptr ? -1 : loss.labels[positions.instance(k)];
+}
 
 // ---- forward ---------------------------------------------------------------------------------------------------------
 
@@ -31,7 +45,7 @@ void prologue(const Forward& f, const Positions& positions, int64_t begin, int64
       write_row(f.compute_dtype, f.normalized, k * f.width, f.width, row);
       read_row(f.compute_dtype, f.normalized, k * f.width, 1, f.width, row);
     }
-    const int64_t label = positions.label(k);
+    const int64_t label = label_of(f, positions, k);
     distances[k] = label < 0 ? 0 : distance_to(f.distance, f.width, row, static_cast<const T*>(f.prototypes) + label * f.width);
   }
 }
@@ -85,7 +99,7 @@ void forward(const Forward& f) {
   double n_anchors = 0, n_labelled = 0, contrastive_sum = 0, distance_sum = 0;
   for (int64_t k = 0; k < n; ++k) {
     n_anchors += is_anchor(f, positions, k, total[k]);
-    n_labelled += positions.label(k) >= 0;
+    n_labelled += label_of(f, positions, k) >= 0;
     contrastive_sum += contrastive[k];
     distance_sum += distances[k];
   }
@@ -122,7 +136,7 @@ class Upstream {
   double contrastive(int64_t k) const {
     return is_anchor(b_, positions_, k, static_cast<const T*>(b_.total)[k]) ? of(k) * shares_[0] : 0.0;
   }
-  double prototype(int64_t k) const { return positions_.label(k) >= 0 ? of(k) * shares_[1] * b_.prototype_weight : 0.0; }
+  double prototype(int64_t k) const { return label_of(b_, positions_, k) >= 0 ? of(k) * shares_[1] * b_.prototype_weight : 0.0; }
 
  private:
   double of(int64_t k) const {
@@ -184,12 +198,12 @@ void prototype_gradient(const Backward& b, const Positions& positions, const Ups
   if (b.distance == Distance::euclidean)
     for_ranges(b.n_rows, 4.0 * b.width, b.n_threads, [&](int64_t begin, int64_t end, int) {
       for (int64_t k = begin; k < end; ++k)
-        if (const int64_t label = positions.label(k); label >= 0)
+        if (const int64_t label = label_of(b, positions, k); label >= 0)
           lengths[k] = distance_to(b.distance, b.width, zhat + k * b.width, prototypes + label * b.width);
     });
   for_ranges(b.width, 10.0 * b.n_rows, b.n_threads, [&](int64_t begin, int64_t end, int) {
     for (int64_t k = 0; k < b.n_rows; ++k) {
-      const int64_t label = positions.label(k);
+      const int64_t label = label_of(b, positions, k);
       if (label < 0) continue;
       const T pull = T(upstream.prototype(k)), length = b.distance == Distance::euclidean ? lengths[k] : T(0);
       for (int64_t d = begin; d < end; ++d) {
@@ -207,10 +221,7 @@ void backward(const Backward& b) {
   const Positions positions(b);
   const Upstream<T> upstream(b, positions);
   Zhat<T> zhat(b, b.normalized);
-  if (b.compute_dtype != kDtypeOf<T>)
-    for_ranges(n, 4.0 * b.width, b.n_threads, [&](int64_t begin, int64_t end, int) {
-      read_row(b.compute_dtype, b.normalized, begin * b.width, 1, (end - begin) * b.width, zhat.rows + begin * b.width);
-    });
+  zhat.read(b, b.normalized);
   if (b.grad_prototypes != nullptr) prototype_gradient<T>(b, positions, upstream, zhat.rows);
   if (b.grad_embeddings == nullptr && b.grad_temperature == nullptr) return;
 
@@ -227,7 +238,7 @@ void backward(const Backward& b) {
   for_ranges(n, 12.0 * b.width, b.n_threads, [&](int64_t begin, int64_t end, int) {
     for (int64_t k = begin; k < end; ++k) {
       T* const row = grad + k * padded_width;
-      const int64_t label = positions.label(k);
+      const int64_t label = label_of(b, positions, k);
       const T* const target = label < 0 ? nullptr : static_cast<const T*>(b.prototypes) + label * b.width;
       shares[k] = epilogue<T>(b, static_cast<const T*>(b.norms)[k], zhat.rows + k * b.width, target, upstream.prototype(k), row);
       if (b.grad_embeddings != nullptr) write_row(b.dtype, b.grad_embeddings, positions.row(k) * b.width, b.width, row);
@@ -240,11 +251,53 @@ void backward(const Backward& b) {
   *static_cast<T*>(b.grad_temperature) = T(sum / (-2 * b.temperature));
 }
 
+// ---- pairs alone -----------------------------------------------------------------------------------------------------
+
+template <class T>
+void pair_softmax(const PairSoftmax& p) {
+  Zhat<T> zhat(p, p.zhat);
+  zhat.read(p, p.zhat);
+  Rows<T> rows(p, zhat.rows, /*norms=*/nullptr, /*with_panels=*/false);
+  Softmax<T> softmax(rows.n_results);
+  softmax_of_pairs(rows, p.n_threads, softmax);
+  for (int64_t k = 0; k < rows.n_results; ++k) {
+    static_cast<T*>(p.shift)[k] = softmax.shift[k];
+    static_cast<T*>(p.negative)[k] = T(softmax.negative[k]);
+    static_cast<T*>(p.positive)[k] = T(softmax.positive[k]);
+    static_cast<T*>(p.positive_logits)[k] = T(softmax.positive_logits[k]);
+  }
+}
+
+template <class T>
+void pair_gradient(const PairGradient& p) {
+  Zhat<T> zhat(p, p.zhat);
+  zhat.read(p, p.zhat);
+  Rows<T> rows(p, zhat.rows, /*norms=*/nullptr, /*with_panels=*/true);
+  Weights<T> weights(rows.padded_rows);
+  T* const parts[] = {weights.a, weights.b, weights.c, weights.shift};
+  for (int k = 0; k < 4; ++k) std::memcpy(parts[k], static_cast<const T*>(p.coefficients) + k * p.n_rows, p.n_rows * sizeof(T));
+
+  // The result itself is summed into, unless the kernel's rows are wider.
+  Buffer<T> padded(rows.padded_width > p.width ? rows.n_results * rows.padded_width : 0);
+  T *const grad = static_cast<T*>(p.grad), *const sums = rows.padded_width > p.width ? static_cast<T*>(padded) : grad;
+  gradient_of_pairs<T>(rows, p.n_threads, weights, sums);
+  for (int64_t k = 0; sums != grad && k < rows.n_results; ++k)
+    std::memcpy(grad + k * p.width, sums + k * rows.padded_width, p.width * sizeof(T));
+}
+
 // ---- the table of this level -----------------------------------------------------------------------------------------
 
 void forward_any(const Forward& f) { f.compute_dtype == Dtype::float64 ? forward<double>(f) : forward<float>(f); }
 
 void backward_any(const Backward& b) { b.compute_dtype == Dtype::float64 ? backward<double>(b) : backward<float>(b); }
+
+void pair_softmax_any(const PairSoftmax& p) {
+  p.compute_dtype == Dtype::float64 ? pair_softmax<double>(p) : pair_softmax<float>(p);
+}
+
+void pair_gradient_any(const PairGradient& p) {
+  p.compute_dtype == Dtype::float64 ? pair_gradient<double>(p) : pair_gradient<float>(p);
+}
 
 template <class T>
 void exp2_of(int64_t n, const T* x, T* result) {
@@ -263,7 +316,7 @@ void exp2_any(Dtype dtype, int64_t n, const void* x, void* result) {
 #define CLOP_STRING_OF(x) #x
 #define CLOP_STRING(x) CLOP_STRING_OF(x)
 
-const Level kLevel = {CLOP_STRING(CLOP_LEVEL), forward_any, backward_any, exp2_any};
+const Level kLevel = {CLOP_STRING(CLOP_LEVEL), forward_any, backward_any, pair_softmax_any, pair_gradient_any, exp2_any};
 
 }  // namespace CLOP_LEVEL
 }  // namespace clop::cpu

@@ -69,26 +69,53 @@ void check(const char* name, const Tensor& tensor, ScalarType dtype, std::initia
     throw std::runtime_error(std::string("clop_native: ") + name + " has the wrong device, dtype, shape or layout");
 }
 
-// Fills in what both passes are given, and checks it.
+// Values that index memory. clop_kernels checks them with a better message; here they are only kept from doing harm.
+void check_positions(const int32_t* positions, int64_t count, int64_t largest) {
+  for (int64_t k = 0; k < count; ++k)
+    if (positions[k] < 0 || positions[k] > largest)
+      throw std::runtime_error("clop_native: groups holds an index that is out of range");
+}
+
+ScalarType precise_of(const Pairs& pairs) {
+  return pairs.compute_dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float;
+}
+
+// Fills in what every pass is given of `rows`, (N, D), and checks it, all but the values of `groups`.
+void set_pairs(Pairs& pairs, const Tensor& rows, const Tensor& groups, double temperature, int64_t n_views,
+               ScalarType compute_dtype, bool normalize, int64_t n_left, bool negatives_only, int64_t tile_rows,
+               int64_t n_threads) {
+  if (!(temperature > 0) || tile_rows < 0 || n_threads < 1)
+    throw std::runtime_error("clop_native: an option is out of its range");
+  pairs.n_rows = rows.size(0);
+  const bool is_paired = groups.size(1) == 0 && n_left >= 0;  // row by row
+  if (n_left < -1 || n_left > pairs.n_rows || (is_paired && 2 * n_left != pairs.n_rows))
+    throw std::runtime_error("clop_native: n_left: expected the rows of the left side, or -1");
+  check("groups", groups, ScalarType::Int, {3, groups.size(1) == 0 ? 0 : pairs.n_rows});
+  pairs.width = rows.size(1);
+  pairs.n_views = n_views;
+  pairs.compute_dtype = dtype_of("compute_dtype", compute_dtype);
+  pairs.groups = groups.size(1) == 0 ? nullptr : static_cast<const int32_t*>(groups.const_data_ptr());
+  pairs.temperature = temperature;
+  pairs.normalize = normalize;
+  pairs.n_left = n_left;
+  pairs.one_way = false;
+  pairs.negatives_only = negatives_only;
+  pairs.tile_rows = tile_rows;
+  pairs.n_threads = int(n_threads < 1024 ? n_threads : 1024);
+}
+
+// The same for both passes of the loss.
 void set_loss(Loss& loss, const Tensor& embeddings, const Tensor& groups, const std::optional<Tensor>& labels,
               const std::optional<Tensor>& prototypes, double temperature, int64_t n_views, double prototype_weight,
               int64_t distance, int64_t reduction, ScalarType compute_dtype, bool normalize, int64_t n_left, bool negatives_only,
               int64_t tile_rows, int64_t n_threads) {
   if (!embeddings.is_cpu() || embeddings.dim() != 2 || embeddings.size(1) < 1 || n_views < 1 || embeddings.size(0) % n_views != 0)
     throw std::runtime_error("clop_native: embeddings: expected (n_views * B, D) on the CPU");
-  if (!(temperature > 0) || distance < 0 || distance > 2 || reduction < 0 || reduction > 2 || tile_rows < 0 || n_threads < 1)
+  if (distance < 0 || distance > 2 || reduction < 0 || reduction > 2)
     throw std::runtime_error("clop_native: an option is out of its range");
-  loss.n_rows = embeddings.size(0);
-  const bool is_paired = groups.size(1) == 0 && n_left >= 0;  // row by row
-  if (n_left < -1 || n_left > loss.n_rows || (is_paired && 2 * n_left != loss.n_rows))
-    throw std::runtime_error("clop_native: n_left: expected the rows of the left side, or -1");
-  loss.width = embeddings.size(1);
-  loss.n_views = n_views;
+  set_pairs(loss, embeddings, groups, temperature, n_views, compute_dtype, normalize, n_left, negatives_only, tile_rows,
+            n_threads);
   loss.dtype = dtype_of("embeddings", embeddings.scalar_type());
-  loss.compute_dtype = dtype_of("compute_dtype", compute_dtype);
-  const ScalarType precise = loss.compute_dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float;
-  check("groups", groups, ScalarType::Int, {3, groups.size(1) == 0 ? 0 : loss.n_rows});
-  loss.groups = groups.size(1) == 0 ? nullptr : static_cast<const int32_t*>(groups.const_data_ptr());
   loss.labels = nullptr;
   if (labels) {
     check("labels", *labels, ScalarType::Long, {loss.n_rows / n_views});
@@ -98,24 +125,32 @@ void set_loss(Loss& loss, const Tensor& embeddings, const Tensor& groups, const 
   loss.prototypes = nullptr;
   if (prototypes) {
     loss.n_prototypes = prototypes->size(0);
-    check("prototypes", *prototypes, precise, {loss.n_prototypes, loss.width});
+    check("prototypes", *prototypes, precise_of(loss), {loss.n_prototypes, loss.width});
     loss.prototypes = prototypes->const_data_ptr();
   }
-  loss.temperature = temperature;
   loss.prototype_weight = prototype_weight;
   loss.distance = Distance(distance);
   loss.reduction = Reduction(reduction);
-  loss.normalize = normalize;
-  loss.n_left = n_left;
-  loss.negatives_only = negatives_only;
-  loss.tile_rows = tile_rows;
-  loss.n_threads = int(n_threads < 1024 ? n_threads : 1024);
-  // Values that index memory. clop_kernels checks them with a better message; here they are only kept from doing harm.
-  for (int64_t k = 0; loss.groups != nullptr && k < 3 * loss.n_rows; ++k)
-    if (loss.groups[k] < 0 || loss.groups[k] > loss.n_rows - (k < loss.n_rows))
-      throw std::runtime_error("clop_native: groups holds an index that is out of range");
+  if (loss.groups != nullptr) {
+    check_positions(loss.groups, loss.n_rows, loss.n_rows - 1);
+    check_positions(loss.groups + loss.n_rows, 2 * loss.n_rows, loss.n_rows);
+  }
   for (int64_t k = 0; loss.labels != nullptr && loss.prototypes != nullptr && k < loss.n_rows / n_views; ++k)
     if (loss.labels[k] >= loss.n_prototypes) throw std::runtime_error("clop_native: labels holds a value without a prototype");
+}
+
+// The same for both passes over pairs alone.
+void set_pairs_alone(Pairs& pairs, const Tensor& zhat, const Tensor& groups, double temperature, bool normalize, int64_t n_left,
+                     int64_t tile_rows, int64_t n_threads) {
+  if (!zhat.is_cpu() || zhat.dim() != 2 || zhat.size(1) < 1 || !zhat.is_contiguous())
+    throw std::runtime_error("clop_native: zhat: expected (M, D), contiguous, on the CPU");
+  if (n_left == 0 || n_left == zhat.size(0)) throw std::runtime_error("clop_native: n_left: expected rows on either side, or -1");
+  check("groups", groups, ScalarType::Int, {3, zhat.size(0)});
+  set_pairs(pairs, zhat, groups, temperature, /*n_views=*/1, zhat.scalar_type(), normalize, n_left, /*negatives_only=*/false,
+            tile_rows, n_threads);
+  pairs.one_way = n_left >= 0;
+  for (int64_t bound = 1; bound < 3; ++bound)  // the order is not asked for
+    check_positions(pairs.groups + bound * pairs.n_rows, pairs.n_results(), pairs.n_rows);
 }
 
 }  // namespace
@@ -129,7 +164,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   Forward f;
   set_loss(f, embeddings, groups, labels, prototypes, temperature, n_views, prototype_weight, distance, reduction, compute_dtype,
            normalize, n_left, negatives_only, tile_rows, n_threads);
-  const ScalarType precise = f.compute_dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float;
+  const ScalarType precise = precise_of(f);
   const auto per_row = [&] { return torch::stable::new_empty(embeddings, {f.n_rows}, precise); };
   Tensor loss = f.reduction == Reduction::none ? per_row() : torch::stable::new_empty(embeddings, {}, precise);
   Tensor normalized = torch::stable::new_empty(embeddings, {f.n_rows, f.width}, compute_dtype);
@@ -159,7 +194,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_loss, Tensor embeddings,
   Backward b;
   set_loss(b, embeddings, groups, labels, prototypes, temperature, n_views, prototype_weight, distance, reduction, compute_dtype,
            normalize, n_left, negatives_only, tile_rows, n_threads);
-  const ScalarType precise = b.compute_dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float;
+  const ScalarType precise = precise_of(b);
   const bool per_row = b.reduction == Reduction::none;
   if (per_row)
     check("grad_loss", grad_loss, precise, {b.n_rows});
@@ -191,6 +226,34 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_loss, Tensor embeddings,
   b.grad_prototypes = needs_prototypes ? grad_prototypes.mutable_data_ptr() : nullptr;
   level().backward(b);
   return {grad_embeddings, grad_temperature, grad_prototypes};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> pair_softmax(Tensor zhat, Tensor groups, double temperature, bool normalize,
+                                                        int64_t n_left, int64_t tile_rows, int64_t n_threads) {
+  PairSoftmax p;
+  set_pairs_alone(p, zhat, groups, temperature, normalize, n_left, tile_rows, n_threads);
+  const auto per_row = [&] { return torch::stable::new_empty(zhat, {p.n_results()}, precise_of(p)); };
+  Tensor shift = per_row(), negative = per_row(), positive = per_row(), positive_logits = per_row();
+  p.zhat = zhat.const_data_ptr();
+  p.shift = shift.mutable_data_ptr();
+  p.negative = negative.mutable_data_ptr();
+  p.positive = positive.mutable_data_ptr();
+  p.positive_logits = positive_logits.mutable_data_ptr();
+  level().pair_softmax(p);
+  return {shift, negative, positive, positive_logits};
+}
+
+Tensor pair_gradient(Tensor zhat, Tensor groups, Tensor coefficients, double temperature, bool normalize, int64_t n_left,
+                     int64_t tile_rows, int64_t n_threads) {
+  PairGradient p;
+  set_pairs_alone(p, zhat, groups, temperature, normalize, n_left, tile_rows, n_threads);
+  check("coefficients", coefficients, precise_of(p), {4, p.n_rows});
+  Tensor grad = torch::stable::new_empty(zhat, {p.n_results(), p.width}, precise_of(p));
+  p.zhat = zhat.const_data_ptr();
+  p.coefficients = coefficients.const_data_ptr();
+  p.grad = grad.mutable_data_ptr();
+  level().pair_gradient(p);
+  return grad;
 }
 
 Tensor exp2(Tensor x) {

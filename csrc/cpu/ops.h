@@ -30,6 +30,12 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_loss, Tensor embeddings,
                                             ScalarType compute_dtype, bool normalize, int64_t n_left, bool negatives_only,
                                             int64_t tile_rows, int64_t n_threads);
 
+std::tuple<Tensor, Tensor, Tensor, Tensor> pair_softmax(Tensor zhat, Tensor groups, double temperature, bool normalize,
+                                                        int64_t n_left, int64_t tile_rows, int64_t n_threads);
+
+Tensor pair_gradient(Tensor zhat, Tensor groups, Tensor coefficients, double temperature, bool normalize, int64_t n_left,
+                     int64_t tile_rows, int64_t n_threads);
+
 Tensor exp2(Tensor x);
 
 }  // namespace clop::cpu

@@ -13,8 +13,9 @@
 // positive the difference of the two, -w_i negative_i / total_i, is known without a subtraction (clop_kernels/backends/tiled.py
 // says why positives are subtracted here, inside the tile).
 //
-// Rows of two sides: tiles whose rows are on the left and whose columns are on the right, each once, are all there is; positives lie
-// where a row's run on the other side does. Of M rows against N that is 2 M N D flops forward and 6 M N D backward.
+// Rows of two sides: tiles whose rows are on the left and whose columns are on the right, each once, are all there is; positives
+// lie where a row's run on the other side does. Of M rows against N that is 2 M N D flops forward and 6 M N D backward; one way,
+// where a tile serves its rows alone, 4 M N D backward.
 //
 // Flops: forward N^2 D, backward 3 N^2 D, and N^2 exponentials in all. Bytes: for a tile of side T, T rows of zhat come in, in two
 // forms forward and four backward, and T rows of grad twice; all else stays in the L1 and L2 caches: 48 bytes of traffic for T / 2
@@ -116,31 +117,33 @@ class Blocks {
 // The rows, in the forms that the products read, and their groups. Positions past the last are padding.
 template <class T>
 struct Rows {
-  Rows(const Loss& loss, const T* zhat, const T* norms, bool with_panels)
-      : n_rows(loss.n_rows),
-        width(loss.width),
+  Rows(const Pairs& pairs, const T* zhat, const T* norms, bool with_panels)
+      : n_rows(pairs.n_rows),
+        n_results(pairs.n_results()),
+        one_way(pairs.one_way),
+        width(pairs.width),
         padded_width(round_up(width, kWidthColumns<T>)),
-        blocks(n_rows, loss.n_left, tile_side<T>(n_rows, loss.tile_rows)),
-        padding_of_left(loss.n_left < 0 ? 0 : round_up(loss.n_left, kPairColumns<T>) - loss.n_left),
+        blocks(n_rows, pairs.n_left, tile_side<T>(n_rows, pairs.tile_rows)),
+        padding_of_left(pairs.n_left < 0 ? 0 : round_up(pairs.n_left, kPairColumns<T>) - pairs.n_left),
         padded_rows(round_up(n_rows + padding_of_left, kPairColumns<T>)),
-        has_pairs(loss.groups != nullptr || loss.n_views > 1 || loss.negatives_only),
-        unshifted(fits_unshifted(loss, norms)),
-        scale(kLog2E / loss.temperature),
-        negatives_only(loss.negatives_only),
+        has_pairs(pairs.groups != nullptr || pairs.n_views > 1 || pairs.negatives_only),
+        unshifted(fits_unshifted(pairs, norms)),
+        scale(kLog2E / pairs.temperature),
+        negatives_only(pairs.negatives_only),
         zhat(zhat),
         starts(padded_rows),
         ends(padded_rows),
         transposed(padded_rows * width),
         panels(with_panels ? padded_rows * padded_width : 0) {
     if (!has_pairs) return;
-    const Positions positions(loss);
-    for_ranges(blocks.count, 20.0 * blocks.side * width, loss.n_threads, [&](int64_t first, int64_t last, int) {
+    const Positions positions(pairs);
+    for_ranges(blocks.count, 20.0 * blocks.side * width, pairs.n_threads, [&](int64_t first, int64_t last, int) {
       for (int64_t b = first; b < last; ++b) {
         const int64_t begin = blocks.begin(b), end = blocks.end(b);
-        for (int64_t i = begin; i < end; ++i) starts[i] = positions.start(i), ends[i] = positions.end(i);
-        if (b >= blocks.n_left)  // left blocks are never columns
-          pack_transposed<T>(begin, end, width, zhat, unshifted ? scale : 1, transposed + slot(b) * width);
-        if (with_panels) pack_panels<T>(begin, end, width, zhat, panel_size(b), panels_of(b));
+        for (int64_t i = begin; i < end && i < n_results; ++i) starts[i] = positions.start(i), ends[i] = positions.end(i);
+        const bool is_columns = b >= blocks.n_left;  // left blocks never are: only M^T, if not one way, meets them
+        if (is_columns) pack_transposed<T>(begin, end, width, zhat, unshifted ? scale : 1, transposed + slot(b) * width);
+        if (with_panels && (is_columns || !one_way)) pack_panels<T>(begin, end, width, zhat, panel_size(b), panels_of(b));
       }
     });
   }
@@ -173,7 +176,9 @@ struct Rows {
            (ends[blocks.end(i) - 1] > blocks.begin(j) && starts[blocks.begin(i)] < blocks.end(j));
   }
 
-  const int64_t n_rows, width, padded_width;
+  const int64_t n_rows, n_results;
+  const bool one_way;
+  const int64_t width, padded_width;
   const Blocks blocks;
   const int64_t padding_of_left, padded_rows;
   const bool has_pairs;  // false where no row can have a positive: the prototype term stands alone
@@ -185,12 +190,13 @@ struct Rows {
   Buffer<T> transposed, panels;
 
  private:
-  // |s_ij| <= max |zhat|^2 / tau; a NaN among the norms says no.
-  static bool fits_unshifted(const Loss& loss, const T* norms) {
-    double largest = loss.normalize ? 1 : 0;
-    for (int64_t k = 0; !loss.normalize && k < loss.n_rows; ++k)
+  // |s_ij| <= max |zhat|^2 / tau; a NaN among the norms says no, and so do norms that are not known.
+  static bool fits_unshifted(const Pairs& pairs, const T* norms) {
+    if (!pairs.normalize && norms == nullptr) return false;
+    double largest = pairs.normalize ? 1 : 0;
+    for (int64_t k = 0; !pairs.normalize && k < pairs.n_rows; ++k)
       if (!(double(norms[k]) <= largest)) largest = double(norms[k]);
-    return largest * largest / loss.temperature <= kLargestUnshiftedLogit<T>;
+    return largest * largest / pairs.temperature <= kLargestUnshiftedLogit<T>;
   }
 };
 
@@ -246,7 +252,7 @@ struct TileSums {
 };
 
 // Adds a panel of S, its rows block i and its columns from `column` on (`local` of them before it in the tile).
-template <class T, bool kMasked, bool kShifted>
+template <class T, bool kMasked, bool kShifted, bool kOneWay>
 void add_panel(Rows<T>& rows, int64_t i_block, int64_t column, int64_t local, const T* s, TileSums<T>& sums) {
   constexpr int kL = kLanes<T>, kP = kPairColumns<T>;
   const int64_t begin = rows.blocks.begin(i_block), count = rows.blocks.rows(i_block);
@@ -261,7 +267,7 @@ void add_panel(Rows<T>& rows, int64_t i_block, int64_t column, int64_t local, co
       Vec<T> of_row, of_column;
       if (kShifted) {
         of_row = exp2_or_zero<T>(logits - sums.row_shift[i]);
-        of_column = exp2_or_zero<T>(logits - load(sums.column_shift + local + v * kL));
+        if (!kOneWay) of_column = exp2_or_zero<T>(logits - load(sums.column_shift + local + v * kL));
       } else {
         of_row = of_column = exp2<T>(logits);
       }
@@ -271,12 +277,13 @@ void add_panel(Rows<T>& rows, int64_t i_block, int64_t column, int64_t local, co
         row_sum[0] += negative ? of_row : Vec<T>{};
         row_sum[1] += mask.positive ? of_row : Vec<T>{};
         row_sum[2] += mask.positive ? logits : Vec<T>{};
+        if (kOneWay) continue;
         column_sum[0][v] += negative ? of_column : Vec<T>{};
         column_sum[1][v] += mask.positive ? of_column : Vec<T>{};
         column_sum[2][v] += mask.positive ? logits : Vec<T>{};
       } else {
         row_sum[0] += of_row;
-        column_sum[0][v] += of_column;
+        if (!kOneWay) column_sum[0][v] += of_column;
       }
     }
     for (int k = 0; k < (kMasked ? 3 : 1); ++k) {
@@ -284,12 +291,13 @@ void add_panel(Rows<T>& rows, int64_t i_block, int64_t column, int64_t local, co
       store(sum, load(sum) + row_sum[k]);
     }
   }
+  if (kOneWay) return;
   for (int k = 0; k < (kMasked ? 3 : 1); ++k)
     for (int v = 0; v < kPairVectors; ++v) store(sums.column[k] + local + v * kL, column_sum[k][v]);
 }
 
 // The largest S of each row and column of a tile, into row_shift and column_shift.
-template <class T>
+template <class T, bool kOneWay>
 void find_shifts(Rows<T>& rows, int64_t i_block, int64_t j_block, const T* tile, TileSums<T>& sums) {
   constexpr int kL = kLanes<T>, kP = kPairColumns<T>;
   const int64_t begin = rows.blocks.begin(i_block), count = rows.blocks.rows(i_block), columns = rows.padded_block(j_block);
@@ -302,7 +310,7 @@ void find_shifts(Rows<T>& rows, int64_t i_block, int64_t j_block, const T* tile,
       Vec<T> logits = load(tile + j / kP * (count * kP) + i * kP + j % kP);
       if (masked) logits = Masks<T>(rows, begin + i, rows.blocks.begin(j_block) + j).valid ? logits : none;
       row_largest = maximum<T>(row_largest, logits);
-      store(sums.column_shift + j, maximum<T>(load(sums.column_shift + j), logits));
+      if (!kOneWay) store(sums.column_shift + j, maximum<T>(load(sums.column_shift + j), logits));
     }
     T largest = row_largest[0];
     for (int lane = 1; lane < kL; ++lane)
@@ -326,7 +334,7 @@ void merge(Softmax<T>& softmax, int64_t row, bool unshifted, T tile_shift, const
   softmax.positive_logits[row] += tile[2];
 }
 
-template <class T>
+template <class T, bool kOneWay>
 void softmax_tile(Rows<T>& rows, Blocks::Task task, Turns& turns, T* s, TileSums<T> sums, Softmax<T>& softmax) {
   constexpr int kL = kLanes<T>, kP = kPairColumns<T>;
   const Blocks& blocks = rows.blocks;
@@ -336,13 +344,13 @@ void softmax_tile(Rows<T>& rows, Blocks::Task task, Turns& turns, T* s, TileSums
   if (rows.unshifted) {
     for (int64_t local = 0; local < columns; local += kP) {
       rows.similarities_of(i, j, local, s);
-      const auto add = masked ? add_panel<T, true, false> : add_panel<T, false, false>;
+      const auto add = masked ? add_panel<T, true, false, kOneWay> : add_panel<T, false, false, kOneWay>;
       add(rows, i, first + local, local, s, sums);
     }
   } else {
     for (int64_t local = 0; local < columns; local += kP) rows.similarities_of(i, j, local, s + local * count);
-    find_shifts(rows, i, j, s, sums);
-    const auto add = masked ? add_panel<T, true, true> : add_panel<T, false, true>;
+    find_shifts<T, kOneWay>(rows, i, j, s, sums);
+    const auto add = masked ? add_panel<T, true, true, kOneWay> : add_panel<T, false, true, kOneWay>;
     for (int64_t local = 0; local < columns; local += kP) add(rows, i, first + local, local, s + local * count, sums);
   }
 
@@ -353,7 +361,7 @@ void softmax_tile(Rows<T>& rows, Blocks::Task task, Turns& turns, T* s, TileSums
     merge(softmax, blocks.begin(i) + row, rows.unshifted, sums.row_shift[row], tile);
   }
   turns.pass(i);
-  if (i == j) return;
+  if (kOneWay || i == j) return;
   turns.wait(j, blocks.turn(j, round));
   for (int64_t column = 0; column < blocks.rows(j); ++column) {
     const double tile[3] = {sums.column[0][column], sums.column[1][column], sums.column[2][column]};
@@ -384,10 +392,10 @@ struct Scratch {
   Buffer<T> memory;
 };
 
-// The forward pass over pairs.
+// The forward pass over pairs: softmax of the rows that get results.
 template <class T>
 void softmax_of_pairs(Rows<T>& rows, int n_threads, Softmax<T>& softmax) {
-  for (int64_t row = 0; row < rows.n_rows; ++row) {
+  for (int64_t row = 0; row < rows.n_results; ++row) {
     softmax.shift[row] = rows.unshifted ? 0 : kNoShift<T>;
     softmax.negative[row] = softmax.positive[row] = softmax.positive_logits[row] = 0;
   }
@@ -396,8 +404,9 @@ void softmax_of_pairs(Rows<T>& rows, int n_threads, Softmax<T>& softmax) {
   n_threads = threads_for(double(rows.n_rows) * rows.n_rows * (rows.width + 16), n_threads);
   Scratch<T> tiles(n_threads, side * columns), sums(n_threads, TileSums<T>::size(side));
   Turns turns(rows.blocks.count);
+  const auto add_tile = rows.one_way ? softmax_tile<T, true> : softmax_tile<T, false>;
   for_tiles(rows, n_threads, [&](Blocks::Task task, int thread) {
-    softmax_tile(rows, task, turns, tiles.of(thread), TileSums<T>(side, sums.of(thread)), softmax);
+    add_tile(rows, task, turns, tiles.of(thread), TileSums<T>(side, sums.of(thread)), softmax);
   });
 }
 
@@ -469,18 +478,18 @@ void gradient_tile(Rows<T>& rows, Blocks::Task task, Turns& turns, Weights<T>& w
   turns.wait(i, blocks.turn(i, round));
   add_to_rows<T>(count, columns / kP, m_panel, m, width, rows.panel_size(j), rows.panels_of(j), grad + blocks.begin(i) * width);
   turns.pass(i);
-  if (i == j) return;
+  if (rows.one_way || i == j) return;
   turns.wait(j, blocks.turn(j, round));
   add_to_columns<T>(count, blocks.rows(j), m_panel, m, width, rows.panel_size(i), rows.panels_of(i),
                     grad + blocks.begin(j) * width);
   turns.pass(j);
 }
 
-// The backward pass over pairs: grad = sum_{j != i} M_ij zhat_j, (N, padded_width).
+// The backward pass over pairs: grad = sum_{j != i} M_ij zhat_j, (n_results, padded_width).
 template <class T>
 void gradient_of_pairs(Rows<T>& rows, int n_threads, Weights<T>& weights, T* grad) {
   if (rows.n_rows == 0) return;
-  std::memset(grad, 0, rows.n_rows * rows.padded_width * sizeof(T));
+  std::memset(grad, 0, rows.n_results * rows.padded_width * sizeof(T));
   if (!rows.has_pairs) return;
   const int64_t side = rows.blocks.side;
   n_threads = threads_for(3.0 * rows.n_rows * rows.n_rows * (rows.width + 8), n_threads);

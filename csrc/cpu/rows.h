@@ -203,31 +203,27 @@ T distance_gradient(Distance distance, T length, T zhat, T target) {
 // which holds the position itself if there are no sides.
 class Positions {
  public:
-  explicit Positions(const Loss& loss) : loss_(loss), n_instances_(loss.n_rows / loss.n_views) {}
+  explicit Positions(const Pairs& pairs) : pairs_(pairs), n_instances_(pairs.n_rows / pairs.n_views) {}
 
   int64_t row(int64_t position) const {
-    if (loss_.groups != nullptr) return loss_.groups[position];
-    if (loss_.n_left >= 0) return position;
-    return position % loss_.n_views * n_instances_ + position / loss_.n_views;
+    if (pairs_.groups != nullptr) return pairs_.groups[position];
+    if (pairs_.n_left >= 0) return position;
+    return position % pairs_.n_views * n_instances_ + position / pairs_.n_views;
   }
   int64_t start(int64_t position) const {
-    if (loss_.groups != nullptr) return loss_.groups[loss_.n_rows + position];
-    if (loss_.n_left >= 0) return position < loss_.n_left ? position + loss_.n_left : position - loss_.n_left;
-    return position - position % loss_.n_views;
+    if (pairs_.groups != nullptr) return pairs_.groups[pairs_.n_rows + position];
+    if (pairs_.n_left >= 0) return position < pairs_.n_left ? position + pairs_.n_left : position - pairs_.n_left;
+    return position - position % pairs_.n_views;
   }
   int64_t end(int64_t position) const {
-    if (loss_.groups != nullptr) return loss_.groups[2 * loss_.n_rows + position];
-    return start(position) + (loss_.n_left >= 0 ? 1 : loss_.n_views);
+    if (pairs_.groups != nullptr) return pairs_.groups[2 * pairs_.n_rows + position];
+    return start(position) + (pairs_.n_left >= 0 ? 1 : pairs_.n_views);
   }
-  int64_t n_positives(int64_t position) const { return end(position) - start(position) - (loss_.n_left >= 0 ? 0 : 1); }
-  // -1 without a label, or where there are no prototypes that a label could name.
-  int64_t label(int64_t position) const {
-    if (loss_.labels == nullptr || loss_.prototypes == nullptr) return -1;
-    return loss_.labels[row(position) % n_instances_];
-  }
+  int64_t n_positives(int64_t position) const { return end(position) - start(position) - (pairs_.n_left >= 0 ? 0 : 1); }
+  int64_t instance(int64_t position) const { return row(position) % n_instances_; }
 
  private:
-  const Loss& loss_;
+  const Pairs& pairs_;
   int64_t n_instances_;
 };
 
