@@ -148,7 +148,12 @@ class NTXentLoss(_ContrastiveLoss):
         if labels is not None:
             raise TypeError("NTXentLoss takes no labels: expected views only. SupConLoss and CLOPLoss take labels")
         return functional.ntxent_loss(
-            embeddings, n_views=n_views, temperature=self.temperature, reduction=self.reduction, backend=self.backend
+            embeddings,
+            n_views=n_views,
+            temperature=self.temperature,
+            reduction=self.reduction,
+            backend=self.backend,
+            **self._sharding(),
         )
 
 

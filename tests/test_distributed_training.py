@@ -41,7 +41,7 @@ def train(
     model: nn.Module, criterion: nn.Module, steps: list[tuple[Tensor, Tensor, Tensor]], learned: nn.Module
 ) -> tuple[list[float], list[Tensor]]:
     """Losses, and the parameters after the last step. ``learned``: criterion, or its wrapper that averages gradients."""
-    optimizer = torch.optim.SGD([*model.parameters(), *criterion.parameters()], lr=0.5, momentum=0.9)
+    optimizer = torch.optim.SGD([*model.parameters(), *criterion.parameters()], lr=0.1, momentum=0.9)
     losses = []
     for x_1, x_2, labels in steps:
         optimizer.zero_grad()
