@@ -14,7 +14,7 @@ Tile picture, of rank 1 in a world of 4; o: within the rank, the pass of one pro
 time, while the rows of the next rank arrive: O(N_local D). With n = N / world rows a rank, itemsize that of zhat, both receive
 
     forward    (N - n) (D itemsize + 8 if positives are found by label)
-    backward   gather: (N - n) (8, or by label 16);  ring: (N - n) (D itemsize + 16, or by label 24)
+    backward   gather: (N - n) (8, or by label 16);  ring: (N - n) (D itemsize + 8, or by label 24)
 
 bytes a rank and step, and four sums. Flops: as of one process over the world, but that only o's tiles can serve both of their
 sides on a CPU, 2 n N D forward and 4 n N D backward. The passes over pairs are the backends' own; what is done row by row is

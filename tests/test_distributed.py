@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, distributed
 
 import clop_kernels
+from benchmarks.distributed import counted
 from clop_kernels import backends
 from clop_kernels.backends.contract import POSITIVES, REDUCTIONS
 
@@ -316,6 +317,33 @@ def test_modules(ranks: World) -> None:
     ]
     for losses in ranks.run(2, loss_of_modules, z, labels):
         torch.testing.assert_close(losses, expected)
+
+
+def received(group: distributed.ProcessGroup, strategy: str, positives: str) -> tuple[int, int]:
+    rank = distributed.get_rank(group)
+    z = torch.randn(2 * (9, 5, 7)[rank], 32, requires_grad=True)
+    labels = torch.zeros((9, 5, 7)[rank], dtype=torch.int64)
+    with counted(group) as forward:
+        loss = clop_kernels.clop_loss(
+            z, labels, positives=positives, group=group, strategy=strategy, backend="tiled", check_ranks=True
+        )
+    with counted(group) as backward:
+        loss.backward()
+    return forward.n_bytes, backward.n_bytes
+
+
+@pytest.mark.parametrize("positives", POSITIVES)
+def test_a_ring_moves_no_more_than_is_said(positives: str, ranks: World) -> None:
+    """Ranks of 18, 10 and 14 rows; clop_kernels/distributed.py has the formula. No gradient is sent, whatever the strategy."""
+    by_label = positives == "label"
+    small = 350  # a header and four sums
+    for rank, (forward, backward) in enumerate(ranks.run(3, received, "ring", positives)):
+        others = 42 - (18, 10, 14)[rank]
+        assert 0 <= forward - others * (32 * 4 + 8 * by_label) < small
+        assert backward == others * (32 * 4 + (24 if by_label else 8))
+    for forward, backward in ranks.run(3, received, "gather", positives):  # as of equal ranks of the most rows
+        assert 0 <= forward - 2 * 18 * (32 * 4 + 8 * by_label) < small
+        assert backward == 2 * 18 * (16 if by_label else 8)
 
 
 # ---- errors ------------------------------------------------------------------------------------------------------------------

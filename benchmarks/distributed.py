@@ -1,0 +1,352 @@
+"""What the loss over a process group costs a rank: bytes received, peak memory, and time beside another strategy or library.
+
+    python -m benchmarks.distributed measure    # worlds of gloo processes on this CPU; a CSV and a figure
+    python -m benchmarks.distributed plan       # a model of large batches on many GPUs; nothing of it is measured
+
+``measure`` counts what the collectives move, by their own sizes, as rings of ranks move it: of an all-gather a rank receives all
+but its own part, of an all-reduce twice that share. On a CPU that all ranks share, times say little: they are given as multiples
+of "gather"'s, from runs in turn.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import multiprocessing
+import statistics
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from datetime import UTC, datetime
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+from torch import Tensor, distributed
+
+import clop_kernels
+
+from . import measure, providers
+from .results import commit_name, device_name
+
+LossOfViews = Callable[[Tensor, Tensor], Tensor]
+TEMPERATURE = 0.1
+
+
+# ---- what is measured ------------------------------------------------------------------------------------------------
+
+
+def strategy(name: str) -> LossOfViews:
+    group = distributed.group.WORLD
+    return lambda x, y: clop_kernels.ntxent_loss(torch.cat([x, y]), temperature=TEMPERATURE, group=group, strategy=name)
+
+
+def lightly() -> LossOfViews:
+    """Gathers rows with their gradient: an all-gather forward, an all-reduce of all rows' gradients backward."""
+    loss: LossOfViews = providers.lightly_loss()(temperature=TEMPERATURE, gather_distributed=True)
+    return loss
+
+
+LOSSES: dict[str, Callable[[], LossOfViews]] = {
+    "gather": lambda: strategy("gather"),
+    "ring": lambda: strategy("ring"),
+    "lightly": lightly,
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One loss in one world: NT-Xent of two views, forward and backward, float32. Bytes and MB are the largest of a rank."""
+
+    loss: str
+    world: int
+    rows_per_rank: int
+    D: int
+    forward_bytes: int
+    backward_bytes: int
+    peak_extra_mb: float | None
+    time_over_gather: float
+    device: str
+    torch: str
+    commit: str
+    date: str
+
+
+# ---- bytes -------------------------------------------------------------------------------------------------------------
+
+
+class Received:
+    """Bytes that this rank has received within :func:`counted`."""
+
+    n_bytes = 0
+
+    def add(self, share: float, *tensors: Tensor) -> None:
+        self.n_bytes += round(share * sum(tensor.numel() * tensor.element_size() for tensor in tensors))
+
+
+@contextmanager
+def counted(group: distributed.ProcessGroup | None = None) -> Iterator[Received]:
+    """Counts what the collectives of a group, None: the default one, move, by the sizes of the tensors that they are given."""
+    received = Received()
+    world = distributed.get_world_size(group)
+    others = (world - 1) / world
+
+    def counting(function: Callable[..., Any], count: Callable[..., None]) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            count(*args, **kwargs)
+            return function(*args, **kwargs)
+
+        return call
+
+    def gathered(output: Tensor, *_: Any, **__: Any) -> None:
+        received.add(others, output)
+
+    def reduced(tensor: Tensor, *_: Any, **__: Any) -> None:
+        received.add(2 * others, tensor)
+
+    def listed(outputs: list[Tensor], *_: Any, **__: Any) -> None:
+        received.add(others, *outputs)
+
+    def passed_on(operations: list[distributed.P2POp]) -> None:
+        received.add(1, *(each.tensor for each in operations if each.op is distributed.irecv))
+
+    counts: dict[tuple[Any, str], Callable[..., None]] = {
+        (clop_kernels.collectives, "_all_gather_single"): gathered,
+        (distributed, "all_reduce"): reduced,
+        (distributed, "all_gather"): listed,
+        (distributed, "batch_isend_irecv"): passed_on,
+    }
+    originals = {place: getattr(*place) for place in counts}
+    for (module, name), count in counts.items():
+        setattr(module, name, counting(originals[module, name], count))
+    try:
+        yield received
+    finally:
+        for (module, name), original in originals.items():
+            setattr(module, name, original)
+
+
+def received_by_formula(name: str, world: int, rows_per_rank: int, width: int) -> tuple[int, int]:
+    """Forward and backward, of NT-Xent in float32: clop_kernels/distributed.py, less the header and sums of a few bytes."""
+    others = (world - 1) * rows_per_rank
+    forward = 4 * others * width
+    return forward, {"gather": 8 * others, "ring": others * (4 * width + 8), "lightly": 2 * forward}[name]
+
+
+# ---- worlds ------------------------------------------------------------------------------------------------------------
+
+
+def serve(rank: int, world: int, store: str, rows_per_rank: int, width: int, repeats: int, answers: Connection) -> None:
+    """One rank: sends (bytes forward, bytes backward, peak in MB, times) of each loss."""
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
+    generator = torch.Generator().manual_seed(rank)
+    views = tuple(torch.randn(rows_per_rank // 2, width, generator=generator).requires_grad_() for _ in range(2))
+    steps = {}
+    for name, make in LOSSES.items():
+        loss = make()
+        loss(*(torch.randn(8, width) for _ in range(2)))  # libraries are loaded, connections made
+        steps[name] = measure.Step(lambda x, y, _, loss=loss: loss(x, y), views, "forward+backward", TEMPERATURE)
+    results = {}
+    for name, step in steps.items():
+        with counted() as forward:
+            value = step.function(*views, TEMPERATURE)
+        with counted() as backward:
+            value.backward()
+        del value
+        step.prepare()
+        distributed.barrier()
+        results[name] = [forward.n_bytes, backward.n_bytes, measure.peak_extra_mb(step)]
+    seconds = measure.alternate(steps, repeats, before_each=lambda name: distributed.barrier())
+    answers.send({name: (*result, seconds[name]) for name, result in results.items()})
+    distributed.destroy_process_group()
+
+
+def measured(world: int, rows_per_rank: int, width: int, repeats: int) -> list[Row]:
+    context = multiprocessing.get_context("spawn")
+    pipes = [context.Pipe(duplex=False) for _ in range(world)]
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            context.Process(target=serve, args=(rank, world, f"{folder}/store", rows_per_rank, width, repeats, pipe), daemon=True)
+            for rank, (_, pipe) in enumerate(pipes)
+        ]
+        for process in processes:
+            process.start()
+        for _, theirs in pipes:
+            theirs.close()  # so that a rank that dies is an end of its pipe here
+        answers = [ours.recv() for ours, _ in pipes]
+        for process in processes:
+            process.join()
+    rows = []
+    of_gather = [statistics.median(answer["gather"][3]) for answer in answers]
+    for name in LOSSES:
+        forward, backward, peaks, seconds = zip(*(answer[name] for answer in answers), strict=True)
+        ratios = [statistics.median(own) / gather for own, gather in zip(seconds, of_gather, strict=True)]
+        rows.append(
+            Row(
+                name, world, rows_per_rank, width, max(forward), max(backward), None if None in peaks else max(peaks),
+                round(statistics.median(ratios), 3), device_name(torch.device("cpu")), torch.__version__, commit_name(),
+                datetime.now(UTC).isoformat(timespec="seconds"),
+            )
+        )  # fmt: skip
+    return rows
+
+
+def table_of(rows: list[Row]) -> Table:
+    table = Table(title="NT-Xent over a process group, a rank, forward and backward, float32")
+    columns = [
+        "loss",
+        "world",
+        "rows a rank",
+        "D",
+        "MB received: forward",
+        "backward",
+        "by formula",
+        "peak MB",
+        "time / gather's",
+    ]
+    for name in columns:
+        table.add_column(name, justify="left" if name == "loss" else "right")
+    for row in rows:
+        formula = received_by_formula(row.loss, row.world, row.rows_per_rank, row.D)
+        peak = "" if row.peak_extra_mb is None else f"{row.peak_extra_mb:.1f}"
+        cells = [
+            row.loss,
+            row.world,
+            row.rows_per_rank,
+            row.D,
+            f"{row.forward_bytes / 1e6:.3f}",
+            f"{row.backward_bytes / 1e6:.3f}",
+        ]
+        cells += [f"{formula[0] / 1e6:.3f} + {formula[1] / 1e6:.3f}", peak, f"{row.time_over_gather:.2f}"]
+        table.add_row(*map(str, cells))
+    return table
+
+
+# ---- a model -------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """What the model assumes. None of it was measured here.
+
+    Attributes:
+        tflops: what a GPU reaches in the passes over pairs, by 6 n N D flops.
+        node: GPUs that share the fast links.
+        gb_within, gb_between: bytes a second and GPU, each way, within a node and between nodes, in 10^9.
+    """
+
+    tflops: float
+    node: int
+    gb_within: float
+    gb_between: float
+
+    def bandwidth(self, n_gpus: int) -> float:
+        return 1e9 * (self.gb_within if n_gpus <= self.node else self.gb_between)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A batch on a cluster: of each GPU memory in GB and milliseconds."""
+
+    n_rows: int
+    n_gpus: int
+    gather_gb: float
+    ring_gb: float
+    compute_ms: float
+    gather_ms: float
+    ring_ms: float
+
+    @property
+    def gather_step_ms(self) -> float:
+        """Nothing overlapped but the pass of the rank's own rows, a share of 1 / n_gpus, which is left out."""
+        return self.compute_ms + self.gather_ms
+
+    @property
+    def ring_step_ms(self) -> float:
+        """All overlapped."""
+        return max(self.compute_ms, self.ring_ms)
+
+
+def planned(n_rows: int, n_gpus: int, width: int, itemsize: int, cluster: Cluster) -> Plan:
+    n = n_rows / n_gpus
+    others, bandwidth = n_rows - n, cluster.bandwidth(n_gpus)
+    rows = n * width * itemsize
+    sums = n * width * (4 + itemsize)  # the gradient in float32, and as it leaves
+    return Plan(
+        n_rows,
+        n_gpus,
+        gather_gb=(2 * n_rows * width * itemsize + rows + sums) / 1e9,
+        ring_gb=(5 * rows + sums) / 1e9,
+        compute_ms=6 * n * n_rows * width / (cluster.tflops * 1e12) * 1e3,
+        gather_ms=others * (width * itemsize + 8) / bandwidth * 1e3,
+        ring_ms=others * (2 * width * itemsize + 8) / bandwidth * 1e3,
+    )
+
+
+def plan_table(width: int, itemsize: int, cluster: Cluster) -> Table:
+    table = Table(
+        title=f"MODEL, not measured: {cluster.tflops:g} Tflop/s a GPU assumed, links of {cluster.gb_within:g} GB/s among "
+        f"{cluster.node} GPUs and {cluster.gb_between:g} GB/s beyond; D = {width}, {itemsize} bytes a number"
+    )
+    columns = ["rows", "GPUs", "rows a GPU", "GB, gather", "GB, ring"]
+    columns += ["ms: products", "links, gather", "links, ring", "step, gather", "step, ring"]
+    for name in columns:
+        table.add_column(name, justify="right")
+    for n_rows in (2**20, 2**23):
+        for n_gpus in (8, 16, 32, 64, 128, 256, 512):
+            plan = planned(n_rows, n_gpus, width, itemsize, cluster)
+            table.add_row(
+                f"{n_rows // 2**20} M", str(n_gpus), str(n_rows // n_gpus), f"{plan.gather_gb:.2f}", f"{plan.ring_gb:.2f}",
+                f"{plan.compute_ms:.0f}", f"{plan.gather_ms:.1f}", f"{plan.ring_ms:.1f}", f"{plan.gather_step_ms:.0f}",
+                f"{plan.ring_step_ms:.0f}",
+            )  # fmt: skip
+    return table
+
+
+# ---- commands --------------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    measuring = commands.add_parser("measure", help="bytes, memory and time of worlds on this CPU")
+    measuring.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4])
+    measuring.add_argument("--rows", type=int, nargs="+", default=[1024, 2048, 4096], help="rows a rank, two views together")
+    measuring.add_argument("--width", type=int, default=128, help="D (default: %(default)s)")
+    measuring.add_argument("--repeats", type=int, default=5, help="timed runs of each, in turn (default: %(default)s)")
+    measuring.add_argument("--output", type=Path, help="a CSV to write")
+    planning = commands.add_parser("plan", help="a model of 1 M and 8 M rows on 8 to 512 GPUs")
+    planning.add_argument("--tflops", type=float, default=400.0, help="assumed of a GPU (default: %(default)s; not measured)")
+    planning.add_argument("--node", type=int, default=8, help="GPUs that share the fast links (default: %(default)s)")
+    planning.add_argument("--gb-within", type=float, default=450.0, help="GB/s a GPU within a node (default: %(default)s)")
+    planning.add_argument("--gb-between", type=float, default=50.0, help="GB/s a GPU between nodes (default: %(default)s)")
+    planning.add_argument("--width", type=int, default=512, help="D (default: %(default)s)")
+    planning.add_argument("--itemsize", type=int, default=2, help="bytes a number: 2 for bfloat16 (default: %(default)s)")
+    options = parser.parse_args()
+    console = Console()
+    if options.command == "plan":
+        console.print(
+            plan_table(
+                options.width, options.itemsize, Cluster(options.tflops, options.node, options.gb_within, options.gb_between)
+            )
+        )
+        return
+    cases = [(world, n) for n in options.rows for world in options.worlds]
+    rows = [row for world, n in track(cases, "worlds") for row in measured(world, n, options.width, options.repeats)]
+    console.print(table_of(rows))
+    if options.output is not None:
+        options.output.parent.mkdir(parents=True, exist_ok=True)
+        with options.output.open("w", newline="") as file:
+            writer = csv.DictWriter(file, [each.name for each in fields(Row)])
+            writer.writeheader()
+            writer.writerows(map(asdict, rows))
+
+
+if __name__ == "__main__":
+    main()
