@@ -50,7 +50,6 @@ from .backends.contract import (
     accumulate_dtype,
 )
 from .collectives import DTYPES, Field, Ranks, Sizes, memory_of
-from .groups import Groups, instance_groups, label_groups
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -120,7 +119,7 @@ def forward(
 ) -> tuple[Tensor, _Residuals]:
     """This rank's (n, D) embeddings and (B,) labels -> the loss of all ranks, and what the backward pass needs."""
     plan = _Plan.agreed(embeddings, prototypes, options, sharding, backend)
-    groups = _local_groups(embeddings.shape[0], labels, options, embeddings.device)
+    groups = rowwise.groups_of(embeddings.shape[0], labels, options, embeddings.device)
     normalized, norms = rowwise.normalized_rows(embeddings, groups.order, options)
     zhat = normalized.to(options.accumulate_dtype)
     label = None if labels is None else rowwise.labels_of_rows(labels, groups.order, options)
@@ -221,13 +220,6 @@ def _pull(label: Tensor | None, prototypes: Tensor | None, options: LossOptions)
 def _of_pairs(options: LossOptions) -> LossOptions:
     """The options of a pass over pairs."""
     return replace(options, n_views=1, positives="label", n_left=None)
-
-
-def _local_groups(n_rows: int, labels: Tensor | None, options: LossOptions, device: torch.device) -> Groups:
-    if options.positives == "label":
-        assert labels is not None
-        return label_groups(labels, options.n_views, options.n_left)
-    return instance_groups(n_rows // options.n_views, options.n_views, device, options.n_left)
 
 
 def _merged(x: Softmax, y: Softmax) -> Softmax:

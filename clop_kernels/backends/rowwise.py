@@ -12,9 +12,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..groups import Groups, instance_groups, label_groups
 from .contract import EPS, Coefficients, Gradients, LossOptions, Needs, Softmax
 
 LOG2_E = math.log2(math.e)
+
+
+def groups_of(n_rows: int, labels: Tensor | None, options: LossOptions, device: torch.device) -> Groups:
+    """The positives of N rows, of (B,) labels or of instances."""
+    if options.positives == "label":
+        assert labels is not None
+        return label_groups(labels, options.n_views, options.n_left)
+    return instance_groups(n_rows // options.n_views, options.n_views, device, options.n_left)
 
 
 def normalized_rows(embeddings: Tensor, order: Tensor, options: LossOptions) -> tuple[Tensor, Tensor]:

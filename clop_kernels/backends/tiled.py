@@ -48,7 +48,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..groups import Groups, instance_groups, label_groups
+from ..groups import Groups
 from . import rowwise
 from .contract import Gradients, LossOptions, Needs, Residuals, Softmax
 
@@ -113,7 +113,7 @@ def forward(
     embeddings: Tensor, labels: Tensor | None, prototypes: Tensor | None, options: LossOptions
 ) -> tuple[Tensor, Residuals]:
     """(N, D) embeddings, (B,) int64 labels, (K, D) prototypes -> the loss, and what the backward pass needs."""
-    groups = _groups(embeddings.shape[0], labels, options, embeddings.device)
+    groups = rowwise.groups_of(embeddings.shape[0], labels, options, embeddings.device)
     normalized, norms = rowwise.normalized_rows(embeddings, groups.order, options)
     zhat = normalized.to(options.accumulate_dtype)
 
@@ -154,7 +154,7 @@ def backward(
     if options.positives == "label":
         groups = Groups.of_table(residuals.groups, options.n_left)
     else:
-        groups = _groups(zhat.shape[0], None, options, zhat.device)
+        groups = rowwise.groups_of(zhat.shape[0], None, options, zhat.device)
     grad_loss = grad_loss.to(zhat.dtype)
     if options.reduction == "none":
         grad_loss = grad_loss.index_select(0, groups.order)
@@ -339,10 +339,3 @@ def _gradient(
             grad[columns].addmm_(m.T, zhat[rows])
         grad[rows].addmm_(m, zhat[columns])
     return grad
-
-
-def _groups(n_rows: int, labels: Tensor | None, options: LossOptions, device: torch.device) -> Groups:
-    if options.positives == "label":
-        assert labels is not None
-        return label_groups(labels, options.n_views, options.n_left)
-    return instance_groups(n_rows // options.n_views, options.n_views, device, options.n_left)
