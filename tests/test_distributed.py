@@ -65,20 +65,21 @@ def solve_part(
     backend: str,
     dtype: torch.dtype,
     sharding: dict[str, Any],
+    device: str = "cpu",
 ) -> dict[str, Tensor]:
     """On one rank: the loss, and the gradients of what the rank has."""
     rows = all_rows[distributed.get_rank(group)]
-    z = problem.embeddings[rows].to(dtype).requires_grad_()
+    z = problem.embeddings[rows].to(device, dtype).requires_grad_()
     precise = torch.promote_types(dtype, torch.float32)
-    tau = torch.tensor(problem.temperature, dtype=precise, requires_grad=True)
+    tau = torch.tensor(problem.temperature, dtype=precise, device=device, requires_grad=True)
     inputs = {"embeddings": z, "temperature": tau}
     prototypes = problem.prototypes
     if prototypes is not None:
-        prototypes = inputs["prototypes"] = prototypes.to(precise).requires_grad_()
+        prototypes = inputs["prototypes"] = prototypes.to(device, precise).requires_grad_()
     options: dict[str, Any] = dict(problem.options)
     n_left = options.pop("n_left", None)
     n_instances = problem.embeddings.shape[0] // options["n_views"]
-    labels = None if problem.labels is None else problem.labels[rows[: len(rows) // options["n_views"]] % n_instances]
+    labels = None if problem.labels is None else problem.labels[rows[: len(rows) // options["n_views"]] % n_instances].to(device)
     if n_left is None:
         loss = clop_kernels.clop_loss(z, labels, prototypes, temperature=tau, backend=backend, group=group, **options, **sharding)
     else:
@@ -92,16 +93,18 @@ def solve_part(
     if loss.dim():
         upstream = torch.randn(problem.embeddings.shape[0], generator=torch.Generator().manual_seed(7))[rows]
     grads = torch.autograd.grad(loss, list(inputs.values()), upstream.to(loss))
-    return {"loss": loss.detach()} | dict(zip(inputs, grads, strict=True))
+    return {"loss": loss.detach().cpu()} | {name: grad.cpu() for name, grad in zip(inputs, grads, strict=True)}
 
 
-def solve(ranks: World, problem: Problem, parts: Parts, backend: str, dtype: torch.dtype, **sharding: Any) -> dict[str, Tensor]:
+def solve(
+    ranks: World, problem: Problem, parts: Parts, backend: str, dtype: torch.dtype, device: str = "cpu", **sharding: Any
+) -> dict[str, Tensor]:
     """The problem on as many ranks as there are parts, put together as the solution of one process; in float64.
 
     Each rank's gradients are divided by what grad_scale says they are multiplied by.
     """
     rows = rows_of_parts(problem, parts)
-    solutions = ranks.run(len(parts), solve_part, problem, rows, backend, dtype, sharding)
+    solutions = ranks.run(len(parts), solve_part, problem, rows, backend, dtype, sharding, device)
     is_scalar = problem.options.get("reduction", "mean") != "none"
     scale = len(parts) if is_scalar and sharding.get("grad_scale", "ddp") == "ddp" else 1
     everyone = torch.cat(rows)

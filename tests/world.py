@@ -23,11 +23,13 @@ class RankError(AssertionError):
     """What went wrong on a rank, with its traceback."""
 
 
-def _serve(rank: int, size: int, store: str, calls: Connection) -> None:
+def _serve(rank: int, size: int, backend: str, store: str, calls: Connection) -> None:
     """The life of a rank: a process group of each number of ranks, then calls of (function, number of ranks, arguments)."""
     torch.set_num_threads(1)
+    if "nccl" in backend:
+        torch.cuda.set_device(rank)
     distributed.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=TIMEOUT)
+        backend, init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=TIMEOUT)
     )
     groups = {n: distributed.new_group(range(n)) for n in range(1, size + 1)}
     while True:
@@ -46,16 +48,16 @@ def _serve(rank: int, size: int, store: str, calls: Connection) -> None:
 
 
 class World:
-    """Up to ``size`` ranks with gloo. Functions are sent by name: they are those of modules, and take the group first."""
+    """Up to ``size`` ranks. Functions are sent by name: they are those of modules, and take the group first."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, backend: str = "gloo") -> None:
         context = multiprocessing.get_context("spawn")
         self._store = tempfile.TemporaryDirectory()
         pipes = [context.Pipe() for _ in range(size)]
         self._calls = [ours for ours, _ in pipes]
         store = str(Path(self._store.name) / "store")
         self._processes = [
-            context.Process(target=_serve, args=(rank, size, store, theirs), daemon=True)
+            context.Process(target=_serve, args=(rank, size, backend, store, theirs), daemon=True)
             for rank, (_, theirs) in enumerate(pipes)
         ]
         for process in self._processes:
@@ -98,8 +100,8 @@ class World:
         self._store.cleanup()
 
 
-def running(size: int) -> Iterator[World]:
+def running(size: int, backend: str = "gloo") -> Iterator[World]:
     """For a fixture."""
-    world = World(size)
+    world = World(size, backend)
     yield world
     world.close()
