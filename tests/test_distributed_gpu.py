@@ -1,4 +1,4 @@
-"""The loss over a process group of GPUs, with NCCL: as many as there are, one too. Not yet run on one: skips where there is none."""
+"""The loss over a process group of GPUs, one a rank, with NCCL. Not yet run on one: it skips where torch sees none."""
 
 from __future__ import annotations
 
