@@ -1,0 +1,353 @@
+"""Gradient caching: embeddings of a batch that the encoder cannot hold at once (GradCache, arXiv 2101.06983).
+
+A contrastive loss needs the embeddings of the whole batch, but of the encoder's activations only those of the rows that
+are being backpropagated. So the encoder runs twice: first over all sub-batches without a graph, for the embeddings; then,
+once the loss has given their gradients, over each sub-batch again, this time with a graph that is used and dropped at once::
+
+    x ---- sub-batches, no graph ----> z ---> loss        forward
+    x ---- sub-batches, each: forward, backward of dL/dz  backward
+
+It is all one autograd function, so it goes wherever an encoder goes: any loss, labels, a learned temperature, a gradient
+scaler, Lightning or accelerate. Time: one more forward pass of the encoder. Memory: the activations of one sub-batch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeAlias, TypeVar, overload
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn.parallel import DistributedDataParallel
+
+Inputs: TypeAlias = Tensor | Sequence[Any] | Mapping[str, Any]
+"""What an encoder is called with: ``encoder(x)``, ``encoder(*x)`` for a sequence, ``encoder(**x)`` for a mapping."""
+
+_Item = TypeVar("_Item")
+
+
+@overload
+def encode(
+    encoder: Callable[..., Tensor],
+    inputs: Inputs,
+    /,
+    *,
+    sub_batch: int,
+    module: nn.Module | None = None,
+    progress: bool = False,
+) -> Tensor: ...
+
+
+@overload
+def encode(
+    encoder: Callable[..., Tensor],
+    inputs: Inputs,
+    more: Inputs,
+    /,
+    *others: Inputs,
+    sub_batch: int,
+    module: nn.Module | None = None,
+    progress: bool = False,
+) -> tuple[Tensor, ...]: ...
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # a clean graph break; a compiled encoder stays compiled
+def encode(
+    encoder: Callable[..., Tensor],
+    /,
+    *inputs: Inputs,
+    sub_batch: int,
+    module: nn.Module | None = None,
+    progress: bool = False,
+) -> Tensor | tuple[Tensor, ...]:
+    """``encoder(x)`` for each of ``inputs``, in the memory of one sub-batch: gradients are equal, activations are not kept.
+
+    >>> z_1, z_2 = encode(encoder, view_1, view_2, sub_batch=256)
+    >>> loss = criterion(z_1, z_2, labels=labels)
+    >>> loss.backward()  # or scaler.scale(loss).backward(): runs the encoder again, sub-batch by sub-batch
+
+    Pass all inputs of one encoder in one call, and each encoder of several (CLIP) in its own.
+
+    - *Randomness.* Both passes draw the same dropout masks. The random state after ``backward`` is that before it.
+    - *Buffers.* The second pass sees those that the first saw, and leaves no trace in them: running statistics move once a
+      step. BatchNorm in training mode normalises by the statistics of a sub-batch, not of the batch, as it does in any kind
+      of sub-batching (and on one of several GPUs): ``sub_batch`` is then part of the model. GroupNorm and LayerNorm do not care.
+    - *Autocast.* What is active around this call holds for both passes; ``backward`` may stand outside, as usual.
+    - *Distributed.* An encoder under DistributedDataParallel or ``fully_shard`` reduces its gradients once, in the last
+      sub-batch of the second pass, after which FSDP's gradient synchronisation is on. Until then FSDP holds gradients
+      unsharded. With FSDP all ranks need the same number of sub-batches.
+    - *Without gradients*, when ``torch.no_grad()`` is active or nothing requires grad (a frozen encoder), there is one pass.
+    - *Not possible*: ``torch.autograd.grad`` with respect to parameters, second derivatives, and weights that change, or
+      inputs overwritten in place, between this call and ``backward``.
+
+    Args:
+        encoder: a module, or a method of one (``model.encode_image``), or another callable with ``module=``. Called with
+            ``sub_batch`` rows, returns their (rows, D) embeddings. A row's embedding may not depend on the other rows.
+        inputs: one or more, each a tensor, a sequence of positional arguments, or a mapping of keyword arguments. Tensors are
+            cut along dimension 0, where those of one input must agree; 0-dim tensors and everything else are passed along.
+            Inputs may differ in their number of rows, and may require grad.
+        sub_batch: how many rows the encoder sees at a time, at least 1. The last sub-batch of an input may be smaller.
+        module: what holds the parameters that ``encoder`` uses, where ``encoder`` is neither a module nor a method of one.
+        progress: show a bar over the sub-batches of each pass; needs tqdm.
+
+    Returns:
+        (N, D), in the encoder's dtype, for one input; a tuple of them for several, in order.
+
+    Raises:
+        TypeError, ValueError: naming the argument, its value and what was expected.
+        RuntimeError: in ``backward``, if the embeddings depend on nothing that requires grad.
+        ModuleNotFoundError: for ``progress=True`` without tqdm.
+    """
+    if isinstance(sub_batch, bool) or not isinstance(sub_batch, int) or sub_batch < 1:
+        raise ValueError(f"sub_batch={sub_batch!r}: expected an int of at least 1, the rows that the encoder sees at a time")
+    if not inputs:
+        raise TypeError("no inputs: expected at least one, as in encode(encoder, images, sub_batch=256)")
+    if progress and importlib.util.find_spec("tqdm") is None:
+        raise ModuleNotFoundError("progress=True needs tqdm: pip install tqdm, or leave progress=False")
+    owner = _owner(encoder, module)
+    calls: list[_Call] = []
+    tensors: list[Tensor] = []
+    for position, x in enumerate(inputs):
+        call, its_tensors = _parse(f"inputs[{position}]", x, len(tensors))
+        calls.append(call)
+        tensors += its_tensors
+    parameters = list(owner.parameters())
+    learns = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
+    if learns and any(isinstance(part, DistributedDataParallel) and part.static_graph for part in owner.modules()):
+        raise ValueError(
+            "encoder is DistributedDataParallel with static_graph=True, whose no_sync() fails (PyTorch's issue 143580): expected "
+            "static_graph=False, which serves here: each sub-batch is a forward and a backward pass of its own"
+        )
+    plan = _Plan(encoder, owner, calls, sub_batch, {x.device for x in (*tensors, *parameters)}, progress)
+    # Parameters get their gradients inside the backward pass, but only what goes into the function makes its outputs require
+    # grad: this stands for all of them.
+    trainable = torch.empty(0, requires_grad=learns)
+    embeddings: tuple[Tensor, ...] = _Encode.apply(plan, trainable, *tensors)  # type: ignore[no-untyped-call]
+    return embeddings if len(inputs) > 1 else embeddings[0]
+
+
+def _owner(encoder: Callable[..., Tensor], module: nn.Module | None) -> nn.Module:
+    """The module whose parameters, buffers and wrappers are meant."""
+    if not callable(encoder):
+        raise TypeError(f"encoder is a {type(encoder).__name__}: expected a module, or another callable with module=")
+    owner = module if module is not None else encoder if isinstance(encoder, nn.Module) else getattr(encoder, "__self__", None)
+    if not isinstance(owner, nn.Module):
+        what = f"encoder={encoder!r} with module=None" if module is None else f"module is a {type(module).__name__}"
+        raise TypeError(f"{what}: expected an nn.Module or a method of one; for a function, module=what holds its parameters")
+    return owner
+
+
+# ---- the two passes -------------------------------------------------------------------------------------------------
+
+
+class _Encode(torch.autograd.Function):
+    """(plan, trainable, *tensors) -> the embeddings of each input; the second pass is its backward."""
+
+    @staticmethod
+    def forward(ctx: Any, plan: _Plan, trainable: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.plan = plan
+        ctx.save_for_backward(*tensors)  # and so an input that is overwritten before the second pass is an error
+        ctx.set_materialize_grads(False)  # the loss may leave an input out
+        ctx.buffers = _buffers(plan.owner)
+        ctx.random_states = []
+        embeddings: dict[_Call, list[Tensor]] = {call: [] for call in plan.calls}
+        for call, rows in plan.track(plan.sub_batches(), "encode"):
+            ctx.random_states.append(plan.random_state())
+            with plan.precision():
+                embeddings[call].append(call.embed(plan.encoder, _cut(tensors[call.own], rows), rows))
+        return tuple(torch.cat(parts) for parts in embeddings.values())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        plan: _Plan = ctx.plan
+        tensors: tuple[Tensor, ...] = ctx.saved_tensors
+        sums = [torch.zeros_like(x) if needed else None for x, needed in zip(tensors, ctx.needs_input_grad[2:], strict=True)]
+        gradient_of = dict(zip(plan.calls, gradients, strict=True))
+        todo = [
+            (call, rows, gradient[rows], random_state)
+            for (call, rows), random_state in zip(plan.sub_batches(), ctx.random_states, strict=True)
+            if (gradient := gradient_of[call]) is not None
+        ]
+        random_state_after, buffers_after = plan.random_state(), _buffers(plan.owner)
+        try:
+            _set_buffers(ctx.buffers)
+            for n_done, (call, rows, gradient, random_state) in enumerate(plan.track(todo, "backward"), start=1):
+                plan.set_random_state(random_state)
+                pieces = _cut(tensors[call.own], rows)
+                for piece, total in zip(pieces, sums[call.own], strict=True):
+                    if total is not None:
+                        piece.requires_grad_()
+                        piece.grad = _cut([total], rows)[0]  # a view: autograd adds into ``total`` itself
+                with nullcontext() if n_done == len(todo) else _no_sync(plan.owner):
+                    with torch.enable_grad(), plan.precision():
+                        z = call.embed(plan.encoder, pieces, rows)
+                    if not z.requires_grad:
+                        raise RuntimeError(
+                            f"the embeddings of {call.name} depend on no parameter and no input that requires grad: expected an "
+                            "encoder that neither detaches them nor runs under no_grad; freeze one by requires_grad_(False)"
+                        )
+                    torch.autograd.backward(z, gradient)
+        finally:
+            _set_buffers(buffers_after)
+            plan.set_random_state(random_state_after)
+        return None, None, *sums
+
+
+def _cut(tensors: Sequence[Tensor], rows: slice) -> list[Tensor]:
+    return [x[rows].detach() if x.dim() else x.detach() for x in tensors]
+
+
+@contextmanager
+def _no_sync(owner: nn.Module) -> Iterator[None]:
+    """Backward passes in here leave gradients on their rank: DDP and FSDP reduce them in one that follows."""
+    with ExitStack() as stack:
+        for module in owner.modules():
+            if isinstance(module, DistributedDataParallel):
+                stack.enter_context(module.no_sync())
+            elif callable(synchronise := getattr(module, "set_requires_gradient_sync", None)):  # of fully_shard
+                synchronise(False)
+                stack.callback(synchronise, True)
+        yield
+
+
+_Buffers: TypeAlias = list[tuple[nn.Module, str, Tensor, Tensor]]
+
+
+def _buffers(owner: nn.Module) -> _Buffers:
+    """Every buffer, by module and name, and a copy of its values."""
+    named = ((module, name, x) for module in owner.modules() for name, x in module.named_buffers(recurse=False))
+    return [(module, name, x, x.detach().clone()) for module, name, x in named]
+
+
+def _set_buffers(buffers: _Buffers) -> None:
+    for module, name, x, values in buffers:
+        x.data.copy_(values)  # by .data, or a graph elsewhere that has saved the buffer could not run backward any more
+        module._buffers[name] = x
+
+
+# ---- what both passes share -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class _Call:
+    """How the encoder is called for one input."""
+
+    name: str
+    n_rows: int
+    own: slice
+    """Its tensors among those of all inputs."""
+    keywords: tuple[str, ...] | None
+    """Names of the arguments; None if they are positional."""
+    arguments: tuple[Any, ...]
+    """None in the place of a tensor."""
+    places: tuple[int, ...]
+    """Those places."""
+
+    def embed(self, encoder: Callable[..., Tensor], tensors: Sequence[Tensor], rows: slice) -> Tensor:
+        arguments = list(self.arguments)
+        for place, x in zip(self.places, tensors, strict=True):
+            arguments[place] = x
+        z = encoder(*arguments) if self.keywords is None else encoder(**dict(zip(self.keywords, arguments, strict=True)))
+        n_rows = rows.stop - rows.start
+        if not isinstance(z, Tensor):
+            raise TypeError(f"encoder returned a {type(z).__name__} for {self.name}: expected one tensor, ({n_rows}, D)")
+        if z.dim() != 2 or len(z) != n_rows or not z.is_floating_point():
+            raise ValueError(
+                f"encoder returned shape {tuple(z.shape)} and dtype {z.dtype} for {n_rows} rows of {self.name}: "
+                f"expected a floating tensor of shape ({n_rows}, D), one embedding a row"
+            )
+        return z
+
+
+def _parse(name: str, inputs: Inputs, n_tensors_before: int) -> tuple[_Call, list[Tensor]]:
+    """One input as a call and its tensors."""
+    keywords = tuple(inputs) if isinstance(inputs, Mapping) else None
+    if isinstance(inputs, Tensor):
+        arguments: list[Any] = [inputs]
+    elif isinstance(inputs, Mapping):
+        arguments = list(inputs.values())
+    elif isinstance(inputs, Sequence):
+        arguments = list(inputs)
+    else:
+        raise TypeError(f"{name} is a {type(inputs).__name__}: expected a tensor, or a sequence or mapping with tensors in it")
+    named = zip(keywords or range(len(arguments)), arguments, strict=True)
+    lengths = {key: len(x) for key, x in named if isinstance(x, Tensor) and x.dim()}
+    if len(set(lengths.values())) > 1:
+        raise ValueError(f"{name} has tensors of different lengths, {lengths}: expected the same dimension 0 in all of them")
+    if not any(lengths.values()):
+        kinds = [f"tensor {tuple(x.shape)}" if isinstance(x, Tensor) else type(x).__name__ for x in arguments[:8]]
+        raise ValueError(f"{name} has no rows, {kinds}: expected at least one tensor whose dimension 0 is 1 or more")
+    places = tuple(place for place, x in enumerate(arguments) if isinstance(x, Tensor))
+    tensors = [arguments[place] for place in places]
+    for place in places:
+        arguments[place] = None
+    own = slice(n_tensors_before, n_tensors_before + len(tensors))
+    return _Call(name, max(lengths.values()), own, keywords, tuple(arguments), places), tensors
+
+
+class _Plan:
+    """What is the same in both passes."""
+
+    def __init__(
+        self,
+        encoder: Callable[..., Tensor],
+        owner: nn.Module,
+        calls: list[_Call],
+        sub_batch: int,
+        devices: set[torch.device],
+        progress: bool,
+    ) -> None:
+        self.encoder = encoder
+        self.owner = owner
+        self.calls = calls
+        self.sub_batch = sub_batch
+        self.progress = progress
+        self._accelerators = [device for device in devices if device.type not in ("cpu", "meta")]
+        kinds = {"cpu", *(device.type for device in devices)}
+        self._autocast = [
+            (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
+            for kind in kinds
+            if torch.amp.is_autocast_available(kind)
+        ]
+
+    def sub_batches(self) -> list[tuple[_Call, slice]]:
+        """In the order of both passes."""
+        starts = ((call, start) for call in self.calls for start in range(0, call.n_rows, self.sub_batch))
+        return [(call, slice(start, min(start + self.sub_batch, call.n_rows))) for call, start in starts]
+
+    def precision(self) -> ExitStack:
+        """Autocast as it was when the plan was made.
+
+        Its cache stays empty, or the second pass, or the caller, would meet weights that the first has cast without a graph.
+        """
+        stack = ExitStack()
+        for kind, dtype, enabled in self._autocast:
+            stack.enter_context(torch.autocast(kind, dtype, enabled, cache_enabled=False))
+        return stack
+
+    def random_state(self) -> list[Tensor]:
+        """The state of the CPU's generator, and of the accelerators'."""
+        states = (torch.get_device_module(device).get_rng_state(*_index(device)) for device in self._accelerators)
+        return [torch.get_rng_state(), *states]
+
+    def set_random_state(self, states: list[Tensor]) -> None:
+        torch.set_rng_state(states[0])
+        for device, state in zip(self._accelerators, states[1:], strict=True):
+            torch.get_device_module(device).set_rng_state(state, *_index(device))
+
+    def track(self, items: list[_Item], label: str) -> Iterable[_Item]:
+        """The items, under a bar if one is wanted."""
+        if not self.progress:
+            return items
+        from tqdm.auto import tqdm
+
+        return tqdm(items, desc=label, unit="sub-batch", leave=False)
+
+
+def _index(device: torch.device) -> tuple[torch.device, ...]:
+    return () if device.type == "mps" else (device,)  # there is one, and torch.mps takes no argument for it
