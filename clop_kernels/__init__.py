@@ -1,5 +1,6 @@
 """Fused contrastive losses for PyTorch: NT-Xent, SupCon and CLOP in O(N D) memory."""
 
+from . import gradcache
 from .backends import BackendUnavailableError
 from .backends.tiled import set_tile_rows
 from .diagnostics import (
@@ -28,6 +29,7 @@ __all__ = [
     "collapse_report",
     "critical_learning_rate",
     "effective_rank",
+    "gradcache",
     "mean_resultant_length",
     "nearest_prototype_accuracy",
     "negative_logsumexp",

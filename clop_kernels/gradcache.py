@@ -15,8 +15,9 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias, TypeVar, overload
 
 import torch
@@ -55,7 +56,6 @@ def encode(
 ) -> tuple[Tensor, ...]: ...
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # a clean graph break; a compiled encoder stays compiled
 def encode(
     encoder: Callable[..., Tensor],
     /,
@@ -80,6 +80,7 @@ def encode(
     - *Distributed.* An encoder under DistributedDataParallel or ``fully_shard`` reduces its gradients once, in the last
       sub-batch of the second pass, after which FSDP's gradient synchronisation is on. Until then FSDP holds gradients
       unsharded. With FSDP all ranks need the same number of sub-batches.
+    - *torch.compile* the encoder, or the loss; compiling the step around this call works, but breaks the graph many times.
     - *Without gradients*, when ``torch.no_grad()`` is active or nothing requires grad (a frozen encoder), there is one pass.
     - *Not possible*: ``torch.autograd.grad`` with respect to parameters, second derivatives, and weights that change, or
       inputs overwritten in place, between this call and ``backward``.
@@ -107,7 +108,7 @@ def encode(
     if not inputs:
         raise TypeError("no inputs: expected at least one, as in encode(encoder, images, sub_batch=256)")
     if progress and importlib.util.find_spec("tqdm") is None:
-        raise ModuleNotFoundError("progress=True needs tqdm: pip install tqdm, or leave progress=False")
+        raise ModuleNotFoundError("progress=True needs tqdm: expected it to be installed (pip install tqdm), or progress=False")
     owner = _owner(encoder, module)
     calls: list[_Call] = []
     tensors: list[Tensor] = []
@@ -173,6 +174,7 @@ class _Encode(torch.autograd.Function):
             for (call, rows), random_state in zip(plan.sub_batches(), ctx.random_states, strict=True)
             if (gradient := gradient_of[call]) is not None
         ]
+        no_sync = _no_sync(plan.owner)
         random_state_after, buffers_after = plan.random_state(), _buffers(plan.owner)
         try:
             _set_buffers(ctx.buffers)
@@ -183,13 +185,15 @@ class _Encode(torch.autograd.Function):
                     if total is not None:
                         piece.requires_grad_()
                         piece.grad = _cut([total], rows)[0]  # a view: autograd adds into ``total`` itself
-                with nullcontext() if n_done == len(todo) else _no_sync(plan.owner):
+                with ExitStack() as contexts:
+                    for context in no_sync if n_done < len(todo) else ():
+                        contexts.enter_context(context())
                     with torch.enable_grad(), plan.precision():
                         z = call.embed(plan.encoder, pieces, rows)
                     if not z.requires_grad:
                         raise RuntimeError(
                             f"the embeddings of {call.name} depend on no parameter and no input that requires grad: expected an "
-                            "encoder that neither detaches them nor runs under no_grad; freeze one by requires_grad_(False)"
+                            "encoder that does not detach them. What is frozen on purpose: encode it under torch.no_grad()"
                         )
                     torch.autograd.backward(z, gradient)
         finally:
@@ -202,26 +206,38 @@ def _cut(tensors: Sequence[Tensor], rows: slice) -> list[Tensor]:
     return [x[rows].detach() if x.dim() else x.detach() for x in tensors]
 
 
+def _no_sync(owner: nn.Module) -> list[Callable[[], AbstractContextManager[None]]]:
+    """In these contexts DDP and FSDP leave gradients on their rank, to reduce them in a backward pass that follows."""
+    contexts: list[Callable[[], AbstractContextManager[None]]] = []
+    for module in owner.modules():
+        if isinstance(module, DistributedDataParallel):
+            contexts.append(module.no_sync)
+        elif hasattr(module, "set_requires_gradient_sync"):  # fully_shard gives it
+            contexts.append(partial(_no_fsdp_sync, module))
+    return contexts
+
+
 @contextmanager
-def _no_sync(owner: nn.Module) -> Iterator[None]:
-    """Backward passes in here leave gradients on their rank: DDP and FSDP reduce them in one that follows."""
-    with ExitStack() as stack:
-        for module in owner.modules():
-            if isinstance(module, DistributedDataParallel):
-                stack.enter_context(module.no_sync())
-            elif callable(synchronise := getattr(module, "set_requires_gradient_sync", None)):  # of fully_shard
-                synchronise(False)
-                stack.callback(synchronise, True)
+def _no_fsdp_sync(module: Any) -> Iterator[None]:
+    module.set_requires_gradient_sync(False)
+    try:
         yield
+    finally:
+        module.set_requires_gradient_sync(True)
 
 
 _Buffers: TypeAlias = list[tuple[nn.Module, str, Tensor, Tensor]]
 
 
 def _buffers(owner: nn.Module) -> _Buffers:
-    """Every buffer, by module and name, and a copy of its values."""
+    """Every buffer that can change, by module and name, and a copy of its values."""
     named = ((module, name, x) for module in owner.modules() for name, x in module.named_buffers(recurse=False))
-    return [(module, name, x, x.detach().clone()) for module, name, x in named]
+    return [(module, name, x, x.detach().clone()) for module, name, x in named if not _is_expanded(x)]
+
+
+def _is_expanded(x: Tensor) -> bool:
+    """Whether elements share memory: torch refuses to write into such a tensor."""
+    return any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True))
 
 
 def _set_buffers(buffers: _Buffers) -> None:
@@ -323,7 +339,8 @@ class _Plan:
     def precision(self) -> ExitStack:
         """Autocast as it was when the plan was made.
 
-        Its cache stays empty, or the second pass, or the caller, would meet weights that the first has cast without a graph.
+        Its cache stays empty: not every torch keeps weights cast in a pass without a graph from passes that need one (its issue
+        158232).
         """
         stack = ExitStack()
         for kind, dtype, enabled in self._autocast:
