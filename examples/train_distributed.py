@@ -5,7 +5,7 @@ process with those of all, and DistributedDataParallel averages the gradients to
 checked against one process that has the whole batch, and the table says how far apart they are::
 
     torchrun --nproc-per-node 2 examples/train_distributed.py             # on CPUs with gloo, on GPUs with NCCL
-    torchrun --nproc-per-node 2 examples/train_distributed.py --strategy ring
+    torchrun --nproc-per-node 2 examples/train_distributed.py --strategy ring --sub-batch 64    # with gradient caching
     torchrun --nproc-per-node 2 examples/train_distributed.py --short     # a quick check of the same, for CI
     python examples/train_distributed.py                                  # one process
 
@@ -41,7 +41,7 @@ from train_digits import (
     noisy_view,
 )
 
-from clop_kernels import CLOPLoss
+from clop_kernels import CLOPLoss, gradcache
 
 
 def start() -> torch.device:
@@ -101,7 +101,8 @@ def train(
             views = [noisy_view(data.train_x[batch], generator).to(device) for _ in range(2)]
             labels = data.labels[batch].to(device)
             optimizer.zero_grad()
-            z = model(torch.cat([share_of(view) for view in views]))
+            images = torch.cat([share_of(view) for view in views])
+            z = model(images) if options.sub_batch is None else gradcache.encode(model, images, sub_batch=options.sub_batch)
             loss = learned(z, labels=share_of(labels), n_views=2)
             loss.backward()
             if not losses:
@@ -128,6 +129,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=256, help="images of all processes together (default: %(default)s)")
     parser.add_argument("--strategy", choices=("auto", "gather", "ring"), default="auto", help="how rows come to other processes")
+    parser.add_argument("--sub-batch", type=int, help="images at a time through the encoder of a process (default: all of its)")
     parser.add_argument("--labelled", type=float, default=0.1, help="the share of digits that keep their label")
     parser.add_argument("--temperature", type=float, default=0.2)
     parser.add_argument("--learnable-temperature", action="store_true")

@@ -121,6 +121,25 @@ def test_fsdp(ranks: World) -> None:
         torch.testing.assert_close(grads, [parameter.grad for parameter in model.parameters()], rtol=1e-4, atol=1e-6)
 
 
+def cached_step(group: Group, strategy: str) -> list[Tensor]:
+    rank = distributed.get_rank(group)
+    model = DistributedDataParallel(encoder(), process_group=group)
+    x_1, x_2, labels = (x.split((13, 5))[rank] for x in batches(1, 18)[0])
+    z_1, z_2 = clop_kernels.gradcache.encode(model, x_1, x_2, sub_batch=4)
+    criterion_for(group, strategy)(z_1, z_2, labels=labels).backward()
+    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+
+@pytest.mark.parametrize("strategy", ["gather", "ring"])
+def test_gradient_caching(strategy: str, ranks: World) -> None:
+    """Ranks of 26 and 10 rows, 4 at a time through the encoder, against one process with 36 at once."""
+    model = encoder()
+    x_1, x_2, labels = batches(1, 18)[0]
+    criterion_for(None)(model(torch.cat([x_1, x_2])), labels=labels).backward()
+    for grads in ranks.run(2, cached_step, strategy):
+        torch.testing.assert_close(grads, [parameter.grad for parameter in model.parameters()], rtol=1e-4, atol=1e-6)
+
+
 # ---- torch.compile -----------------------------------------------------------------------------------------------------------
 
 
