@@ -156,6 +156,16 @@ def sizes(text: str) -> list[int]:
     return [int(parse(part)) for part in text.split(",")]
 
 
+def csv_file(text: str) -> Path:
+    path = Path(text)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except OSError as error:
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a file that can be written ({error})") from None
+    return path
+
+
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     batch_size = number(int, lambda n: 2 <= n <= N_TRAIN, f"an integer from 2 to {N_TRAIN}, the training digits")
     steps = number(int, lambda n: n >= 3, "an integer of at least 3")
@@ -168,7 +178,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     add("--blocks", type=blocks, help="depth of the encoder, what its memory grows with (default: 32; 8 with --short)")
     add("--steps", type=steps, help="training steps of each copy (default: 20; 4 with --short)")
     add("--seed", type=seed, default=0, help="of weights, prototypes, batches and views (default: %(default)s)")
-    add("--output", type=Path, help="a CSV file for the table (default: none)")
+    add("--output", type=csv_file, help="a CSV file for the table (default: none)")
     add("--short", action="store_true", help="small and few, for CI")
     options = parser.parse_args(arguments)
     short = options.short

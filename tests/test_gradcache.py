@@ -510,11 +510,13 @@ def process(rank: int, rendezvous: str, results: str) -> None:
         "ddp": DistributedDataParallel,
         "ddp, unused parameters": lambda model: DistributedDataParallel(model, find_unused_parameters=True),
         "ddp, buckets": lambda model: DistributedDataParallel(model, bucket_cap_mb=1e-3, gradient_as_bucket_view=True),
+        "ddp, one loss of all ranks": DistributedDataParallel,
         "fully_shard": sharded,
     }
     for name, wrap in wrappers.items():
         # DDP lets ranks differ in their number of rows, and so of sub-batches; fully_shard gathers weights in each.
         n_rows = N - 9 * rank if name.startswith("ddp") else N
+        group = dist.group.WORLD if name.endswith("all ranks") else None
         views = torch.randn(2, n_rows, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(rank))
         for cached in (False, True):
             model = wrap(copy.deepcopy(plain))
@@ -522,7 +524,7 @@ def process(rank: int, rendezvous: str, results: str) -> None:
                 model.zero_grad()
                 with Reductions() as reductions:  # type: ignore[no-untyped-call]
                     z = torch.cat(encode(model, *views, sub_batch=5)) if cached else model(views.flatten(0, 1))
-                    clop_kernels.ntxent_loss(z).backward()
+                    clop_kernels.ntxent_loss(z, group=group).backward()
                 grads = [whole(p.grad) for p in model.parameters() if p.grad is not None]
                 found[f"{name}, {cached}, {step}"] = (reductions.n, grads)
     # BatchNorm takes one sub-batch at a time, which DDP alone cannot do in one backward pass: the mean of both ranks, by hand.
@@ -561,7 +563,9 @@ def distributed(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch was built without torch.distributed")
-@pytest.mark.parametrize("wrapper", ["ddp", "ddp, unused parameters", "ddp, buckets", "fully_shard"])
+@pytest.mark.parametrize(
+    "wrapper", ["ddp", "ddp, unused parameters", "ddp, buckets", "ddp, one loss of all ranks", "fully_shard"]
+)
 def test_gradients_are_reduced_once_a_step(wrapper: str, distributed: list[dict[str, Any]]) -> None:
     for step in range(2):
         for rank in range(2):
