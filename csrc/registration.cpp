@@ -92,10 +92,18 @@ STABLE_TORCH_LIBRARY(clop_native, m) {
   m.def(
       "cuda_prototype_gradient(Tensor upstream, Tensor? weights, Tensor normalized, Tensor counts, Tensor by_class, "
       "Tensor bounds, " CLOP_LOSS ") -> Tensor");
+  // The passes over pairs alone of clop_kernels/backends/contract.py: (M, D) zhat, (3, M) groups, n_left -1 without sides ->
+  // (4, M) shift, negative, positive, positive_logits, with sides of the rows on the left alone; (4, M) float32 a, b, c, shift ->
+  // (M, D) or (n_left, D) sums, of wide rows the coefficients that cuda_panel_pairs takes.
+#define CLOP_PAIRS                                                                                                          \
+  "Tensor groups, int n_left, Tensor? temperature, float scale, float scale_rest, bool is_tf32, bool normalize"
+  m.def("cuda_pair_softmax(Tensor zhat, " CLOP_PAIRS ") -> Tensor");
+  m.def("cuda_pair_coefficients(Tensor zhat, Tensor given, " CLOP_PAIRS ") -> Tensor");
+  m.def("cuda_pair_gradient(Tensor zhat, Tensor given, " CLOP_PAIRS ") -> Tensor");
   // Wide rows: what comes between the library's products, clop_kernels/backends/cuda.py.
   m.def(
-      "cuda_panel_softmax(Tensor products, int first_row, int first_column, Tensor(a!) statistics, Tensor normalized, " CLOP_LOSS
-      ") -> ()");
+      "cuda_panel_softmax(Tensor products, int first_row, int first_column, Tensor(a!) statistics, Tensor normalized, "
+      "bool pairs_alone, " CLOP_LOSS ") -> ()");
   m.def(
       "cuda_panel_loss(Tensor statistics, Tensor distances, Tensor normalized, " CLOP_LOSS
       ") -> (Tensor loss, Tensor shift, Tensor total, Tensor negative, Tensor counts)");
@@ -108,6 +116,7 @@ STABLE_TORCH_LIBRARY(clop_native, m) {
       ") -> (Tensor grad_embeddings, Tensor grad_temperature)");
 #undef CLOP_LOSS
 #undef CLOP_BACKWARD
+#undef CLOP_PAIRS
 #endif
 }
 
@@ -134,6 +143,9 @@ STABLE_TORCH_LIBRARY_IMPL(clop_native, CUDA, m) {
   m.impl("cuda_forward", TORCH_BOX(&clop::cuda::forward));
   m.impl("cuda_backward", TORCH_BOX(&clop::cuda::backward));
   m.impl("cuda_prototype_gradient", TORCH_BOX(&clop::cuda::prototype_gradient));
+  m.impl("cuda_pair_softmax", TORCH_BOX(&clop::cuda::pair_softmax));
+  m.impl("cuda_pair_coefficients", TORCH_BOX(&clop::cuda::pair_coefficients));
+  m.impl("cuda_pair_gradient", TORCH_BOX(&clop::cuda::pair_gradient));
   m.impl("cuda_panel_softmax", TORCH_BOX(&clop::cuda::panel_softmax));
   m.impl("cuda_panel_loss", TORCH_BOX(&clop::cuda::panel_loss));
   m.impl("cuda_coefficients", TORCH_BOX(&clop::cuda::coefficients));

@@ -19,13 +19,15 @@ from torch import Tensor
 
 import clop_kernels
 from clop_kernels import backends
-from clop_kernels.backends.contract import DISTANCES, POSITIVES, REDUCTIONS
+from clop_kernels.backends.contract import DISTANCES, POSITIVES, REDUCTIONS, LossOptions
+from clop_kernels.groups import label_groups
 
 from .oracle import (
     DROP_INS,
     GRADIENT_TOLERANCE,
     LOSS_TOLERANCE,
     Problem,
+    assert_pairs_accurate,
     near_duplicates,
     negatives_problem,
     random_problem,
@@ -209,6 +211,23 @@ def test_negatives_alone(shape: tuple[int, int], temperature: float, backend: st
     assert_accurate(negatives_problem(*shape, temperature=temperature), backend, torch.float32, record_property)
 
 
+# Rows, those on the left, width: one side, and one way from some rows to the others.
+PAIRS = [
+    (131, None, 24), (1000, None, 128), (700, None, 300), (67, 50, 136), (150, 3, 16), (3000, 1000, 256), (700, 300, 512),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("shape", PAIRS, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_pairs_alone(shape: tuple[int, int | None, int], dtype: torch.dtype, normalize: bool, kernels: str) -> None:
+    """Matrix units cut their sums off where others round: slack. M is rounded to half precision, by half a unit an entry."""
+    tolerance = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps
+    for temperature, n_classes in ((0.1, 4), (0.01, 0), (torch.tensor(0.1), 0), (torch.tensor(0.01), 4)):
+        options: dict[str, Any] = {"temperature": temperature, "normalize": normalize, "n_classes": n_classes, "device": "cuda"}
+        assert_pairs_accurate(kernels, dtype, *shape, **options, slack=16.0, gradient_tolerance=tolerance)
+
+
 @pytest.mark.parametrize("name", DROP_INS)
 def test_classes_of_other_libraries(name: str, backend: str) -> None:
     make, arguments = DROP_INS[name]
@@ -279,6 +298,19 @@ def test_no_host_synchronisation(backend: str) -> None:
     clop_kernels.clip_loss(z, 2 * z, temperature=tau, normalize=False, backend=backend).backward()
     clop_kernels.clip_loss(z, z[:9], of_rows, of_rows[:9], backend=backend).backward()
     clop_kernels.negative_logsumexp(z, of_rows, backend=backend).sum().backward()
+
+
+@pytest.mark.usefixtures("no_synchronisation")
+@pytest.mark.parametrize("width", [64, 512])
+def test_pairs_alone_do_not_synchronise(width: int, kernels: str) -> None:
+    module: Any = next(b for b in backends.BACKENDS if b.name == kernels).load()
+    zhat = torch.nn.functional.normalize(torch.randn(300, width, device="cuda"), dim=1)
+    for temperature in (0.1, torch.full((), 0.1, device="cuda")):
+        options = LossOptions(1, "label", temperature, 0.0, "cosine", "mean", torch.float32)
+        for n_left in (None, 100):
+            groups = label_groups(torch.zeros(300, dtype=torch.int64, device="cuda"), 1, n_left).table()
+            module.pair_softmax(zhat, groups, n_left, options)
+            module.pair_gradient(zhat, groups, n_left, torch.ones(4, 300, device="cuda"), options)
 
 
 @pytest.mark.usefixtures("no_synchronisation")

@@ -1,14 +1,10 @@
-"""The CUDA kernels' own source on this CPU (tests/host/): first the harness, then every kernel against the float64 reference."""
+"""The CUDA kernels' own source on this CPU (tests/host/): every kernel against the float64 reference."""
 
 from __future__ import annotations
 
 import dataclasses
 import itertools
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -27,6 +23,7 @@ from .oracle import (
     assert_accurate,
     assert_as_good_as_plain,
     assert_float16_saturates_and_overflow_shows,
+    assert_pairs_accurate,
     assert_strides_and_dtypes_do_not_matter,
     near_duplicates,
     negatives_problem,
@@ -40,21 +37,8 @@ from .test_backends import assert_edge_case, edge_cases
 OBSTACLE = host.obstacle()
 pytestmark = pytest.mark.skipif(OBSTACLE is not None, reason=f"the CUDA kernels cannot be compiled for this CPU: {OBSTACLE}")
 
-ORDERS = ("forward", "reverse", "shuffled")
 TALL, SHORT = 1, 1000
 """Processors of the GPU that the host stands for: few enough for tiles of 128 rows, or so many that rows are given out by 16."""
-
-
-@pytest.fixture(scope="module")
-def module() -> ModuleType:
-    return host.load()
-
-
-@pytest.fixture(params=ORDERS)
-def order(request: pytest.FixtureRequest, module: ModuleType) -> Iterator[str]:
-    module.set_order(request.param, 7)
-    yield request.param
-    module.set_order("forward", 0)
 
 
 @pytest.fixture(params=[TALL, SHORT], ids=["tall", "short"])
@@ -70,90 +54,6 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     torch.use_deterministic_algorithms(True)
     yield kernels
     torch.use_deterministic_algorithms(False)
-
-
-# ---- the harness -----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("kind", "depth"), [("bf16", 16), ("f16", 16), ("tf32", 8)])
-def test_mma_is_a_product(kind: str, depth: int, order: str, module: ModuleType) -> None:
-    """On numbers that all three formats hold exactly."""
-    a, b = (torch.randn(*shape).bfloat16().float() for shape in ((16, depth), (depth, 8)))
-    c = torch.randn(16, 8)
-    actual = torch.from_numpy(module.mma(kind, a.numpy(), b.numpy(), c.clone().numpy()))
-    torch.testing.assert_close(actual, (a.double() @ b.double() + c.double()).float(), rtol=1e-6, atol=1e-6)
-
-
-def test_mma_rounds_as_the_unit_does(module: ModuleType) -> None:
-    """TF32 reads 10 bits behind the point and drops the rest; the others round when they are packed."""
-    a, b, c = torch.full((16, 8), 1 + 2.0**-10 + 2.0**-11), torch.eye(8), torch.zeros(16, 8)
-    assert (torch.from_numpy(module.mma("tf32", a.numpy(), b.numpy(), c.numpy())) == 1 + 2.0**-10).all()
-
-
-def test_shuffles_reach_every_lane(order: str, module: ModuleType) -> None:
-    assert module.sum_by_shuffles(torch.arange(32.0).numpy()) == 496
-
-
-def reversed_in_blocks(x: Tensor) -> Tensor:
-    padded = torch.nn.functional.pad(x, (0, -len(x) % 64))
-    return padded.view(-1, 64).flip(1).flatten()[: len(x)]
-
-
-def test_a_right_kernel_is_right(order: str, module: ModuleType) -> None:
-    x = torch.randn(150)
-    assert torch.equal(torch.from_numpy(module.reverse("none", x.numpy())), reversed_in_blocks(x))
-
-
-@pytest.mark.parametrize("bug", ["no wait", "no barrier", "mask off by one"])
-def test_a_planted_bug_changes_the_result(bug: str, order: str, module: ModuleType) -> None:
-    x = torch.randn(150)
-    assert not torch.equal(torch.from_numpy(module.reverse(bug, x.numpy())), reversed_in_blocks(x))
-
-
-@pytest.mark.parametrize(
-    ("bug", "message"),
-    [
-        ("misaligned copy", "cp.async of 16 bytes at an address that is not a multiple of 16"),
-        ("a lane that leaves", "threads wait at a barrier that others have passed by"),
-        ("a barrier that some pass by", "threads wait at a barrier that others have passed by"),
-        ("lanes apart", "lanes of a warp meet in different instructions"),
-    ],
-)
-def test_a_planted_bug_is_an_error(bug: str, message: str, order: str, module: ModuleType) -> None:
-    with pytest.raises(RuntimeError, match=message):
-        module.reverse(bug, torch.randn(150).numpy())
-    assert module.sum_by_shuffles(torch.arange(32.0).numpy()) == 496  # and the harness goes on
-
-
-@pytest.mark.skipif("address" not in host.SANITIZE, reason="needs AddressSanitizer: make sanitize")
-@pytest.mark.parametrize("bug", ["past the end of shared memory", "past the end of memory"])
-def test_a_planted_bug_is_seen_by_the_sanitizer(bug: str, module: ModuleType) -> None:
-    call = f"import torch; from tests import host; host.load().reverse({bug!r}, torch.randn(60).numpy())"
-    run = subprocess.run([sys.executable, "-c", call], cwd=host.ROOT, env=os.environ, capture_output=True, text=True)
-    assert run.returncode != 0
-    assert "AddressSanitizer: heap-buffer-overflow" in run.stderr
-
-
-def run_races(*arguments: str) -> subprocess.CompletedProcess[str]:
-    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
-    done = subprocess.run([host.races(), *arguments], env=environment, capture_output=True, text=True)
-    if "unexpected memory mapping" in done.stderr:
-        pytest.skip("this ThreadSanitizer does not run on this kernel's address layout")
-    return done
-
-
-@pytest.mark.skipif(host.SANITIZE != "", reason="is instrumented by itself: runs in `make test`")
-def test_a_planted_bug_is_a_race() -> None:
-    assert run_races("none").returncode == 0
-    assert "ThreadSanitizer: data race" in run_races("no barrier").stderr
-
-
-@pytest.mark.skipif(host.SANITIZE != "", reason="is instrumented by itself: runs in `make test`")
-def test_no_kernel_has_a_race() -> None:
-    """By ThreadSanitizer, for which fibers are threads that only barriers order."""
-    done = run_races()
-    assert done.returncode == 0, done.stderr[-4000:]
-    assert done.stdout.strip() == "no races"
 
 
 # ---- numbers ---------------------------------------------------------------------------------------------------------
@@ -218,12 +118,14 @@ def test_every_option(distance: str, reduction: str, positives: str, kernels: ho
 
 @pytest.mark.parametrize("n_instances", [1, 2, 127, 128, 300])
 @pytest.mark.parametrize("n_views", [1, 3])
-def test_groups_are_those_of_the_sort(n_instances: int, n_views: int, order: str, kernels: host.Kernels) -> None:
-    for n_classes in (1, 5, 1000):
+def test_groups_are_those_of_the_sort(n_instances: int, n_views: int, kernels: host.Kernels) -> None:
+    for order, n_classes in itertools.product(host.ORDERS, (1, 5, 1000)):
+        kernels.module.set_order(order, 7)
         labels = torch.randint(-1, n_classes, (n_instances,))
         assert torch.equal(kernels.cuda_groups(labels, n_views, -1), label_groups(labels, n_views).table())
         for n_left in {0, 1, n_instances // 2, n_instances} if n_views == 1 else ():
             assert torch.equal(kernels.cuda_groups(labels, 1, n_left), label_groups(labels, 1, n_left).table())
+    kernels.module.set_order("forward", 0)
 
 
 def test_many_instances_are_sorted(kernels: host.Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -291,7 +193,7 @@ def test_any_order_of_the_threads_gives_the_same_bits(dtype: torch.dtype, kernel
         two_sided_problem(70, 70, 100, labelled=False, temperature=0.01),
     ):
         results = []
-        for order in ORDERS:
+        for order in host.ORDERS:
             kernels.module.set_order(order, 3)
             results.append(problem.solve("cuda", dtype))
         kernels.module.set_order("forward", 0)
@@ -508,3 +410,67 @@ def test_panels_have_every_pair_once(n_left: int | None, n_rows: int, monkeypatc
             once[columns, rows] += 1
     assert torch.equal(visits, expected)
     assert torch.equal(once, expected)
+
+
+# ---- the passes over pairs alone -------------------------------------------------------------------------------------
+
+
+# Rows, those on the left, width: one side, and one way from some rows to the others; ragged, of every width on chip, and wide.
+PAIRS = [
+    (2, None, 16), (131, None, 24), (150, None, 128), (2, 1, 16), (140, 70, 40), (67, 50, 136), (150, 3, 16), (150, 147, 256),
+    (131, None, 300), (67, 50, 300),
+]  # fmt: skip
+
+
+def assert_pairs(shape: tuple[int, int | None, int], dtype: torch.dtype, normalize: bool) -> None:
+    """A gradient of half precision is of an M that is rounded to it: half a unit of each entry, so less in all."""
+    tolerance = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
+    for temperature, n_classes in ((0.1, 4), (0.01, 0), (torch.tensor(0.1), 0), (torch.tensor(0.01), 4)):
+        options: dict[str, Any] = {"temperature": temperature, "normalize": normalize, "n_classes": n_classes}
+        assert_pairs_accurate("cuda", dtype, *shape, **options, gradient_tolerance=tolerance)
+
+
+@pytest.mark.parametrize("shape", PAIRS, ids=str)
+@pytest.mark.parametrize("dtype", host.DTYPES, ids=str)
+@pytest.mark.parametrize("normalize", [True, False])
+def test_pairs_alone(shape: tuple[int, int | None, int], dtype: torch.dtype, normalize: bool, kernels: host.Kernels) -> None:
+    assert_pairs(shape, dtype, normalize)
+
+
+@pytest.mark.parametrize("shape", [shape for shape in PAIRS if shape[2] < 100], ids=str)
+@pytest.mark.parametrize("dtype", host.DTYPES, ids=str)
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.usefixtures("kernels")
+def test_pairs_alone_in_many_panels(
+    shape: tuple[int, int | None, int], dtype: torch.dtype, normalize: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cuda, "is_wide", lambda width, compute_dtype: True)
+    monkeypatch.setattr(cuda, "panel_rows", lambda compute_dtype: 32)
+    assert_pairs(shape, dtype, normalize)
+
+
+@pytest.mark.parametrize("width", [24, 300])
+def test_pairs_of_rows_that_begin_anywhere_in_memory(width: int, kernels: host.Kernels) -> None:
+    options = LossOptions(1, "label", 0.1, 0.0, "cosine", "mean", torch.float32)
+    zhat = torch.nn.functional.normalize(torch.randn(20, width), dim=1)
+    groups = label_groups(torch.arange(20) % 3, 1, 8).table()
+    shifted = torch.cat([zhat.new_zeros(1), zhat.flatten()])[1:].view(20, width)
+    for x, y in zip(cuda.pair_softmax(zhat, groups, 8, options), cuda.pair_softmax(shifted, groups, 8, options), strict=True):
+        assert torch.equal(x, y)
+    coefficients = torch.rand(4, 20)
+    expected, actual = (cuda.pair_gradient(rows, groups, 8, coefficients, options) for rows in (zhat, shifted))
+    assert torch.equal(actual, expected)
+
+
+def test_runs_of_rows_without_a_result_are_not_read(kernels: host.Kernels) -> None:
+    options = LossOptions(1, "label", 0.1, 0.0, "cosine", "mean", torch.float32)
+    zhat = torch.nn.functional.normalize(torch.randn(200, 24), dim=1)
+    groups = label_groups(torch.arange(200) % 3, 1, 70).table()
+    coefficients = torch.rand(4, 200)
+    results = []
+    for _ in range(2):
+        results.append(
+            [*cuda.pair_softmax(zhat, groups, 70, options), cuda.pair_gradient(zhat, groups, 70, coefficients, options)]
+        )
+        groups[0], groups[1:, 70:] = -1, 2**31 - 1
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))

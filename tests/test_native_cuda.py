@@ -18,8 +18,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from clop_kernels.backends import native
-from clop_kernels.backends.contract import DISTANCES, EPS
+from clop_kernels.backends import cuda, native
+from clop_kernels.backends.contract import DISTANCES, EPS, LossOptions
 from clop_kernels.groups import instance_groups, label_groups
 
 INFO = native.build_info()
@@ -299,6 +299,31 @@ def test_bad_sides() -> None:
 
 
 @on_gpu
+def test_bad_pairs() -> None:
+    z, labels = random_rows(6, 8), torch.zeros(6, dtype=torch.int64, device="cuda")
+    table, given = label_groups(labels, 1, 2).table(), torch.ones(4, 6, device="cuda")
+    wrong: list[tuple[str, Tensor, Tensor, Tensor, int]] = [
+        ("groups", z, given, table[:, :0].contiguous(), 2),
+        ("groups", z, given, table.long(), 2),
+        ("n_left", z, given, table, 0),
+        ("n_left", z, given, table, 6),
+        ("n_left", z, given, table, 7),
+        ("n_left", z, given, table, -2),
+        ("normalized", LAYOUTS["misaligned"](z), given, table, 2),
+        ("given", z, given[:3], table, 2),
+        ("given", z, given.double(), table, 2),
+    ]
+    for name, zhat, coefficients, groups, n_left in wrong:
+        pairs = (groups, n_left, None, 1.0, 0.0, False, True)
+        for operator in (torch.ops.clop_native.cuda_pair_gradient, torch.ops.clop_native.cuda_pair_coefficients):
+            with pytest.raises(RuntimeError, match=f"clop_native: {name}: expected"):
+                operator(zhat, coefficients, *pairs)
+        if name != "given":
+            with pytest.raises(RuntimeError, match=f"clop_native: {name}: expected"):
+                torch.ops.clop_native.cuda_pair_softmax(zhat, *pairs)
+
+
+@on_gpu
 def test_obstacle_of_a_device_that_is_not_there() -> None:
     assert "no GPU 99" in torch.ops.clop_native.cuda_obstacle(99)
 
@@ -357,6 +382,21 @@ def test_what_a_driver_refuses_is_explained(version: int, init: int, expected: s
 def test_a_call_with_cpu_tensors_is_an_exception() -> None:
     with pytest.raises(NotImplementedError, match="'clop_native::cuda_prologue' with arguments from the 'CPU' backend"):
         prologue(torch.ones(4, 8), None, None, None, 2, 0, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("width", "of_softmax", "of_gradient"), [(16, "pair_softmax", "pair_gradient"), (300, "panel_softmax", "pair_coefficients")]
+)
+@pytest.mark.parametrize("n_left", [None, 3])
+def test_the_backend_calls_what_is_registered(width: int, of_softmax: str, of_gradient: str, n_left: int | None) -> None:
+    """Arguments are held to the schema first, and only then to the device."""
+    options = LossOptions(1, "label", 0.1, 0.0, "cosine", "mean", torch.float32)
+    zhat, table = torch.ones(8, width), label_groups(torch.zeros(8, dtype=torch.int64), 1, n_left).table()
+    message = "'clop_native::cuda_{}' with arguments from the 'CPU' backend"
+    with pytest.raises(NotImplementedError, match=message.format(of_softmax)):
+        cuda.pair_softmax(zhat, table, n_left, options)
+    with pytest.raises(NotImplementedError, match=message.format(of_gradient)):
+        cuda.pair_gradient(zhat, table, n_left, torch.ones(4, 8), options)
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,8 @@
 Launches: 2 forward and 2 backward where a row fits on chip, D <= 256, float32 128. Wider rows take a library's matrix products
 and a kernel between them for each panel. Labels as positives take one launch more, or a sort of more than RANKED_INSTANCES; the
 gradient of prototypes and ``reduction="none"`` a few small operations. Two sides, rows as they are and negatives alone take the
-same launches; where rows have two sides, only pairs of both are visited, and where nothing is compared none.
+same launches; where rows have two sides, only pairs of both are visited, and where nothing is compared none. Passes over pairs
+that stand alone are the same kernels, in 1 launch and in 2, which end with their sums, and go over the left rows alone.
 
 **Not yet run on a GPU**: the kernels' own source runs on a CPU (tests/host/), against the float64 reference.
 """
@@ -13,6 +14,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from ..groups import label_groups
 from . import native
-from .contract import DISTANCES, REDUCTIONS, Gradients, LossOptions, Needs, Residuals
+from .contract import DISTANCES, REDUCTIONS, Gradients, LossOptions, Needs, Residuals, Softmax
 from .positions import logit_scale, sorted_by_class, upstream_of, used_prototypes
 
 CHECKS_VALUES = True
@@ -28,6 +30,9 @@ CHECKS_VALUES = True
 
 RANKED_INSTANCES = 4096
 """Up to so many labels are put in order by counting, B^2 comparisons in one launch, against the several launches of a sort."""
+
+FLOAT16_SCALE = 16384.0
+"""What M is multiplied by before it is rounded to float16; scale_of_m in csrc/cuda/finish.cuh."""
 
 kernels: Any = torch.ops.clop_native
 """Where the operators are; tests put ones that run on a CPU in their place."""
@@ -104,6 +109,42 @@ def backward(
     )
 
 
+# ---- pairs alone: a loss whose rows are spread over processes ----------------------------------------------------------
+
+
+def pair_softmax(zhat: Tensor, groups: Tensor, n_left: int | None, options: LossOptions) -> Softmax:
+    """See :mod:`clop_kernels.backends.contract`."""
+    zhat, options = _aligned(zhat), replace(options, n_views=1, n_left=n_left)
+    if is_wide(zhat.shape[1], options.compute_dtype):
+        statistics = _panel_statistics(zhat, options, _arguments(groups, None, None, options), pairs_alone=True)
+    else:
+        statistics = kernels.cuda_pair_softmax(zhat, *_pair_arguments(groups, options))
+    return Softmax(*statistics[:, :n_left])
+
+
+def pair_gradient(zhat: Tensor, groups: Tensor, n_left: int | None, coefficients: Tensor, options: LossOptions) -> Tensor:
+    """See :mod:`clop_kernels.backends.contract`. M is rounded to the type of the rows; float16 has room for w_i of up to 1."""
+    zhat, options = _aligned(zhat), replace(options, n_views=1, n_left=n_left)
+    inputs = zhat, coefficients, *_pair_arguments(groups, options)
+    if is_wide(zhat.shape[1], options.compute_dtype):
+        laid_out, loss = kernels.cuda_pair_coefficients(*inputs), _arguments(groups, None, None, options)
+        sums = _panel_sums(laid_out, zhat, options, loss, pairs_alone=True)
+        return sums.div_(FLOAT16_SCALE) if options.compute_dtype == torch.float16 else sums
+    gradient: Tensor = kernels.cuda_pair_gradient(*inputs)
+    return gradient
+
+
+def _pair_arguments(groups: Tensor, options: LossOptions) -> tuple[Any, ...]:
+    """What describes pairs alone to every operator."""
+    is_tf32 = torch.get_float32_matmul_precision() != "highest"
+    return groups, _n_left(options), *_scale(options), is_tf32, options.normalize
+
+
+def _aligned(zhat: Tensor) -> Tensor:
+    """The kernels copy 16 bytes at a time; rows may be a part of a tensor that begins anywhere."""
+    return zhat if zhat.data_ptr() % 16 == 0 else zhat.clone()
+
+
 # ---- wide rows, csrc/cuda/wide.cuh -------------------------------------------------------------------------------------
 
 
@@ -146,10 +187,7 @@ def _wide_forward(embeddings: Tensor, options: LossOptions, *loss: Any) -> tuple
         options.normalize,
         options.n_left is not None,
     )
-    statistics = norms.new_empty((4, embeddings.shape[0]))
-    for rows, columns in _panels(embeddings.shape[0], options, once=False):
-        products = _product(normalized[rows], normalized[columns].T)
-        kernels.cuda_panel_softmax(products, rows.start, columns.start, statistics, normalized, *loss)
+    statistics = _panel_statistics(normalized, options, loss)
     value, shift, total, negative, counts = kernels.cuda_panel_loss(statistics, distances, normalized, *loss)
     return value, normalized, norms, shift, total, negative, counts
 
@@ -158,15 +196,33 @@ def _wide_backward(inputs: tuple[Any, ...], options: LossOptions, *loss: Any) ->
     """``inputs``: what the operators of the backward pass take before ``loss``."""
     coefficients, n_finished = kernels.cuda_coefficients(*inputs, *loss)
     _, _, _, zhat, *_ = inputs
-    sums = zhat.new_zeros(zhat.shape, dtype=torch.float32)
+    sums = _panel_sums(coefficients, zhat, options, loss)
+    result: tuple[Tensor, Tensor | None] = kernels.cuda_panel_finish(sums, n_finished, *inputs, *loss)
+    return result
+
+
+def _panel_statistics(zhat: Tensor, options: LossOptions, loss: tuple[Any, ...], pairs_alone: bool = False) -> Tensor:
+    """(N, D) -> (4, N), the rows of Softmax in the contract; with sides, pairs alone leave those on the right out."""
+    statistics = zhat.new_empty((4, zhat.shape[0]), dtype=torch.float32)
+    for rows, columns in _panels(zhat.shape[0], options, once=pairs_alone and options.n_left is not None):
+        products = _product(zhat[rows], zhat[columns].T)
+        kernels.cuda_panel_softmax(products, rows.start, columns.start, statistics, zhat, pairs_alone, *loss)
+    return statistics
+
+
+def _panel_sums(
+    coefficients: Tensor, zhat: Tensor, options: LossOptions, loss: tuple[Any, ...], pairs_alone: bool = False
+) -> Tensor:
+    """sum_j M_ij zhat_j, (N, D); with sides, pairs alone are (n_left, D), one way."""
+    n_results = zhat.shape[0] if options.n_left is None or not pairs_alone else options.n_left
+    sums = zhat.new_zeros((n_results, zhat.shape[1]), dtype=torch.float32)
     for rows, columns in _panels(zhat.shape[0], options, once=True):
         products = _product(zhat[rows], zhat[columns].T)
         pairs = kernels.cuda_panel_pairs(products, rows.start, columns.start, coefficients, zhat, *loss)
         sums[rows] += _product(pairs, zhat[columns])
-        if rows != columns:
+        if rows != columns and columns.start < n_results:
             sums[columns] += _product(pairs.T, zhat[rows])
-    result: tuple[Tensor, Tensor | None] = kernels.cuda_panel_finish(sums, n_finished, *inputs, *loss)
-    return result
+    return sums
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -191,13 +247,11 @@ def _softmax(residuals: Residuals) -> tuple[Tensor, ...]:
 def _arguments(groups: Tensor, labels: Tensor | None, prototypes: Tensor | None, options: LossOptions) -> tuple[Any, ...]:
     """What describes a loss to every operator."""
     used = used_prototypes(prototypes, labels)
-    is_tensor = isinstance(options.temperature, Tensor)
     return (
         groups,
         None if labels is None else labels.contiguous(),
         None if used is None else used.to(torch.float32),
-        options.temperature if is_tensor else None,
-        *logit_scale(options.temperature),
+        *_scale(options),
         options.n_views,
         options.prototype_weight,
         DISTANCES.index(options.distance),
@@ -208,6 +262,12 @@ def _arguments(groups: Tensor, labels: Tensor | None, prototypes: Tensor | None,
         _n_left(options),
         options.negatives_only,
     )
+
+
+def _scale(options: LossOptions) -> tuple[Tensor | None, float, float]:
+    """The temperature as a tensor, or as log2(e) / temperature in two floats."""
+    tau = options.temperature
+    return (tau if isinstance(tau, Tensor) else None, *logit_scale(tau))
 
 
 def _n_left(options: LossOptions) -> int:

@@ -50,9 +50,15 @@ __device__ void project_row(float norm, Dtype dtype, Row& row) {
   });
 }
 
-// Stores the row's gradient, and returns its share of the temperature's.
+// Stores the row's gradient, and returns its share of the temperature's. Of pairs alone it stores the sum.
 template <class Row>
 __device__ float finish_row(const Backward& p, const Scale& scale, int position, Row& row) {
+  if (p.pairs_alone) {
+    const float unit = 1.0f / scale_of_m(p.compute_dtype);
+    row.for_each([&](int, float& g, float) { g *= unit; });
+    store_row<float>(p.sums, int64_t(position) * p.width, row);
+    return 0.0f;
+  }
   const float inverse_temperature = (scale.value + scale.rest) * kLn2, upstream = *p.upstream;
   float of_contrastive = upstream * inverse_temperature / scale_of_m(p.compute_dtype), pull = upstream * p.prototype_weight;
   if (p.reduction == Reduction::mean) {

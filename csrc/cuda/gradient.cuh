@@ -37,7 +37,8 @@ struct alignas(8) OfPositive {
   float b, c;
 };
 
-// First launch of the backward pass: a, shift, (b, c) and the run of positives by position; zero past the end.
+// First launch of the backward pass: a, shift, (b, c) and the run of positives by position; zero past the end. Where pairs are
+// alone they are given, and laid out.
 // Addresses are made where they are needed: four pointers would be eight registers.
 struct Coefficients {
   float* const& memory;
@@ -60,8 +61,14 @@ __global__ void __launch_bounds__(kCoefficientThreads) coefficients_kernel(const
   const int n_positives = positives_of(p, run);
   float a = 0.0f, shift = 0.0f;
   OfPositive of_positive = {0.0f, 0.0f};
-  if (position < p.n_rows) {
-    const float w = (p.weights != nullptr ? p.weights[position] : 1.0f) * scale_of_m(p.compute_dtype);
+  const float unit = scale_of_m(p.compute_dtype);
+  if (position < p.n_rows && p.pairs_alone) {
+    const float* const from = p.given + position;
+    a = unit * from[0];
+    of_positive = {unit * from[p.n_rows], unit * from[2 * p.n_rows]};
+    shift = from[3 * p.n_rows];
+  } else if (position < p.n_rows) {
+    const float w = (p.weights != nullptr ? p.weights[position] : 1.0f) * unit;
     a = w / p.total[position];
     shift = p.shift[position];
     of_positive.b = n_positives == 1 ? 0.0f : a;
@@ -71,7 +78,7 @@ __global__ void __launch_bounds__(kCoefficientThreads) coefficients_kernel(const
   to.shift(position) = shift;
   to.of_positive(position) = of_positive;
   to.run(position) = run;
-  if (position == 0) *p.n_finished = 0;
+  if (position == 0 && p.n_finished != nullptr) *p.n_finished = 0;
 }
 
 // Tile of S -> tile of M, in place.

@@ -14,10 +14,10 @@ constexpr int64_t kTallRows = 128, kShortRows = 16;
 
 int64_t n_blocks_for(int64_t n_rows, int64_t per_block) { return (n_rows + per_block - 1) / per_block; }
 
-// The blocks of a pass over pairs: each has rows of one side; Span in pairs.cuh.
+// The blocks of a pass over pairs: each has rows of one side, and those of the right side come last; Span in pairs.cuh.
 int64_t n_blocks_for(const Loss& p, int64_t per_block) {
   if (p.n_left < 0) return n_blocks_for(p.n_rows, per_block);
-  return n_blocks_for(p.n_left, per_block) + n_blocks_for(p.n_rows - p.n_left, per_block);
+  return n_blocks_for(p.n_left, per_block) + (p.pairs_alone ? 0 : n_blocks_for(p.n_rows - p.n_left, per_block));
 }
 
 // Blocks of few rows where there are not enough rows to give three quarters of the processors a tall block.
@@ -70,6 +70,7 @@ cudaError_t with_element(const Loss& p, Visit&& visit) {
 bool is_valid(const Loss& p) {
   constexpr int64_t kLargestInt = 0x7fffffff;  // positions are int32 in `groups`
   const bool has_sides = p.n_left >= 0, has_views = p.groups == nullptr;
+  if (p.pairs_alone && (has_views || p.n_left == 0 || p.n_left == p.n_rows)) return false;
   if (has_sides && (p.n_left > p.n_rows || p.n_views != (has_views ? 2 : 1))) return false;
   if (has_sides && has_views && p.n_left * 2 != p.n_rows) return false;
   return p.n_rows > 0 && p.n_rows <= kLargestInt - kTallRows && p.width > 0 && p.n_views > 0 && p.n_views <= kLargestInt &&
@@ -91,6 +92,11 @@ int forward(const Forward& p, int64_t n_processors, CUstream_st* stream) {
                              p.norms,      p.distances,     p.n_finished,      p.n_rows,    p.n_views,    p.n_classes,  p.width,
                              p.dtype,      p.compute_dtype, p.distance,        p.normalize, p.n_left >= 0};
   if (const int error = launch_prologue(prologue, stream); error != cudaSuccess) return error;
+  return pair_softmax(p, n_processors, stream);
+}
+
+int pair_softmax(const Forward& p, int64_t n_processors, CUstream_st* stream) {
+  if (!is_valid(p) || is_wide(p.width, p.compute_dtype)) return cudaErrorInvalidValue;
   return with_shape(p, is_short(p, n_processors), [&](auto tag) {
     using S = typename decltype(tag)::Shape;
     return launch(softmax_kernel<S>, unsigned(n_blocks_for(p, S::kRows)), S::kThreads, S::kSharedBytes, stream, p);

@@ -33,6 +33,7 @@ struct Loss {
   int64_t n_left = -1;          // rows on the left side, the first ones, compared with those on the right only; -1: no sides
   bool normalize = true;        // zhat is z / |z|, else z
   bool negatives_only = false;  // positives are no pairs, and the term of a row is its lse; without any pair it is no anchor
+  bool pairs_alone = false;     // a pass ends with its sums over pairs, with sides of rows on the left alone: one way
 };
 
 struct Grouping {
@@ -45,16 +46,17 @@ struct Grouping {
 struct Forward : Loss {
   const void* embeddings;                 // (N, D) dtype; row v * B + b is view v of instance b
   int64_t stride_z_row, stride_z_column;  // in elements
-  // Results; Residuals in clop_kernels/backends/contract.py says what they are. By position, but for `loss`.
+  // Results; Residuals in clop_kernels/backends/contract.py says what they are. By position, but for `loss`. A pass over pairs alone
+  // is given zhat, and the others are null.
   float* loss;                              // (), or with Reduction::none (N,), by row
   void* zhat;                               // (N, D) compute_dtype
   float *norms, *shift, *total, *negative;  // (N,); total is infinite for a row that is no anchor
   float* counts;                            // (2,)
   // Scratch.
-  float* distances;         // (N,)
-  float* partial_sums;      // (kPartialSums, n_blocks), most_blocks(N) at most
-  unsigned* n_finished;     // (1,), blocks of the pass over pairs that are done; set to zero by the prologue
-  const float* statistics;  // (4, N), as Panel leaves them; wide rows only
+  float* distances;      // (N,)
+  float* partial_sums;   // (kPartialSums, n_blocks), most_blocks(N) at most
+  unsigned* n_finished;  // (1,), blocks of the pass over pairs that are done; set to zero by the prologue
+  float* statistics;     // (4, N), as Panel leaves them: what wide rows come with, or all that a pass over pairs alone leaves
 };
 
 constexpr int kPartialSums =
@@ -65,7 +67,8 @@ struct Backward : Loss {
   const float* weights;   // (N,) by position, at most 1, or null: 1 each
   const void* zhat;       // as Forward left them
   const float *norms, *shift, *total, *negative, *counts;
-  // Results.
+  const float* given;  // (4, N): a, b, c, shift, in a pass over pairs alone; all above is null there, but for zhat
+  // Results. Null in a pass over pairs alone.
   void* grad_z;             // (N, D) dtype, by row
   float* grad_temperature;  // (), or null
   // Scratch.
@@ -73,14 +76,14 @@ struct Backward : Loss {
   int64_t n_padded;      // padded_rows(N)
   float* partial_sums;   // (n_blocks,), most_blocks(N) at most
   unsigned* n_finished;  // (1,), set to zero by coefficients_kernel
-  float* sums;           // (N, D): sum_j M_ij zhat_j by position, overwritten; wide rows only
+  float* sums;           // (N, D): sum_j M_ij zhat_j by position; of wide rows, overwritten, or the result of pairs alone
 };
 
 // A rectangle of the similarities of wide rows; see wide.cuh.
 struct Panel : Loss {
   const float* products;  // (n_panel_rows, n_panel_columns): zhat_i . zhat_j
   int64_t first_row, first_column, n_panel_rows, n_panel_columns;
-  float* statistics;    // forward, (4, N) by position: shift, negative, positive, positive_logits; added to
+  float* statistics;    // forward, (4, N) by position: RowSums in softmax.cuh; added to
   float* coefficients;  // backward: as in Backward, with n_padded
   int64_t n_padded;
   void* pairs;  // backward, (n_panel_rows, n_panel_columns) compute_dtype: M
@@ -109,6 +112,7 @@ constexpr int64_t most_blocks(int64_t n_rows) { return (n_rows + 15) / 8; }
 int group(const Grouping& grouping, CUstream_st* stream);
 int forward(const Forward& pass, int64_t n_processors, CUstream_st* stream);
 int backward(const Backward& pass, int64_t n_processors, CUstream_st* stream);
+int pair_softmax(const Forward& pass, int64_t n_processors, CUstream_st* stream);
 int prototype_gradient(const PrototypeGradient& pass, CUstream_st* stream);
 
 int panel_softmax(const Panel& panel, CUstream_st* stream);

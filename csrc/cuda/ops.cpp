@@ -255,6 +255,19 @@ const void* zhat_of(const Tensor& normalized, const Loss& p, ScalarType compute_
   return zhat;
 }
 
+// The same where pairs are alone.
+template <class Pass>
+Pass pairs_of(const Tensor& zhat, int32_t device, CLOP_PAIRS_PARAMETERS) {
+  if (groups.dim() != 2 || groups.size(1) != zhat.size(0)) refuse("groups", "(3, N)");
+  if (n_left == 0 || n_left == zhat.size(0)) refuse("n_left", "rows on both sides");
+  Pass p = pass_of<Pass>(zhat, device, groups, {}, {}, temperature, scale, scale_rest, 1, 0.0, 0, 0, zhat.scalar_type(), is_tf32,
+                         normalize, n_left, false);
+  p.pairs_alone = true;
+  return p;
+}
+
+#define CLOP_PAIRS_ARGUMENTS groups, n_left, temperature, scale, scale_rest, is_tf32, normalize
+
 // What a forward pass writes beside zhat and the norms, and its scratch. Tensors live as long as the launches are not yet queued;
 // after that the allocator hands their memory to later work of the same stream only.
 struct LossTensors {
@@ -312,6 +325,21 @@ struct GradientTensors {
 
 #define CLOP_BACKWARD_ARGUMENTS \
   upstream, weights, embeddings, normalized, norms, shift, total, negative, counts, needs_temperature, CLOP_LOSS_ARGUMENTS
+
+// A backward pass over pairs alone, of the coefficients that are given.
+struct PairGradient {
+  Backward p;
+  Tensor coefficients;
+
+  PairGradient(const Tensor& zhat, const Tensor& given, int32_t device, CLOP_PAIRS_PARAMETERS)
+      : p(pairs_of<Backward>(zhat, device, CLOP_PAIRS_ARGUMENTS)),
+        coefficients(allocate("coefficients", zhat, {6, padded_rows(p.n_rows)}, kFloat)) {
+    p.zhat = zhat_of(zhat, p, zhat.scalar_type(), device);
+    p.given = floats("given", given, device, {4, p.n_rows});
+    p.coefficients = mutable_floats(coefficients);
+    p.n_padded = padded_rows(p.n_rows);
+  }
+};
 
 Panel panel_of(const Tensor& products, int64_t first_row, int64_t first_column, const Tensor& normalized, int32_t device,
                CLOP_LOSS_PARAMETERS) {
@@ -392,11 +420,41 @@ Tensor prototype_gradient(Tensor upstream, std::optional<Tensor> weights, Tensor
   return partial_gradients;
 }
 
+Tensor pair_softmax(Tensor zhat, CLOP_PAIRS_PARAMETERS) {
+  const int32_t device = device_of("zhat", zhat);
+  const Device current(device);
+  Forward p = pairs_of<Forward>(zhat, device, CLOP_PAIRS_ARGUMENTS);
+  p.zhat = const_cast<void*>(zhat_of(zhat, p, zhat.scalar_type(), device));  // a result of the loss, here only read
+  const Tensor statistics = allocate("statistics", zhat, {4, p.n_rows}, kFloat);
+  p.statistics = mutable_floats(statistics);
+  check("cannot launch the sums over pairs", pair_softmax(p, n_processors_of(device), current_stream(device)), device);
+  return statistics;
+}
+
+Tensor pair_coefficients(Tensor zhat, Tensor given, CLOP_PAIRS_PARAMETERS) {
+  const int32_t device = device_of("zhat", zhat);
+  const Device current(device);
+  const PairGradient of(zhat, given, device, CLOP_PAIRS_ARGUMENTS);
+  check("cannot launch the coefficients", coefficients(of.p, current_stream(device)), device);
+  return of.coefficients;
+}
+
+Tensor pair_gradient(Tensor zhat, Tensor given, CLOP_PAIRS_PARAMETERS) {
+  const int32_t device = device_of("zhat", zhat);
+  const Device current(device);
+  PairGradient of(zhat, given, device, CLOP_PAIRS_ARGUMENTS);
+  const Tensor sums = allocate("sums", zhat, {n_left < 0 ? of.p.n_rows : n_left, of.p.width}, kFloat);
+  of.p.sums = mutable_floats(sums);
+  check("cannot launch the gradient over pairs", backward(of.p, n_processors_of(device), current_stream(device)), device);
+  return sums;
+}
+
 void panel_softmax(Tensor products, int64_t first_row, int64_t first_column, Tensor statistics, Tensor normalized,
-                   CLOP_LOSS_PARAMETERS) {
+                   bool pairs_alone, CLOP_LOSS_PARAMETERS) {
   const int32_t device = device_of("normalized", normalized);
   const Device current(device);
   Panel p = panel_of(products, first_row, first_column, normalized, device, CLOP_LOSS_ARGUMENTS);
+  p.pairs_alone = pairs_alone;
   floats("statistics", statistics, device, {4, p.n_rows});
   p.statistics = mutable_floats(statistics);
   check("cannot launch the sums of a panel", panel_softmax(p, current_stream(device)), device);
@@ -407,8 +465,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> panel_loss(Tensor statistics,
   const int32_t device = device_of("normalized", normalized);
   const Device current(device);
   Forward p = pass_of<Forward>(normalized, device, CLOP_LOSS_ARGUMENTS);
-  p.statistics = floats("statistics", statistics, device, {4, p.n_rows});
+  floats("statistics", statistics, device, {4, p.n_rows});
   floats("distances", distances, device, {p.n_rows});
+  p.statistics = mutable_floats(statistics);
   p.distances = mutable_floats(distances);
   const LossTensors of(p, normalized);
   check("cannot launch the loss", panel_loss(p, current_stream(device)), device);

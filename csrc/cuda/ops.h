@@ -38,9 +38,17 @@ std::tuple<Tensor, Tensor> backward(CLOP_BACKWARD_PARAMETERS);
 Tensor prototype_gradient(Tensor upstream, std::optional<Tensor> weights, Tensor normalized, Tensor counts, Tensor by_class,
                           Tensor bounds, CLOP_LOSS_PARAMETERS);
 
+// What describes pairs alone.
+#define CLOP_PAIRS_PARAMETERS \
+  Tensor groups, int64_t n_left, std::optional<Tensor> temperature, double scale, double scale_rest, bool is_tf32, bool normalize
+
+Tensor pair_softmax(Tensor zhat, CLOP_PAIRS_PARAMETERS);
+Tensor pair_coefficients(Tensor zhat, Tensor given, CLOP_PAIRS_PARAMETERS);
+Tensor pair_gradient(Tensor zhat, Tensor given, CLOP_PAIRS_PARAMETERS);
+
 // Wide rows: the launches between the library's products.
 void panel_softmax(Tensor products, int64_t first_row, int64_t first_column, Tensor statistics, Tensor normalized,
-                   CLOP_LOSS_PARAMETERS);
+                   bool pairs_alone, CLOP_LOSS_PARAMETERS);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> panel_loss(Tensor statistics, Tensor distances, Tensor normalized,
                                                               CLOP_LOSS_PARAMETERS);
 std::tuple<Tensor, Tensor> coefficients(CLOP_BACKWARD_PARAMETERS);

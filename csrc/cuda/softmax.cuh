@@ -29,6 +29,19 @@ namespace clop::cuda {
 
 struct RowSums {
   float shift, negative, positive, positive_logits;
+
+  // The row in (4, N) statistics.
+  __device__ static RowSums load(const float* statistics, int64_t n_rows, int position) {
+    const float* const from = statistics + position;
+    return {from[0], from[n_rows], from[2 * n_rows], from[3 * n_rows]};
+  }
+  __device__ void store(float* statistics, int64_t n_rows, int position) const {
+    float* const to = statistics + position;
+    to[0] = shift;
+    to[n_rows] = negative;
+    to[2 * n_rows] = positive;
+    to[3 * n_rows] = positive_logits;
+  }
 };
 
 __device__ inline RowSums merge(const RowSums& x, const RowSums& y) {
@@ -123,10 +136,16 @@ __device__ void add_tile(const Loss& p, const Span<S>& span, const Scale& scale,
 
 // ---- from the sums to the loss -----------------------------------------------------------------------------------------------
 
-// Stores what the backward pass needs of a row, and adds its share of the loss to `parts`.
+// Stores what the backward pass needs of a row, and adds its share of the loss to `parts`. Of pairs alone it stores the sums, that
+// of S_ip itself among them.
 __device__ inline void finish_softmax(const Forward& p, const Scale& scale, int position, const RowSums& row,
                                       float (&parts)[kPartialSums]) {
   const int n_positives = positives_of(p, run_of(p, position));
+  if (p.pairs_alone) {
+    const float logits = fmaf(float(n_positives), scale.value, row.positive_logits);
+    RowSums{row.shift, row.negative, row.positive, logits}.store(p.statistics, p.n_rows, position);
+    return;
+  }
   const float total = row.negative + row.positive;
   const bool is_anchor = p.negatives_only ? total != 0.0f : n_positives > 0;  // a NaN is not lost
   p.shift[position] = row.shift;
@@ -173,6 +192,7 @@ __device__ void finish_loss(const Forward& p, float* scratch) {
 // The end of the pass: the threads' parts to the block's, and in the last block all of them to the loss. scratch: 33 floats.
 template <int kThreads>
 __device__ void finish_block(const Forward& p, const float (&parts)[kPartialSums], float* scratch) {
+  if (p.pairs_alone) return;
 #pragma unroll
   for (int k = 0; k < kPartialSums; ++k) {
     const float sum = sum_of_block<kThreads>(parts[k], scratch);

@@ -23,7 +23,8 @@ namespace clop::cuda {
 constexpr int kPanelThreads = 256, kPanelWarps = kPanelThreads / 32;
 static_assert(most_blocks(8 * kPanelWarps) >= 8, "partial sums have room for a warp a row");
 
-// Adds a panel to the sums of its rows, statistics: (4, N); the first panel of a row begins them. A row without columns has none.
+// Adds a panel to the sums of its rows, statistics: (4, N); the first panel of a row begins them, of pairs alone with what makes
+// positive_logits the sum of S_ip itself. A row without columns has none.
 __global__ void __launch_bounds__(kPanelThreads) panel_softmax_kernel(const Panel p) {
   const int row = int(blockIdx.x) * kPanelWarps + int(threadIdx.x / 32), lane = threadIdx.x % 32;
   if (row >= p.n_panel_rows) return;
@@ -31,7 +32,8 @@ __global__ void __launch_bounds__(kPanelThreads) panel_softmax_kernel(const Pane
   const bool is_fixed = scale.is_fixed(p);
   const int position = int(p.first_row) + row;
   const Run columns = columns_of(p, position);
-  const Mask mask(p, position, columns, run_of(p, position), 0);
+  const Run run = run_of(p, position);
+  const Mask mask(p, position, columns, run, 0);
   const float* const products = p.products + row * p.n_panel_columns;
 
   RowSums sums = {is_fixed ? scale.value : kLeastShift, 0.0f, 0.0f, 0.0f};
@@ -48,12 +50,11 @@ __global__ void __launch_bounds__(kPanelThreads) panel_softmax_kernel(const Pane
   }
   sums = merge_lanes<32>(sums, lane);
   if (lane != 0) return;
-  float* const to = p.statistics + position;
-  if (p.first_column > columns.start) sums = merge({to[0], to[p.n_rows], to[2 * p.n_rows], to[3 * p.n_rows]}, sums);
-  to[0] = sums.shift;
-  to[p.n_rows] = sums.negative;
-  to[2 * p.n_rows] = sums.positive;
-  to[3 * p.n_rows] = sums.positive_logits;
+  if (p.first_column > columns.start)
+    sums = merge(RowSums::load(p.statistics, p.n_rows, position), sums);
+  else if (p.pairs_alone)
+    sums.positive_logits = fmaf(float(positives_of(p, run)), scale.value, sums.positive_logits);
+  sums.store(p.statistics, p.n_rows, position);
 }
 
 // The sums of all rows to the loss.
@@ -61,10 +62,9 @@ __global__ void __launch_bounds__(kPanelThreads) panel_loss_kernel(const Forward
   const int position = int(blockIdx.x) * kPanelThreads + int(threadIdx.x);
   float parts[kPartialSums] = {};
   if (position < p.n_rows) {
-    const float* const from = p.statistics + position;
     const Run columns = columns_of(p, position);
     RowSums sums = {};
-    if (columns.start < columns.end) sums = {from[0], from[p.n_rows], from[2 * p.n_rows], from[3 * p.n_rows]};
+    if (columns.start < columns.end) sums = RowSums::load(p.statistics, p.n_rows, position);
     finish_softmax(p, Scale(p), position, sums, parts);
   }
   finish_block<kPanelThreads>(p, parts, reinterpret_cast<float*>(shared_memory()));

@@ -25,6 +25,9 @@ ROOT = HERE.parents[1]
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 """In the order of Dtype in csrc/cuda/loss.h."""
 
+ORDERS = ("forward", "reverse", "shuffled")
+"""In which the threads of a block may run; set_order of the module."""
+
 N_PARTIAL_SUMS = 5
 SANITIZE = os.environ.get("CLOP_HOST_SANITIZE", "")
 """What to compile with, as -fsanitize= takes it; the runtimes must then be loaded before Python (see `make sanitize`)."""
@@ -241,9 +244,17 @@ class Kernels:
         return loss_value, zhat, norms, *softmax, counts
 
     def cuda_panel_softmax(
-        self, products: Tensor, first_row: int, first_column: int, statistics: Tensor, zhat: Tensor, *loss: Any
+        self,
+        products: Tensor,
+        first_row: int,
+        first_column: int,
+        statistics: Tensor,
+        zhat: Tensor,
+        pairs_alone: bool,
+        *loss: Any,
     ) -> None:
-        fields = self._loss(zhat, *loss) | self._panel(products, first_row, first_column) | {"statistics": statistics}
+        fields = self._loss(zhat, *loss) | self._panel(products, first_row, first_column)
+        fields |= {"statistics": statistics, "pairs_alone": pairs_alone}
         self._check(self.module.panel_softmax(_addresses(fields)))
 
     @staticmethod
@@ -310,6 +321,40 @@ class Kernels:
         fields |= self._coefficients(fields["n_rows"])
         self._check(self.module.coefficients(_addresses(fields)))
         return fields["coefficients"], fields["n_finished"]
+
+    def _pairs(
+        self,
+        zhat: Tensor,
+        groups: Tensor,
+        n_left: int,
+        temperature: Tensor | None,
+        scale: float,
+        scale_rest: float,
+        is_tf32: bool,
+        normalize: bool,
+    ) -> dict[str, Any]:
+        scales = temperature, scale, scale_rest
+        loss = self._loss(zhat, groups, None, None, *scales, 1, 0.0, 0, 0, zhat.dtype, is_tf32, normalize, n_left, False)
+        return loss | {"zhat": zhat, "pairs_alone": True}
+
+    def cuda_pair_softmax(self, zhat: Tensor, *pairs: Any) -> Tensor:
+        statistics = self._empty(4, zhat.shape[0])
+        fields = self._pairs(zhat, *pairs) | {"statistics": statistics}
+        self._check(self.module.pair_softmax(_addresses(fields), self.n_processors))
+        return statistics
+
+    def cuda_pair_coefficients(self, zhat: Tensor, given: Tensor, *pairs: Any) -> Tensor:
+        fields = self._pairs(zhat, *pairs) | {"given": given} | self._coefficients(zhat.shape[0])
+        self._check(self.module.coefficients(_addresses(fields)))
+        coefficients: Tensor = fields["coefficients"]
+        return coefficients
+
+    def cuda_pair_gradient(self, zhat: Tensor, given: Tensor, *pairs: Any) -> Tensor:
+        fields = self._pairs(zhat, *pairs) | {"given": given} | self._coefficients(zhat.shape[0])
+        fields["sums"] = self._empty(zhat.shape[0] if fields["n_left"] < 0 else fields["n_left"], zhat.shape[1])
+        self._check(self.module.backward(_addresses(fields), self.n_processors))
+        sums: Tensor = fields["sums"]
+        return sums
 
     def cuda_panel_pairs(
         self, products: Tensor, first_row: int, first_column: int, coefficients: Tensor, zhat: Tensor, *loss: Any

@@ -33,7 +33,8 @@ void set_loss(Loss& p, const py::dict& fields){FIELD(n_rows) FIELD(width) FIELD(
                                                    FIELD(compute_dtype) FIELD(is_tf32) FIELD(groups) FIELD(labels)
                                                        FIELD(prototypes) FIELD(temperature) FIELD(scale) FIELD(scale_rest)
                                                            FIELD(prototype_weight) FIELD(distance) FIELD(reduction)
-                                                               FIELD(normalize) FIELD(n_left) FIELD(negatives_only)}
+                                                               FIELD(normalize) FIELD(n_left) FIELD(negatives_only)
+                                                                   FIELD(pairs_alone)}
 
 Forward forward_of(const py::dict& fields) {
   Forward p = {};
@@ -49,8 +50,8 @@ Backward backward_of(const py::dict& fields) {
   set_loss(p, fields);
   FIELD(upstream)
   FIELD(weights)
-  FIELD(zhat) FIELD(norms) FIELD(shift) FIELD(total) FIELD(negative) FIELD(counts) FIELD(grad_z) FIELD(grad_temperature)
-      FIELD(coefficients) FIELD(n_padded) FIELD(partial_sums) FIELD(n_finished) FIELD(sums) return p;
+  FIELD(zhat) FIELD(norms) FIELD(shift) FIELD(total) FIELD(negative) FIELD(counts) FIELD(given) FIELD(grad_z)
+      FIELD(grad_temperature) FIELD(coefficients) FIELD(n_padded) FIELD(partial_sums) FIELD(n_finished) FIELD(sums) return p;
 }
 
 Panel panel_of(const py::dict& fields) {
@@ -129,6 +130,8 @@ PYBIND11_MODULE(MODULE_NAME, m) {
   m.def("prologue", [](const py::dict& fields) { return launch_prologue(prologue_of(fields), nullptr); });
   m.def("forward",
         [](const py::dict& fields, int64_t n_processors) { return forward(forward_of(fields), n_processors, nullptr); });
+  m.def("pair_softmax",
+        [](const py::dict& fields, int64_t n_processors) { return pair_softmax(forward_of(fields), n_processors, nullptr); });
   m.def("backward",
         [](const py::dict& fields, int64_t n_processors) { return backward(backward_of(fields), n_processors, nullptr); });
   m.def("prototype_gradient", [](const py::dict& fields) { return prototype_gradient(prototype_gradient_of(fields), nullptr); });

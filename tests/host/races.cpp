@@ -73,6 +73,14 @@ void step(int64_t n_rows, int64_t width, Dtype dtype, bool by_label, float tempe
   expect_success(forward(f, n_processors, nullptr));
   expect_success(backward(b, n_processors, nullptr));
 
+  if (by_label && n_views == 1) {
+    const std::vector<float> given = normal(4 * n_rows);
+    f.pairs_alone = b.pairs_alone = true, b.given = given.data();
+    expect_success(pair_softmax(f, n_processors, nullptr));
+    expect_success(backward(b, n_processors, nullptr));
+    f.pairs_alone = b.pairs_alone = false;
+  }
+
   if (n_rows > 64) return;  // the rest does not depend on the shape
   Panel p = {};
   static_cast<Loss&>(p) = of;
