@@ -276,11 +276,13 @@ def assert_pairs_accurate(
     of_columns = shift if n_left is None else shift[0].expand(n_rows - n) if one_shift else s.amax(0)
     precise = options.accumulate_dtype
     shifts = torch.cat([shift, of_columns[: n_rows - n]]).to(precise)
-    a, b, c = torch.rand(3, n_rows, dtype=torch.float64, generator=generator).to(precise)
-    coefficients = torch.stack([a, b, c, shifts])
+    of_row, of_column = torch.exp2(s - shifts[:n, None].double()), torch.exp2(s - shifts[column].double())
+    totals = torch.cat([torch.where(pairs, of_row, 0.0).sum(1), of_column.sum(0)])[:n_rows]
+    a, b, c = torch.rand(3, n_rows, dtype=torch.float64, generator=generator)
+    totals.clamp_(min=2.0**-60)  # a row alone has none, and where one row's shift is the columns' too, theirs may be tiny
+    coefficients = torch.stack([a / totals, b / totals, c, shifts]).to(precise)
     grad = module.pair_gradient(*on_device, coefficients.to(device), options)
-    a, b, c, shifts = coefficients.double()
-    of_row, of_column = torch.exp2(s - shifts[:n, None]), torch.exp2(s - shifts[column])
+    a, b, c, _ = coefficients.double()
     m = torch.where(positives, of_row * b[:n, None] + of_column * b[column] - (c[:n, None] + c[column]), 0.0)
     m += torch.where(negatives, of_row * a[:n, None] + of_column * a[column], 0.0)
     assert grad.shape == (n, width)

@@ -24,7 +24,8 @@ sides it may be empty, but lies within the right one. ``options`` have positives
     pair_softmax: the sums over the pairs of each row. Where one shift fits all rows, they have that one, whatever they are
         compared with; it depends on ``options`` alone. The caller merges the sums of several calls.
     pair_gradient: sum_j M_ij zhat_j, (M, D) or (n_left, D) in the accumulate dtype, of :class:`Coefficients`, (4, M) float32 or
-        float64, contiguous, whose shifts are as pair_softmax gives them.
+        float64, contiguous, whose shifts are as pair_softmax gives them. Their weights w_i are at most 1: M may be rounded to
+        float16.
 """
 
 from __future__ import annotations

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ...groups import label_groups
-from ..contract import Gradients, LossOptions, Needs, Residuals
+from ..contract import Gradients, LossOptions, Needs, Residuals, Softmax
 from ..positions import sorted_by_class, upstream_of, used_prototypes
 from . import launches, tiles
 
@@ -104,3 +104,25 @@ def backward(
             launches.prototypes_backward(upstream, residuals, by_class, bounds, used, options, parts, target).run()
             grad_prototypes = parts.sum(0)
     return Gradients(grad_embeddings if needs.embeddings else None, grad_temperature, grad_prototypes)
+
+
+def pair_softmax(zhat: Tensor, groups: Tensor, n_left: int | None, options: LossOptions) -> Softmax:
+    """See :mod:`clop_kernels.backends.contract`."""
+    n_rows = zhat.shape[0] if n_left is None else n_left
+    statistics = zhat.new_empty((4, n_rows), dtype=torch.float32)
+    with tiles.device_guard(zhat.device):
+        launches.pair_softmax(zhat, groups, n_left, options, statistics, tiles.target_of(zhat.device)).run()
+    return Softmax(*statistics.unbind())
+
+
+def pair_gradient(zhat: Tensor, groups: Tensor, n_left: int | None, coefficients: Tensor, options: LossOptions) -> Tensor:
+    """See :mod:`clop_kernels.backends.contract`."""
+    n_rows, scale = zhat.shape[0] if n_left is None else n_left, launches.m_scale(zhat.dtype)
+    if scale != 1:
+        coefficients = torch.cat([coefficients[:3] * scale, coefficients[3:]])
+    sums = zhat.new_empty((n_rows, zhat.shape[1]), dtype=torch.float32)
+    target = tiles.target_of(zhat.device)
+    with tiles.device_guard(zhat.device):
+        for launch in launches.pair_gradient(zhat, groups, n_left, coefficients, options, sums, target):
+            launch.run()
+    return sums if scale == 1 else sums.div_(scale)

@@ -10,7 +10,8 @@ the same names everywhere::
 
     n_left    how many rows are on the left side, the first positions: a row meets those of the other side only.
               None: there are no sides, and a row meets all others.
-    PAIRS     "all"; "negatives": positives are no pairs, like a row and itself; "none": nothing is compared.
+    PAIRS     "all"; "negatives": positives are no pairs, like a row and itself; "none": nothing is compared; "one-way": all
+              pairs, of two sides, but only rows on the left have programs.
     groups    (3, n_rows) int32, by position: row, start, end. None: positives are the views of an instance, and arithmetic.
 
 Where a temperature is a tensor, ``temperature`` is a pointer to it and the host never reads it; where it is None, a float,
@@ -114,6 +115,11 @@ def span_of(
             first = program * BLOCK_M
             row_end = n_rows
             column_base = 0
+            column_end = n_rows
+        elif PAIRS == "one-way":
+            first = program * BLOCK_M
+            row_end = n_left
+            column_base = n_left
             column_end = n_rows
         else:
             n_right = n_rows - n_left

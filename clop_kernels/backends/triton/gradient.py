@@ -55,15 +55,20 @@ from .device import (
 
 
 @triton.jit
-def load_softmax(positions, total, shift, weights, end, ONLINE: tl.constexpr, M_SCALE: tl.constexpr, ALL: tl.constexpr):
+def load_softmax(
+    positions, total, shift, weights, coefficients, end, ONLINE: tl.constexpr, M_SCALE: tl.constexpr, ALL: tl.constexpr,
+):  # fmt: skip
     """a_i * M_SCALE, the shift (anything if not ONLINE) and w_i of some positions; a_i = 0 from position ``end`` on."""
     mask = None if ALL else positions < end
     other = None if ALL else 0.0
-    t = tl.load(total + positions, mask=mask, other=None if ALL else float("inf"))
     w = tl.full(positions.shape, M_SCALE, tl.float32)
-    if weights is not None:
-        w *= tl.load(weights + positions, mask=mask, other=other)
-    a = w / t
+    if coefficients is not None:
+        a = tl.load(coefficients + positions, mask=mask, other=other)
+    else:
+        t = tl.load(total + positions, mask=mask, other=None if ALL else float("inf"))
+        if weights is not None:
+            w *= tl.load(weights + positions, mask=mask, other=other)
+        a = w / t
     m = a
     if ONLINE:
         m = tl.load(shift + positions, mask=mask, other=other)
@@ -71,15 +76,22 @@ def load_softmax(positions, total, shift, weights, end, ONLINE: tl.constexpr, M_
 
 
 @triton.jit
-def load_positive_form(positions, a, w, negative, groups, n_rows, n_left, side_end, VIEWS: tl.constexpr):
-    """b_i and c_i of some positions of a side, and their runs of positives."""
+def load_positive_form(
+    positions, a, w, negative, coefficients, groups, n_rows, n_left, side_end, VIEWS: tl.constexpr
+):  # fmt: skip
+    """b_i and c_i, times M_SCALE, of some positions of a side, and their runs of positives."""
     mask = positions < side_end
     start, end = group_of(positions, groups, n_rows, n_left, VIEWS, mask)
-    n_positives = n_positives_of(start, end, n_left)
-    b = tl.where(n_positives == 1, 0.0, a)
-    remainder = a * tl.load(negative + positions, mask=mask, other=0.0)
-    share = tl.where(n_positives > 0, w / tl.maximum(n_positives, 1).to(tl.float32), 0.0)
-    return b, tl.where(n_positives == 1, remainder, share), start, end
+    if coefficients is not None:
+        b = tl.load(coefficients + n_rows + positions, mask=mask, other=0.0)
+        c = tl.load(coefficients + 2 * n_rows + positions, mask=mask, other=0.0)
+    else:
+        n_positives = n_positives_of(start, end, n_left)
+        b = tl.where(n_positives == 1, 0.0, a)
+        remainder = a * tl.load(negative + positions, mask=mask, other=0.0)
+        share = tl.where(n_positives > 0, w / tl.maximum(n_positives, 1).to(tl.float32), 0.0)
+        c = tl.where(n_positives == 1, remainder, share)
+    return b, c, start, end
 
 
 @triton.jit
@@ -93,8 +105,8 @@ def far_pairs(s, a_i, shift_i, a_j, shift_j, ONLINE: tl.constexpr):
 
 @triton.jit
 def near_pairs(
-    s, rows, columns, start, end, a_i, b_i, c_i, shift_i, a_j, shift_j, w_j, negative, groups, n_rows, n_left, column_end,
-    VIEWS: tl.constexpr, PAIRS: tl.constexpr, ONLINE: tl.constexpr,
+    s, rows, columns, start, end, a_i, b_i, c_i, shift_i, a_j, shift_j, w_j, negative, coefficients, groups, n_rows, n_left,
+    column_end, VIEWS: tl.constexpr, PAIRS: tl.constexpr, ONLINE: tl.constexpr,
 ):  # fmt: skip
     """(M, N) tile of M_ij: positives, pairs that are not compared, and columns past the end, which are zero."""
     compared = is_pair(rows, columns, start, end, column_end, n_left, PAIRS)
@@ -103,7 +115,7 @@ def near_pairs(
     else:
         s = tl.where(compared, s, NO_LOGIT)
         of_others = far_pairs(s, a_i, shift_i, a_j, shift_j, ONLINE)
-        b_j, c_j, _, _ = load_positive_form(columns, a_j, w_j, negative, groups, n_rows, n_left, column_end, VIEWS)
+        b_j, c_j, _, _ = load_positive_form(columns, a_j, w_j, negative, coefficients, groups, n_rows, n_left, column_end, VIEWS)
         of_positives = far_pairs(s, b_i, shift_i, b_j, shift_j, ONLINE) - (c_i[:, None] + c_j[None, :])
         return tl.where(is_positive(rows, columns, start, end, n_left), of_positives, of_others)
 
@@ -117,6 +129,7 @@ def row_gradient(
     shift,
     negative,
     weights,
+    coefficients,
     groups,
     span,
     scale,
@@ -135,8 +148,8 @@ def row_gradient(
 ):
     """sum_j M_ij zhat_j over the columns of the span, (M, BLOCK_D) float32, times M_SCALE."""
     width = tl.arange(0, BLOCK_D)
-    a_i, shift_i, w_i = load_softmax(rows, total, shift, weights, span.row_end, ONLINE, M_SCALE, False)
-    b_i, c_i, start, end = load_positive_form(rows, a_i, w_i, negative, groups, n_rows, n_left, span.row_end, VIEWS)
+    a_i, shift_i, w_i = load_softmax(rows, total, shift, weights, coefficients, span.row_end, ONLINE, M_SCALE, False)
+    b_i, c_i, start, end = load_positive_form(rows, a_i, w_i, negative, coefficients, groups, n_rows, n_left, span.row_end, VIEWS)
     gradient = tl.zeros((rows.shape[0], BLOCK_D), tl.float32)
     of_columns, n_columns = from_position(zhat, span.column_base, WIDTH), span.column_end - span.column_base
     for index in range(0, span.n_near):
@@ -145,10 +158,10 @@ def row_gradient(
         k = load_rows(of_columns, local, n_columns, width, WIDTH, BLOCK_D, False)
         s = tl.dot(q, tl.trans(k), tl.zeros((rows.shape[0], BLOCK_N), tl.float32), input_precision=PRECISION)
         s = scaled(s, scale, scale_rest, EXACT_SCALE)
-        a_j, shift_j, w_j = load_softmax(columns, total, shift, weights, span.column_end, ONLINE, M_SCALE, False)
+        a_j, shift_j, w_j = load_softmax(columns, total, shift, weights, coefficients, span.column_end, ONLINE, M_SCALE, False)
         m = near_pairs(
-            s, rows, columns, start, end, a_i, b_i, c_i, shift_i, a_j, shift_j, w_j, negative, groups, n_rows, n_left,
-            span.column_end, VIEWS, PAIRS, ONLINE,
+            s, rows, columns, start, end, a_i, b_i, c_i, shift_i, a_j, shift_j, w_j, negative, coefficients, groups, n_rows,
+            n_left, span.column_end, VIEWS, PAIRS, ONLINE,
         )  # fmt: skip
         gradient = tl.dot(m.to(k.dtype), k, gradient, input_precision=PRECISION)
     for index in range(0, span.n_far):
@@ -157,7 +170,7 @@ def row_gradient(
         k = load_rows(of_columns, local, n_columns, width, WIDTH, BLOCK_D, True)
         s = tl.dot(q, tl.trans(k), tl.zeros((rows.shape[0], BLOCK_N), tl.float32), input_precision=PRECISION)
         s = scaled(s, scale, scale_rest, EXACT_SCALE)
-        a_j, shift_j, _ = load_softmax(columns, total, shift, weights, span.column_end, ONLINE, M_SCALE, True)
+        a_j, shift_j, _ = load_softmax(columns, total, shift, weights, coefficients, span.column_end, ONLINE, M_SCALE, True)
         m = far_pairs(s, a_i, shift_i, a_j, shift_j, ONLINE)
         gradient = tl.dot(m.to(k.dtype), k, gradient, input_precision=PRECISION)
     return gradient
@@ -170,6 +183,7 @@ def gradient_kernel(
     total,
     negative,
     weights,  # (N,) float32: w_i, or None: 1 each
+    coefficients,  # (4, N) float32, contract.Coefficients, a, b and c times M_SCALE, in place of the last three; or None
     groups,  # (3, N) int32, or None
     temperature,  # () float32, or None
     scale,
@@ -196,18 +210,18 @@ def gradient_kernel(
     if SOFTMAX == "device":
         if fits_unshifted(scale):
             products = row_gradient(
-                q, zhat, rows, total, shift, negative, weights, groups, span, scale, scale_rest, n_rows, n_left,
-                VIEWS, PAIRS, WIDTH, BLOCK_N, BLOCK_D, False, PRECISION, EXACT_SCALE, M_SCALE,
+                q, zhat, rows, total, shift, negative, weights, coefficients, groups, span, scale, scale_rest,
+                n_rows, n_left, VIEWS, PAIRS, WIDTH, BLOCK_N, BLOCK_D, False, PRECISION, EXACT_SCALE, M_SCALE,
             )  # fmt: skip
         else:
             products = row_gradient(
-                q, zhat, rows, total, shift, negative, weights, groups, span, scale, scale_rest, n_rows, n_left,
-                VIEWS, PAIRS, WIDTH, BLOCK_N, BLOCK_D, True, PRECISION, EXACT_SCALE, M_SCALE,
+                q, zhat, rows, total, shift, negative, weights, coefficients, groups, span, scale, scale_rest,
+                n_rows, n_left, VIEWS, PAIRS, WIDTH, BLOCK_N, BLOCK_D, True, PRECISION, EXACT_SCALE, M_SCALE,
             )  # fmt: skip
     else:
         products = row_gradient(
-            q, zhat, rows, total, shift, negative, weights, groups, span, scale, scale_rest, n_rows, n_left,
-            VIEWS, PAIRS, WIDTH, BLOCK_N, BLOCK_D, SOFTMAX == "online", PRECISION, EXACT_SCALE, M_SCALE,
+            q, zhat, rows, total, shift, negative, weights, coefficients, groups, span, scale, scale_rest,
+            n_rows, n_left, VIEWS, PAIRS, WIDTH, BLOCK_N, BLOCK_D, SOFTMAX == "online", PRECISION, EXACT_SCALE, M_SCALE,
         )  # fmt: skip
     pointers = sums + rows.to(tl.int64)[:, None] * WIDTH + width[None, :]
     tl.store(pointers, products, mask=(rows[:, None] < span.row_end) & (width[None, :] < WIDTH))

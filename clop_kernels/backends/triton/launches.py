@@ -28,7 +28,11 @@ from .wide import pair_kernel, product_kernel
 RANKED_INSTANCES = 4096
 """Up to so many labels the prologue orders the rows itself: B^2 comparisons, against the several launches of a sort."""
 
-_F16_SCALE = 2.0**14  # M <= 2 and float16 ends at 65504
+_OF_A_LOSS = (
+    "distances", "labels", "prototype_weight", "n_instances", "n_classes", "PER_ROW", "weights", "total", "negative",
+    "shift_out", "total_out", "negative_out", "terms", "partial_sums",
+)  # fmt: skip
+"""Arguments of the kernels over pairs that a pass which stands alone does without."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +84,11 @@ class BackwardScratch(NamedTuple):
         return BackwardScratch(sums, zhat.new_empty(_programs(n_rows, tiles.whole_rows(width)), dtype=torch.float32))
 
 
+def m_scale(dtype: torch.dtype) -> float:
+    """What M is multiplied by before it is rounded: M <= 2, and float16 ends at 65504 and 6e-8."""
+    return 2.0**14 if dtype == torch.float16 else 1.0
+
+
 def precision(dtype: torch.dtype, target: Target) -> str:
     """tl.dot's input_precision for operands of ``dtype``; float32 follows torch.get_float32_matmul_precision().
 
@@ -112,6 +121,7 @@ def forward(
         "negative_out": residuals.negative,
         "loss": loss,
         "terms": loss,
+        "statistics": None,
         "RANKED": is_ranked(labels, options),
         "PER_ROW": options.reduction == "none",
         "n_partial": scratch.partial_sums.shape[1],
@@ -145,20 +155,45 @@ def backward(
     n_rows, width = residuals.normalized.shape
     shared = _shared(residuals, labels, prototypes, options, target) | {
         "weights": upstream.weights,
+        "coefficients": None,
         "upstream": upstream.unit,
         "grad_z": grad_embeddings,
         **scratch._asdict(),
-        "M_SCALE": _F16_SCALE if residuals.normalized.dtype == torch.float16 else 1.0,
     }
-    if shared["PAIRS"] == "none":
-        pass
-    elif tiles.is_wide(width, residuals.normalized.dtype):
-        yield from _wide_products(shared, target)
-    else:
-        tile = _tile_for_form(tiles.gradient(n_rows, width, residuals.normalized.dtype, target), shared, target)
-        yield _launch(gradient_kernel, (_span_programs(n_rows, shared["n_left"], tile),), tile, shared)
+    if shared["PAIRS"] != "none":
+        yield from _pairwise_sums(shared, target)
     whole = _tile_for_form(tiles.whole_rows(width), shared, target)
     yield _launch(finish_kernel, (_programs(n_rows, whole),), whole, shared)
+
+
+def pair_softmax(
+    zhat: Tensor, groups: Tensor, n_left: int | None, options: LossOptions, statistics: Tensor, target: Target
+) -> Launch:
+    """The launch of the pass over pairs alone that leaves ``statistics``, (4, rows): contract.Softmax."""
+    shared = _alone(zhat, groups, n_left, options, target) | {"statistics": statistics}
+    n_rows, width = statistics.shape[1], zhat.shape[1]
+    tile = _tile_for_form(tiles.softmax(n_rows, width, zhat.dtype, target), shared, target)
+    return _launch(softmax_kernel, (_programs(n_rows, tile),), tile, shared)
+
+
+def pair_gradient(
+    zhat: Tensor, groups: Tensor, n_left: int | None, coefficients: Tensor, options: LossOptions, sums: Tensor, target: Target
+) -> Iterator[Launch]:
+    """The launches of the pass over pairs alone that makes ``sums``, (rows, D), of coefficients with M_SCALE in them."""
+    shared = _alone(zhat, groups, n_left, options, target)
+    yield from _pairwise_sums(shared | {"coefficients": coefficients, "shift": coefficients[3], "sums": sums}, target)
+
+
+def _pairwise_sums(shared: dict[str, Any], target: Target) -> Iterator[Launch]:
+    """sum_j M_ij zhat_j into ``shared["sums"]``."""
+    zhat, n_rows = shared["zhat"], shared["sums"].shape[0]
+    width = zhat.shape[1]
+    if tiles.is_wide(width, zhat.dtype):
+        yield from _wide_products(shared, target)
+    else:
+        tile = _tile_for_form(tiles.gradient(n_rows, width, zhat.dtype, target), shared, target)
+        n_programs = _programs(n_rows, tile) if shared["PAIRS"] == "one-way" else _span_programs(n_rows, shared["n_left"], tile)
+        yield _launch(gradient_kernel, (n_programs,), tile, shared)
 
 
 def _wide_products(shared: dict[str, Any], target: Target) -> Iterator[Launch]:
@@ -183,7 +218,7 @@ def _wide_products(shared: dict[str, Any], target: Target) -> Iterator[Launch]:
             yield _launch(pair_kernel, grid, pair_tile, shared | {"first_row": i, "first_column": j})
             # The first row of panels meets every block of columns for the first time, the first column those of a left side.
             yield product(rows, columns, transposed=False, add=j > column_base)
-            if j > i:
+            if j > i and shared["PAIRS"] != "one-way":
                 yield product(columns, rows, transposed=True, add=i > 0)
 
 
@@ -219,35 +254,49 @@ def _shared(
     residuals: Residuals, labels: Tensor | None, prototypes: Tensor | None, options: LossOptions, target: Target
 ) -> dict[str, Any]:
     """The arguments that several kernels have in common, under the names that all of them use."""
-    n_rows, width = residuals.normalized.shape
-    scale, scale_rest = logit_scale(options.temperature)
-    return {
-        "zhat": residuals.normalized,
+    return _shared_by_pairs(residuals.normalized, residuals.groups, options, target) | {
         "norms": residuals.norms,
         "shift": residuals.shift,
         "total": residuals.total,
         "negative": residuals.negative,
-        "groups": residuals.groups if options.positives == "label" else None,
         "counts": residuals.counts,
         "labels": labels,
         "prototypes": prototypes,
+        "prototype_weight": options.prototype_weight,
+        "n_instances": residuals.normalized.shape[0] // options.n_views,
+        "n_classes": 0 if prototypes is None else prototypes.shape[0],
+        "DISTANCE": options.distance,
+        "MEAN": options.reduction == "mean",
+    }
+
+
+def _alone(zhat: Tensor, groups: Tensor, n_left: int | None, options: LossOptions, target: Target) -> dict[str, Any]:
+    """The arguments of a pass over pairs that stands alone. What the kernels read or write of a loss is None."""
+    shared = _shared_by_pairs(zhat, groups, replace(options, n_left=n_left), target)
+    one_way = {} if n_left is None else {"PAIRS": "one-way"}
+    return dict.fromkeys(_OF_A_LOSS) | shared | one_way
+
+
+def _shared_by_pairs(zhat: Tensor, groups: Tensor, options: LossOptions, target: Target) -> dict[str, Any]:
+    """Those of them that say which rows there are, and who is compared."""
+    n_rows, width = zhat.shape
+    scale, scale_rest = logit_scale(options.temperature)
+    return {
+        "zhat": zhat,
+        "groups": groups if options.positives == "label" else None,
         "temperature": options.temperature if isinstance(options.temperature, Tensor) else None,
         "scale": scale,
         "scale_rest": scale_rest,
-        "prototype_weight": options.prototype_weight,
         "n_rows": n_rows,
         "n_left": _n_left(n_rows, options),
-        "n_instances": n_rows // options.n_views,
-        "n_classes": 0 if prototypes is None else prototypes.shape[0],
         "VIEWS": options.n_views if options.n_left is None else 1,  # of an instance, side by side
         "PAIRS": _pairs(n_rows, options),
         "NORMALIZE": options.normalize,
         "WIDTH": width,
-        "DISTANCE": options.distance,
-        "MEAN": options.reduction == "mean",
         "SOFTMAX": _softmax_path(options),
-        "PRECISION": precision(residuals.normalized.dtype, target),
-        "EXACT_SCALE": residuals.normalized.dtype == torch.float32,
+        "PRECISION": precision(zhat.dtype, target),
+        "EXACT_SCALE": zhat.dtype == torch.float32,
+        "M_SCALE": m_scale(zhat.dtype),
     }
 
 

@@ -178,6 +178,7 @@ def softmax_kernel(
     negative_out,  # (N,), by position
     terms,  # (N,), by row: the row's loss, if PER_ROW
     partial_sums,  # (5, programs): of the contrastive terms, distances, anchors, labelled rows, labels out of range
+    statistics,  # (4, rows), contract.Softmax by position, written in place of all of these; or None
     n_rows,
     n_left,  # or None: no sides
     n_instances,
@@ -218,34 +219,40 @@ def softmax_kernel(
             PAIRS, WIDTH, BLOCK_N, BLOCK_K, SOFTMAX == "online", PRECISION, EXACT_SCALE,
         )  # fmt: skip
 
-    n_positives = n_positives_of(start, end, n_left)
-    total = negative + positive
-    is_anchor = n_positives > 0
-    if PAIRS == "negatives":
-        n_positives = tl.zeros_like(start)
-        is_anchor = total != 0.0  # and not > 0, so that a NaN among its negatives shows in its term
-    tl.store(shift_out + rows, shift, mask=is_row)
-    tl.store(total_out + rows, tl.where(is_anchor, total, float("inf")), mask=is_row)
-    tl.store(negative_out + rows, negative, mask=is_row)
+    if statistics is not None:
+        tl.store(statistics + rows, shift, mask=is_row)
+        tl.store(statistics + span.row_end + rows, negative, mask=is_row)
+        tl.store(statistics + 2 * span.row_end + rows, positive, mask=is_row)
+        tl.store(statistics + 3 * span.row_end + rows, positive_logits, mask=is_row)
+    else:
+        n_positives = n_positives_of(start, end, n_left)
+        total = negative + positive
+        is_anchor = n_positives > 0
+        if PAIRS == "negatives":
+            n_positives = tl.zeros_like(start)
+            is_anchor = total != 0.0  # and not > 0, so that a NaN among its negatives shows in its term
+        tl.store(shift_out + rows, shift, mask=is_row)
+        tl.store(total_out + rows, tl.where(is_anchor, total, float("inf")), mask=is_row)
+        tl.store(negative_out + rows, negative, mask=is_row)
 
-    is_anchor = is_row & is_anchor
-    term = tl.where(is_anchor, contrastive_term(shift, negative, positive, positive_logits, n_positives), 0.0)
-    distance = tl.load(distances + rows, mask=is_row, other=0.0)
-    row = row_of(rows, groups, n_instances, VIEWS, is_row)
-    is_labelled = rows < 0
-    is_misfit = rows < 0
-    if labels is not None:
-        label = tl.load(labels + row % n_instances, mask=is_row, other=-1)
-        is_labelled = label >= 0
-        is_misfit = (label < -1) | ((n_classes > 0) & (label >= n_classes))
-    if PER_ROW:
-        tl.store(terms + row, term + prototype_weight * distance, mask=is_row)
-    n_programs = tl.num_programs(0)
-    tl.store(partial_sums + program, tl.sum(term, 0))
-    tl.store(partial_sums + n_programs + program, tl.sum(distance, 0))
-    tl.store(partial_sums + 2 * n_programs + program, tl.sum(is_anchor.to(tl.float32), 0))
-    tl.store(partial_sums + 3 * n_programs + program, tl.sum(is_labelled.to(tl.float32), 0))
-    tl.store(partial_sums + 4 * n_programs + program, tl.sum(is_misfit.to(tl.float32), 0))
+        is_anchor = is_row & is_anchor
+        term = tl.where(is_anchor, contrastive_term(shift, negative, positive, positive_logits, n_positives), 0.0)
+        distance = tl.load(distances + rows, mask=is_row, other=0.0)
+        row = row_of(rows, groups, n_instances, VIEWS, is_row)
+        is_labelled = rows < 0
+        is_misfit = rows < 0
+        if labels is not None:
+            label = tl.load(labels + row % n_instances, mask=is_row, other=-1)
+            is_labelled = label >= 0
+            is_misfit = (label < -1) | ((n_classes > 0) & (label >= n_classes))
+        if PER_ROW:
+            tl.store(terms + row, term + prototype_weight * distance, mask=is_row)
+        n_programs = tl.num_programs(0)
+        tl.store(partial_sums + program, tl.sum(term, 0))
+        tl.store(partial_sums + n_programs + program, tl.sum(distance, 0))
+        tl.store(partial_sums + 2 * n_programs + program, tl.sum(is_anchor.to(tl.float32), 0))
+        tl.store(partial_sums + 3 * n_programs + program, tl.sum(is_labelled.to(tl.float32), 0))
+        tl.store(partial_sums + 4 * n_programs + program, tl.sum(is_misfit.to(tl.float32), 0))
 
 
 @triton.jit(do_not_specialize=["n_partial"])

@@ -47,17 +47,17 @@ def is_near_tile(
 
 @triton.jit
 def pair_tile(
-    s, rows, columns, is_near, total, shift, negative, weights, groups, n_rows, n_left, row_end,
+    s, rows, columns, is_near, total, shift, negative, weights, coefficients, groups, n_rows, n_left, row_end,
     VIEWS: tl.constexpr, PAIRS: tl.constexpr, ONLINE: tl.constexpr, M_SCALE: tl.constexpr,
 ):  # fmt: skip
     """(M, N) tile of M_ij from S."""
-    a_i, shift_i, w_i = load_softmax(rows, total, shift, weights, row_end, ONLINE, M_SCALE, False)
-    a_j, shift_j, w_j = load_softmax(columns, total, shift, weights, n_rows, ONLINE, M_SCALE, False)
+    a_i, shift_i, w_i = load_softmax(rows, total, shift, weights, coefficients, row_end, ONLINE, M_SCALE, False)
+    a_j, shift_j, w_j = load_softmax(columns, total, shift, weights, coefficients, n_rows, ONLINE, M_SCALE, False)
     if is_near:
-        b_i, c_i, start, end = load_positive_form(rows, a_i, w_i, negative, groups, n_rows, n_left, row_end, VIEWS)
+        b_i, c_i, start, end = load_positive_form(rows, a_i, w_i, negative, coefficients, groups, n_rows, n_left, row_end, VIEWS)
         m = near_pairs(
-            s, rows, columns, start, end, a_i, b_i, c_i, shift_i, a_j, shift_j, w_j, negative, groups, n_rows, n_left, n_rows,
-            VIEWS, PAIRS, ONLINE,
+            s, rows, columns, start, end, a_i, b_i, c_i, shift_i, a_j, shift_j, w_j, negative, coefficients, groups, n_rows,
+            n_left, n_rows, VIEWS, PAIRS, ONLINE,
         )  # fmt: skip
     else:
         m = far_pairs(s, a_i, shift_i, a_j, shift_j, ONLINE)
@@ -71,6 +71,7 @@ def pair_kernel(
     total,
     negative,
     weights,
+    coefficients,  # as in gradient_kernel
     groups,
     temperature,
     scale,
@@ -109,17 +110,17 @@ def pair_kernel(
     if SOFTMAX == "device":
         if fits_unshifted(scale):
             m = pair_tile(
-                s, rows, columns, is_near, total, shift, negative, weights, groups, n_rows, n_left, row_end,
+                s, rows, columns, is_near, total, shift, negative, weights, coefficients, groups, n_rows, n_left, row_end,
                 VIEWS, PAIRS, False, M_SCALE,
             )  # fmt: skip
         else:
             m = pair_tile(
-                s, rows, columns, is_near, total, shift, negative, weights, groups, n_rows, n_left, row_end,
+                s, rows, columns, is_near, total, shift, negative, weights, coefficients, groups, n_rows, n_left, row_end,
                 VIEWS, PAIRS, True, M_SCALE,
             )  # fmt: skip
     else:
         m = pair_tile(
-            s, rows, columns, is_near, total, shift, negative, weights, groups, n_rows, n_left, row_end,
+            s, rows, columns, is_near, total, shift, negative, weights, coefficients, groups, n_rows, n_left, row_end,
             VIEWS, PAIRS, SOFTMAX == "online", M_SCALE,
         )  # fmt: skip
     pointers = pairs + local_rows[:, None] * PANEL + local_columns[None, :]
