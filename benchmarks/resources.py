@@ -47,6 +47,8 @@ FORMS: dict[str, dict[str, Any]] = {
     "two-sided": {"positives": "instance", "sides": True},
     "two-sided-raw": {"positives": "label", "sides": True, "normalize": False, "weighted": True},
     "negatives": {"positives": "label", "negatives_only": True, "weighted": True},
+    "pairs": {"positives": "label", "alone": True},
+    "one-way": {"positives": "label", "alone": True, "sides": True},
 }
 """What is asked of a loss in each form that is compiled. Where no temperature is given it is a tensor, so that both softmax
 paths are compiled in; ``weighted``: reduction "none", a weight a row, and the Euclidean distance to prototypes.
@@ -56,7 +58,15 @@ paths are compiled in; ``weighted``: reduction "none", a weight a row, and the E
     two-sided       CLIP's loss
     two-sided-raw   the same by labels, of rows that are not normalised, for which there is the online softmax alone
     negatives       of each row the logarithm of the sum over its negatives
+    pairs           the passes over pairs ``alone``, of a loss over a process group: rows against each other
+    one-way         the same, of rows on the left against those on the right
 """
+
+VARIANTS = ("two-sided", "two-sided-raw", "negatives")
+"""The forms that are compiled for the lowest tile too, besides the largest one, which is for all."""
+
+WIDTHS_ALONE = {"bfloat16": (128, 256, 512), "float32": (32, 512)}
+"""The widths of those passes: the kernels are the others' but for a few loads and stores, and these take the most registers."""
 
 MATRIX_INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma": "mma.sync"}
 MATRIX_KERNELS = ("softmax_kernel", "gradient_kernel", "pair_kernel", "product_kernel")
@@ -116,7 +126,8 @@ def cases(
         for height in heights
         for form in forms
         # Lower tiles are for small N: the largest form will do for all, and the lowest tile for its variants.
-        if form == "general" or height == max(heights) or (form != "plain" and height == min(heights))
+        if form == "general" or height == max(heights) or (form in VARIANTS and height == min(heights))
+        if not FORMS[form].get("alone") or width in WIDTHS_ALONE[dtype]
     ]
 
 
@@ -148,6 +159,8 @@ def _is_pass_over_rows(name: str, case: Case) -> bool:
 def launches(case: Case) -> Iterator[Any]:
     """The launches of the case."""
     form = FORMS[case.form]
+    if form.get("alone"):
+        return launches_of_pairs(case, case.n_rows // 2 if form.get("sides") else None)
     by_label, is_weighted, has_sides = form["positives"] == "label", form.get("weighted", False), form.get("sides", False)
     options = LossOptions(
         n_views=1 if has_sides and by_label else 2,
@@ -183,6 +196,18 @@ def launches_of(options: LossOptions, n: int, width: int, capability: int) -> It
     by_class, bounds = _empty(n, dtype=torch.int64), _empty(n_classes + 1, dtype=torch.int64)
     parts = _empty(4, n_classes, width)
     yield plan.prototypes_backward(upstream, residuals, by_class, bounds, prototypes, options, parts, target)
+
+
+def launches_of_pairs(case: Case, n_left: int | None) -> Iterator[Any]:
+    """The launches of the passes over pairs alone. The temperature is a tensor."""
+    from clop_kernels.backends.triton import launches as plan
+    from clop_kernels.backends.triton import tiles
+
+    dtype, n, width, target = DTYPES[case.dtype], case.n_rows, case.width, tiles.Target(case.capability, PROCESSORS)
+    options = LossOptions(1, "label", _empty(), 0.0, "cosine", "mean", dtype)
+    zhat, groups, n_results = _empty(n, width, dtype=dtype), _empty(3, n, dtype=torch.int32), n if n_left is None else n_left
+    yield plan.pair_softmax(zhat, groups, n_left, options, _empty(4, n_results), target)
+    yield from plan.pair_gradient(zhat, groups, n_left, _empty(4, n), options, _empty(n_results, width), target)
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

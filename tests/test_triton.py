@@ -474,7 +474,7 @@ def test_tiles_fill_the_processors() -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        "--targets 90 --dtypes bfloat16 --dims 128 --forms plain general negatives",
+        "--targets 90 --dtypes bfloat16 --dims 128 --forms plain general negatives one-way",
         "--targets 80 --dtypes float32 --dims 128 --forms general two-sided-raw",
         "--targets 100 120 --dtypes bfloat16 --dims 128 --forms two-sided",
     ],

@@ -13,6 +13,10 @@ for each pair of panels of 4096 rows (float32: 2048). Trained prototypes, ``redu
 RANKED_INSTANCES labels, or by the labels of two sides, take a few more. Where no row can have a positive, and only the prototype
 term is left, no kernel looks at a pair: 3 forward and 1 backward.
 
+The passes over pairs alone, for a loss over a process group, are the launches of softmax.py, and of gradient.py or wide.py, with
+other inputs and outputs: 1 and 1, or for each pair of panels 3, and one way 2. float16 takes 3 small ones
+more, that put M_SCALE into the coefficients and take it off the sums.
+
 float64 stays with the other backends: no matrix unit that Triton drives is exact in it. This module is imported when the
 backend is first used, so that importing the package does not need Triton. **Not yet run on a GPU**: proved by Triton's
 interpreter against the float64 reference, and by ahead-of-time compilation for sm_80, sm_90, sm_100 and sm_120.

@@ -10,6 +10,9 @@ which for n_i = 1 is the same number, found without a subtraction. Pairs that ar
 have M_ij = 0; the sum over j is over the others. M is symmetric and needs no sum over the other rows, so a program that owns
 rows i makes their whole sum: no atomics, the same bits from run to run.
 
+In a pass over pairs alone a, b and c are given, for not all of a row's positives are at hand; one way only rows on the left
+have a sum.
+
 Tile picture. A program owns BLOCK_M rows and walks over all columns, BLOCK_N at a time. It is attention with
 K = V = zhat: one column tile k on chip serves both products::
 

@@ -172,7 +172,7 @@ def pair_softmax(
     """The launch of the pass over pairs alone that leaves ``statistics``, (4, rows): contract.Softmax."""
     shared = _alone(zhat, groups, n_left, options, target) | {"statistics": statistics}
     n_rows, width = statistics.shape[1], zhat.shape[1]
-    tile = _tile_for_form(tiles.softmax(n_rows, width, zhat.dtype, target), shared, target)
+    tile = _with_all_registers(tiles.softmax(n_rows, width, zhat.dtype, target), target)
     return _launch(softmax_kernel, (_programs(n_rows, tile),), tile, shared)
 
 
@@ -323,7 +323,11 @@ def _softmax_path(options: LossOptions) -> str:
 def _tile_for_form(tile: Tile, shared: dict[str, Any], target: Target) -> Tile:
     """The tile, with all registers that there are in the forms where the compiler, left to choose, would spill for occupancy."""
     has_its_choice = shared["n_left"] is None and shared["PAIRS"] != "negatives" and shared["NORMALIZE"]
-    return tile if has_its_choice or target.capability == 0 else replace(tile, max_registers=255)
+    return tile if has_its_choice else _with_all_registers(tile, target)
+
+
+def _with_all_registers(tile: Tile, target: Target) -> Tile:
+    return replace(tile, max_registers=255 if target.capability else None)
 
 
 def _programs(n_rows: int, tile: Tile) -> int:

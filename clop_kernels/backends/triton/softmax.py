@@ -20,6 +20,8 @@ Rows that are not normalised have similarities of any size, and take the online 
 
 Negatives only: positives are left out as a row itself is, and a row's term is the logarithm of its sum.
 
+A pass over pairs alone leaves the sums themselves, one way of the rows on the left only: half the programs, flops and bytes.
+
 The positives are summed apart from the rest because near-duplicate views need log(1 + negative / positive) to the last
 digit, and they are taken from these very tiles, not from sums of zhat over a group, whose gradient cancels in float32
 (backends/tiled.py has the figures).

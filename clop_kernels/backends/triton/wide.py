@@ -11,13 +11,14 @@ dtype, is written once to a buffer of constant size that L2 holds, and multiplie
        3     [                M ]
 
 Rows of two sides: panels of left rows and right columns, each once, are all that is compared, and serve both sides just so.
-A panel never reaches from one side into the other.
+A panel never reaches from one side into the other. One way it is multiplied once, for the left rows.
 
 Flops: N^2 D + 2 N^2 D, fewer than the 4 N^2 D of the one-launch kernel; of two sides 2 L R D + 4 L R D instead of 8 L R D.
 Bytes per tile: PANEL^2 itemsize written and read twice, through L2, against 6 PANEL^2 D flops: D flops a byte in bfloat16,
 more than the operands' own 43 to 85 (tiles.py).
 Memory: the tile, 32 MB at PANEL = 4096 in bfloat16, 16 MB at 2048 in float32; less for a smaller N.
-Launches: N <= PANEL takes 2; beyond, 3/2 (N / PANEL)^2 of them. Of two sides 3 for each panel, L / PANEL times R / PANEL.
+Launches: N <= PANEL takes 2; beyond, 3/2 (N / PANEL)^2 of them. Of two sides 3, one way 2, for each panel, L / PANEL times
+R / PANEL.
 The order of all sums is fixed: the same bits from run to run.
 """
 
