@@ -1,7 +1,7 @@
 """What the loss over a process group costs a rank: bytes received, peak memory, and time beside another strategy or library.
 
-    python -m benchmarks.distributed measure    # worlds of gloo processes on this CPU; a CSV and a figure
-    python -m benchmarks.distributed plan       # a model of large batches on many GPUs; nothing of it is measured
+    python -m benchmarks.distributed measure --output build/distributed    # worlds of gloo processes on this CPU
+    python -m benchmarks.distributed plan --output build/distributed       # a model of many GPUs; nothing of it is measured
 
 ``measure`` counts what the collectives move, by their own sizes, as rings of ranks move it: of an all-gather a rank receives all
 but its own part, of an all-reduce twice that share. On a CPU that all ranks share, times say little: they are given as multiples
@@ -12,18 +12,21 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import multiprocessing
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import matplotlib
 import torch
+from matplotlib import pyplot as plt
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
@@ -228,6 +231,34 @@ def table_of(rows: list[Row]) -> Table:
     return table
 
 
+COLOURS = {"gather": "#0072B2", "ring": "#D55E00", "lightly": "#009E73"}
+"""Of Okabe and Ito, as in figures.py."""
+
+MARKERS = ("o", "s", "^", "D", "v")
+
+
+def draw_memory(rows: list[Row], path: Path) -> None:
+    """Peak memory of a rank against its rows, a line a loss and world."""
+    matplotlib.use("agg")  # to a file: there may be no screen
+    figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
+    for marker, world in zip(itertools.cycle(MARKERS), sorted({row.world for row in rows}), strict=False):
+        for loss, colour in COLOURS.items():
+            points = sorted((row.rows_per_rank, row.peak_extra_mb) for row in rows if (row.loss, row.world) == (loss, world))
+            known = [(n, mb) for n, mb in points if mb is not None]
+            if known:
+                label = f"{loss}, {world} rank{'s' if world > 1 else ''}"
+                axes.plot(*zip(*known, strict=True), color=colour, marker=marker, linewidth=1, label=label)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xlabel("rows of a rank")
+    axes.set_ylabel("peak above the inputs, a rank, MB")
+    axes.set_title(f"NT-Xent over a process group: memory of a rank, forward and backward, float32, D = {rows[0].D}", fontsize=10)
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
 # ---- a model -------------------------------------------------------------------------------------------------------------
 
 
@@ -289,7 +320,11 @@ def planned(n_rows: int, n_gpus: int, width: int, itemsize: int, cluster: Cluste
     )
 
 
-def plan_table(width: int, itemsize: int, cluster: Cluster) -> Table:
+def plans(width: int, itemsize: int, cluster: Cluster) -> list[Plan]:
+    return [planned(n, gpus, width, itemsize, cluster) for n in (2**20, 2**23) for gpus in (8, 16, 32, 64, 128, 256, 512)]
+
+
+def plan_table(rows: list[Plan], width: int, itemsize: int, cluster: Cluster) -> Table:
     table = Table(
         title=f"MODEL, not measured: {cluster.tflops:g} Tflop/s a GPU assumed, links of {cluster.gb_within:g} GB/s among "
         f"{cluster.node} GPUs and {cluster.gb_between:g} GB/s beyond; D = {width}, {itemsize} bytes a number"
@@ -298,14 +333,10 @@ def plan_table(width: int, itemsize: int, cluster: Cluster) -> Table:
     columns += ["ms: products", "links, gather", "links, ring", "step, gather", "step, ring"]
     for name in columns:
         table.add_column(name, justify="right")
-    for n_rows in (2**20, 2**23):
-        for n_gpus in (8, 16, 32, 64, 128, 256, 512):
-            plan = planned(n_rows, n_gpus, width, itemsize, cluster)
-            table.add_row(
-                f"{n_rows // 2**20} M", str(n_gpus), str(n_rows // n_gpus), f"{plan.gather_gb:.2f}", f"{plan.ring_gb:.2f}",
-                f"{plan.compute_ms:.0f}", f"{plan.gather_ms:.1f}", f"{plan.ring_ms:.1f}", f"{plan.gather_step_ms:.0f}",
-                f"{plan.ring_step_ms:.0f}",
-            )  # fmt: skip
+    for plan in rows:
+        cells = [f"{plan.n_rows // 2**20} M", str(plan.n_gpus), str(plan.n_rows // plan.n_gpus), f"{plan.gather_gb:.2f}"]
+        cells += [f"{plan.ring_gb:.2f}", f"{plan.compute_ms:.0f}", f"{plan.gather_ms:.1f}", f"{plan.ring_ms:.1f}"]
+        table.add_row(*cells, f"{plan.gather_step_ms:.0f}", f"{plan.ring_step_ms:.0f}")
     return table
 
 
@@ -320,7 +351,7 @@ def main() -> None:
     measuring.add_argument("--rows", type=int, nargs="+", default=[1024, 2048, 4096], help="rows a rank, two views together")
     measuring.add_argument("--width", type=int, default=128, help="D (default: %(default)s)")
     measuring.add_argument("--repeats", type=int, default=5, help="timed runs of each, in turn (default: %(default)s)")
-    measuring.add_argument("--output", type=Path, help="a CSV to write")
+    measuring.add_argument("--output", type=Path, help="a folder for cpu.csv and memory.png")
     planning = commands.add_parser("plan", help="a model of 1 M and 8 M rows on 8 to 512 GPUs")
     planning.add_argument("--tflops", type=float, default=400.0, help="assumed of a GPU (default: %(default)s; not measured)")
     planning.add_argument("--node", type=int, default=8, help="GPUs that share the fast links (default: %(default)s)")
@@ -328,24 +359,33 @@ def main() -> None:
     planning.add_argument("--gb-between", type=float, default=50.0, help="GB/s a GPU between nodes (default: %(default)s)")
     planning.add_argument("--width", type=int, default=512, help="D (default: %(default)s)")
     planning.add_argument("--itemsize", type=int, default=2, help="bytes a number: 2 for bfloat16 (default: %(default)s)")
+    planning.add_argument("--output", type=Path, help="a folder for model.csv")
     options = parser.parse_args()
     console = Console()
     if options.command == "plan":
-        console.print(
-            plan_table(
-                options.width, options.itemsize, Cluster(options.tflops, options.node, options.gb_within, options.gb_between)
-            )
-        )
+        cluster = Cluster(options.tflops, options.node, options.gb_within, options.gb_between)
+        model = plans(options.width, options.itemsize, cluster)
+        console.print(plan_table(model, options.width, options.itemsize, cluster))
+        if options.output is not None:
+            assumed = {f"assumed_{name}": value for name, value in asdict(cluster).items()}
+            assumed |= {"D": options.width, "itemsize": options.itemsize}
+            steps = (asdict(plan) | {"gather_step_ms": plan.gather_step_ms, "ring_step_ms": plan.ring_step_ms} for plan in model)
+            write_csv([step | assumed for step in steps], options.output / "model.csv")
         return
     cases = [(world, n) for n in options.rows for world in options.worlds]
     rows = [row for world, n in track(cases, "worlds") for row in measured(world, n, options.width, options.repeats)]
     console.print(table_of(rows))
     if options.output is not None:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        with options.output.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [each.name for each in fields(Row)])
-            writer.writeheader()
-            writer.writerows(map(asdict, rows))
+        write_csv([asdict(row) for row in rows], options.output / "cpu.csv")
+        draw_memory(rows, options.output / "memory.png")
+
+
+def write_csv(rows: list[dict[str, Any]], path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]))
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 if __name__ == "__main__":

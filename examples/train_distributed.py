@@ -114,7 +114,9 @@ def train(
 
 
 def report(run: Run, losses: list[float], distance: float, steps_per_epoch: int) -> Table:
-    table = Table(title=f"CLOPLoss on handwritten digits, {distributed.get_world_size()} processes, {run.name}")
+    world = distributed.get_world_size()
+    processes = "1 process" if world == 1 else f"{world} processes"
+    table = Table(title=f"CLOPLoss on handwritten digits, {processes}, {run.name}")
     table.add_column("")
     table.add_column("", justify="right")
     table.add_row("first step: averaged gradients, relative distance from one process", f"{distance:.1e}")
