@@ -196,11 +196,14 @@ def test_float32_is_accurate(parts: Parts, strategy: str, backend: str, ranks: W
 
 
 @pytest.mark.skipif(not TRITON, reason="Triton runs on a CPU with TRITON_INTERPRET=1 alone")
+@pytest.mark.parametrize("parts", [(12,), (6, 6), (9, 0, 3), (4, 2, 5, 1)], ids=str)
 @pytest.mark.parametrize("strategy", ["gather", "ring"])
-@pytest.mark.parametrize("positives", POSITIVES)
-def test_float32_is_accurate_with_triton(strategy: str, positives: str, ranks: World) -> None:
-    problem = random_problem(2, 40, 20, positives=positives)
-    assert_close_to_reference(problem, solve(ranks, problem, (25, 15), "triton", torch.float32, strategy=strategy))
+def test_float32_is_accurate_with_triton(parts: Parts, strategy: str, ranks: World) -> None:
+    for problem in (
+        *(random_problem(2, 12, 20, positives=positives) for positives in POSITIVES),
+        two_sided_problem(12, 12, 20, labelled=False),
+    ):
+        assert_close_to_reference(problem, solve(ranks, problem, parts, "triton", torch.float32, strategy=strategy))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
