@@ -19,11 +19,10 @@ from .backends.contract import DISTANCES, GRADIENT_SCALES, POSITIVES, REDUCTIONS
 
 if torch.distributed.is_available():
     from . import distributed
+    from .shards import Sharding
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-    from .distributed import Sharding
 
 _INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _EMBEDDING_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
@@ -395,7 +394,7 @@ def _sharding(group: ProcessGroup | None, strategy: str, grad_scale: str, check_
         raise TypeError(
             f"group is a {type(group).__name__}: expected a torch.distributed.ProcessGroup, such as torch.distributed.group.WORLD"
         )
-    return distributed.Sharding(group.group_name, strategy, grad_scale, bool(check_ranks))
+    return Sharding(group.group_name, strategy, grad_scale, bool(check_ranks))
 
 
 def _failures_announced(sharding: Sharding | None) -> AbstractContextManager[Any]:

@@ -230,7 +230,7 @@ def test_the_strategies_give_the_same_and_auto_is_one_of_them(ranks: World) -> N
 
 
 def chosen_strategy(group: distributed.ProcessGroup, share: float) -> bool:
-    from clop_kernels import distributed as module
+    from clop_kernels import shards as module
 
     module.GATHERED_SHARE = share
     kept = Kept()

@@ -1,0 +1,253 @@
+"""Who has which rows of a loss that is spread over a process group, and how the rows of one rank meet those of all others.
+
+A rank's own rows are by position, that is in the order of their positive groups (:mod:`clop_kernels.groups`). Others' come to it
+in blocks, all ranks' in one or each rank's in its own, whose rows are in such an order too, so that the positives of a row are a
+run of each block. What is compared, by which kernel and for what, is :mod:`clop_kernels.distributed`'s affair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import backends
+from .backends import Backend
+from .backends.contract import DISTANCES, GRADIENT_SCALES, POSITIVES, REDUCTIONS, STRATEGIES, LossOptions
+from .collectives import DTYPES, Field, Ranks, Sizes, memory_of
+
+N_FIELDS = 18  # of a header
+
+GATHERED_SHARE = 1 / 16
+"""strategy="auto" gathers while the rows of all ranks, and their sorted copy, take no more than this of a device's memory."""
+
+
+class Sharding(NamedTuple):
+    """How the rows of a loss are spread over processes.
+
+    Attributes:
+        group_name: of the process group, as torch registers it: an operator takes no group.
+        strategy: one of STRATEGIES.
+        grad_scale: one of GRADIENT_SCALES.
+        check_ranks: whether ranks tell each other their sizes and options first. If not, all must have the same.
+    """
+
+    group_name: str
+    strategy: str
+    grad_scale: str
+    check_ranks: bool
+
+
+class Side(NamedTuple):
+    """Rows of this rank, and those of the world that they are compared with: of all ranks the same side of theirs."""
+
+    rows: slice  # of local positions, and so is `columns`
+    columns: slice
+    n_columns: Sizes  # of every rank
+    with_own: bool  # whether this rank's columns are among them; without sides its rows meet each other in a pass of their own
+
+    @property
+    def n_rows(self) -> int:
+        return int(self.rows.stop - self.rows.start)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What all ranks know after the header: how many rows of each side all of them have, and how to go about it.
+
+    Attributes:
+        n_left: of every rank, the rows of the left side, or of the only one.
+        n_right: of every rank; () without sides.
+    """
+
+    ranks: Ranks
+    options: LossOptions
+    n_left: Sizes
+    n_right: Sizes
+    is_ring: bool
+
+    @staticmethod
+    def agreed(embeddings: Tensor, prototypes: Tensor | None, options: LossOptions, sharding: Sharding, backend: Backend) -> Plan:
+        ranks = Ranks(sharding.group_name)
+        n_rows, width = embeddings.shape
+        n_left = n_rows if options.n_left is None else options.n_left
+        sizes: list[Sizes] = [(n,) * ranks.size for n in (n_left, n_rows - n_left)]
+        memory = memory_of(embeddings.device)
+        if sharding.check_ranks:
+            header = _header(embeddings, prototypes, options, sharding, backend)
+            assert len(header) == N_FIELDS
+            of_left, of_right, of_memory, *_ = ranks.exchange(header, embeddings.device)
+            sizes, memory = [tuple(of_left), tuple(of_right)], min(of_memory)
+        n_bytes = 2 * sum(map(sum, sizes)) * width * options.compute_dtype.itemsize
+        is_ring = sharding.strategy == "ring" or (sharding.strategy == "auto" and n_bytes > GATHERED_SHARE * memory)
+        return Plan(ranks, options, sizes[0], () if options.n_left is None else sizes[1], is_ring)
+
+    def table(self) -> Tensor:
+        """(3, world) int64 on the CPU: both sizes, and whether it is a ring."""
+        return torch.tensor([self.n_left, self.n_right or (0,) * self.ranks.size, (int(self.is_ring),) * self.ranks.size])
+
+    @staticmethod
+    def of_table(table: Tensor, options: LossOptions, sharding: Sharding) -> Plan:
+        n_left, n_right, (is_ring, *_) = table.tolist()
+        ranks = Ranks(sharding.group_name)
+        return Plan(ranks, options, tuple(n_left), () if options.n_left is None else tuple(n_right), bool(is_ring))
+
+    @property
+    def sides(self) -> tuple[Side, ...]:
+        """Those with anything to compare."""
+        n_left = self.n_left[self.ranks.rank]
+        left = slice(0, n_left)
+        if not self.options.has_pairs:
+            return ()
+        if not self.n_right:
+            return (Side(left, left, self.n_left, with_own=False),)
+        right = slice(n_left, n_left + self.n_right[self.ranks.rank])
+        return Side(left, right, self.n_right, with_own=True), Side(right, left, self.n_left, with_own=True)
+
+    @property
+    def has_keys(self) -> bool:
+        """Whether a row can have positives on other ranks, or on the other side."""
+        return self.options.positives == "label" or bool(self.n_right)
+
+    def keys(self, label: Tensor | None, order: Tensor) -> Tensor:
+        """By position what rows have in common with their positives, ascending, -1 for none; empty without ``has_keys``."""
+        if not self.has_keys:
+            return order[:0].clone()
+        if self.options.positives == "label":
+            assert label is not None
+            return label.clamp(min=-1)
+        first = sum(self.n_left[: self.ranks.rank])  # of this rank's pairs in the world
+        return first + order % max(self.n_left[self.ranks.rank], 1)
+
+
+class Block(NamedTuple):
+    """What one pass over pairs takes, :mod:`clop_kernels.backends.contract`; in the backward pass with coefficients."""
+
+    zhat: Tensor
+    groups: Tensor
+    n_left: int | None
+    coefficients: Tensor | None
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of this rank by position, and in the backward pass their coefficients, (4, n); and how they meet all others.
+
+    Each method yields the passes of a side: without sides first that of this rank alone, which overlaps with what others send.
+    """
+
+    plan: Plan
+    zhat: Tensor
+    groups: Tensor
+    keys: Tensor
+    coefficients: Tensor | None = None
+
+    def nothing(self) -> Block:
+        return Block(self.zhat.new_empty((0, self.zhat.shape[1])), self.groups.new_empty((3, 0)), None, None)
+
+    def ring(self, side: Side) -> Iterator[Block]:
+        rank, has_keys = self.plan.ranks.rank, self.plan.has_keys
+        tensors = [self.zhat[side.columns]]
+        if has_keys:
+            tensors.append(self.keys[side.columns])
+        if self.coefficients is not None:
+            tensors.append(self._sent(side))
+        for owner, (zhat, *rest) in self.plan.ranks.ring(tensors, side.n_columns):
+            if owner == rank and not side.with_own:
+                yield from self._alone(side)
+                continue
+            received = self._received(rest[-1].T) if self.coefficients is not None else None
+            table = self._crossing(side, len(zhat), rest[0] if has_keys else None)
+            yield from self._across(side, torch.cat([self.zhat[side.rows], zhat]), table, received)
+
+    def gather(self, side: Side) -> Iterator[Block]:
+        ranks = self.plan.ranks
+        finish = ranks.start_gather(self.zhat[side.columns], side.n_columns)
+        finish_keys = ranks.start_gather(self.keys[side.columns], side.n_columns) if self.plan.has_keys else None
+        yield from self._alone(side)
+        places = ranks.index_of_rows(side.n_columns, side.with_own, self.zhat.device)
+        keys = None
+        if finish_keys is not None:  # by group, so that the positives of a row are a run
+            keys, order = torch.sort(finish_keys().index_select(0, places), stable=True)
+            places = places.index_select(0, order)
+        everyone = finish()
+        n_rows, n_columns = side.n_rows, len(places)
+        zhat = everyone.new_empty((n_rows + n_columns, everyone.shape[1]))
+        zhat[:n_rows] = self.zhat[side.rows]
+        torch.index_select(everyone, 0, places, out=zhat[n_rows:])
+        del everyone
+        table = self._crossing(side, n_columns, keys)
+        table[0, n_rows:] = places
+        yield from self._across(side, zhat, table, None)
+
+    def gather_coefficients(self, side: Side, zhat: Tensor, table: Tensor) -> Iterator[Block]:
+        """As :meth:`gather`, whose last block these are of."""
+        finish = self.plan.ranks.start_gather(self._sent(side), side.n_columns)
+        yield from self._alone(side)
+        received = finish().index_select(0, table[0, side.n_rows :].to(torch.int64)).T
+        yield from self._across(side, zhat, table, self._received(received))
+
+    def _alone(self, side: Side) -> Iterator[Block]:
+        if not side.with_own and side.n_rows > 0:
+            yield Block(self.zhat, self.groups, None, self.coefficients)
+
+    def _across(self, side: Side, zhat: Tensor, table: Tensor, received: Tensor | None) -> Iterator[Block]:
+        if 0 < side.n_rows < len(zhat):
+            both = None
+            if self.coefficients is not None and received is not None:
+                both = torch.cat([self.coefficients[:, side.rows], received], 1)
+            yield Block(zhat, table, side.n_rows, both)
+
+    def _crossing(self, side: Side, n_columns: int, keys: Tensor | None) -> Tensor:
+        """(3, rows and columns): where the positives of each row are behind the rows, among columns of such keys, ascending."""
+        n_rows = side.n_rows
+        table = self.groups.new_full((3, n_rows + n_columns), n_rows)
+        if keys is not None:
+            own = self.keys[side.rows].contiguous()
+            starts = torch.searchsorted(keys, own)
+            ends = torch.where(own < 0, starts, torch.searchsorted(keys, own, right=True))
+            table[1, :n_rows] += starts
+            table[2, :n_rows] += ends
+        return table
+
+    def _sent(self, side: Side) -> Tensor:
+        """The coefficients that other ranks need of columns, (columns, 2 or 4): b and c are of positives alone."""
+        assert self.coefficients is not None
+        a, _, _, shift = of_columns = self.coefficients[:, side.columns]
+        return (of_columns if self.plan.has_keys else torch.stack([a, shift])).T.contiguous()
+
+    def _received(self, sent: Tensor) -> Tensor:
+        """(4, columns) from (4 or 2, columns)."""
+        if self.plan.has_keys:
+            return sent
+        a, shift = sent
+        return torch.stack([a, torch.zeros_like(a), torch.zeros_like(a), shift])
+
+
+def _header(
+    embeddings: Tensor, prototypes: Tensor | None, options: LossOptions, sharding: Sharding, backend: Backend
+) -> list[Field]:
+    n_rows, n_left, temperature = embeddings.shape[0], options.n_left, options.temperature
+    return [
+        Field("rows on the left", n_rows if n_left is None else n_left, None),
+        Field("rows on the right", 0 if n_left is None else n_rows - n_left, None),
+        Field("memory", memory_of(embeddings.device), None),
+        Field("the number of sides that rows have", 1 if n_left is None else 2),
+        Field("the width D of the embeddings", embeddings.shape[1]),
+        Field.of_choice("the dtype of the embeddings", embeddings.dtype, DTYPES),
+        Field.of_choice("the dtype of the matrix products (autocast)", options.compute_dtype, DTYPES),
+        Field.of_choice("backend", backend.name, backends.NAMES),
+        Field.of_choice("strategy", sharding.strategy, STRATEGIES),
+        Field.of_choice("grad_scale", sharding.grad_scale, GRADIENT_SCALES),
+        Field("n_views", options.n_views),
+        Field.of_choice("positives", options.positives, POSITIVES),
+        Field.of_float("temperature", None if isinstance(temperature, Tensor) else temperature),
+        Field("the number of prototypes", 0 if prototypes is None else prototypes.shape[0]),
+        Field.of_float("prototype_weight", options.prototype_weight),
+        Field.of_choice("distance", options.distance, DISTANCES),
+        Field.of_choice("reduction", options.reduction, REDUCTIONS),
+        Field.of_choice("normalize", options.normalize, (False, True)),
+    ]
