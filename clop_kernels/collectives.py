@@ -123,7 +123,8 @@ class Ranks:
         mine = torch.tensor(numbers, dtype=torch.int64, device="cpu" if "cpu" in self._device_types() else device)
         everyone = mine.new_empty(self.size * len(numbers))
         _all_gather_single(everyone, mine, group=self.group)
-        return [everyone[k : k + len(numbers)].tolist() for k in range(0, len(everyone), len(numbers))]
+        result: list[list[int]] = everyone.view(self.size, -1).tolist()
+        return result
 
     def _device_types(self) -> list[str]:
         """Of which the group has a backend."""
