@@ -54,7 +54,7 @@ from .collectives import DTYPES, Field, Ranks, Sizes, memory_of
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
-_N_FIELDS = 18  # of a header
+_N_FIELDS = 19  # of a header
 
 GATHERED_SHARE = 1 / 16
 """strategy="auto" gathers while the rows of all ranks, and their sorted copy, take no more than this of a device's memory."""
@@ -68,12 +68,14 @@ class Sharding(NamedTuple):
         strategy: one of STRATEGIES.
         grad_scale: one of GRADIENT_SCALES.
         check_ranks: whether ranks tell each other their sizes and options first. If not, all must have the same.
+        has_backward: whether there will be a backward pass, in which all ranks must take part.
     """
 
     group_name: str
     strategy: str
     grad_scale: str
     check_ranks: bool
+    has_backward: bool = False
 
 
 class _Residuals(NamedTuple):
@@ -276,7 +278,8 @@ class _Plan:
             assert len(header) == _N_FIELDS
             of_left, of_right, of_memory, *_ = ranks.exchange(header, embeddings.device)
             sizes, memory = [tuple(of_left), tuple(of_right)], min(of_memory)
-        n_bytes = 2 * sum(map(sum, sizes)) * width * options.compute_dtype.itemsize
+        n_gathered = sum(ranks.size * max(side) + sum(side) for side in sizes)  # as they come, and by group
+        n_bytes = n_gathered * width * options.compute_dtype.itemsize
         is_ring = sharding.strategy == "ring" or (sharding.strategy == "auto" and n_bytes > GATHERED_SHARE * memory)
         return _Plan(ranks, options, sizes[0], () if options.n_left is None else sizes[1], is_ring)
 
@@ -373,7 +376,7 @@ class _Rows:
         zhat = everyone.new_empty((n_rows + n_columns, everyone.shape[1]))
         zhat[:n_rows] = self.zhat[side.rows]
         torch.index_select(everyone, 0, places, out=zhat[n_rows:])
-        del everyone
+        del everyone, finish  # which holds it too: while others work on the copy, N D numbers less
         table = self._crossing(side, n_columns, keys)
         table[0, n_rows:] = places
         yield from self._across(side, zhat, table, None)
@@ -445,13 +448,14 @@ def _header(
         Field.of_choice("distance", options.distance, DISTANCES),
         Field.of_choice("reduction", options.reduction, REDUCTIONS),
         Field.of_choice("normalize", options.normalize, (False, True)),
+        Field.of_choice("whether a gradient is wanted (requires_grad)", sharding.has_backward, (False, True)),
     ]
 
 
 # ---- the operators ---------------------------------------------------------------------------------------------------
 
 _library = torch.library.Library("clop", "FRAGMENT")
-_SCHEMA = f"{ops.OPTIONS_SCHEMA}, str group_name, str strategy, str grad_scale, bool check_ranks"
+_SCHEMA = f"{ops.OPTIONS_SCHEMA}, str group_name, str strategy, str grad_scale, bool check_ranks, bool has_backward"
 _RESIDUALS = ", ".join(f"Tensor {name}" for name in _Residuals._fields)
 _library.define(f"sharded_loss(Tensor embeddings, Tensor? labels, Tensor? prototypes, {_SCHEMA}) -> (Tensor loss, {_RESIDUALS})")
 _library.define(
@@ -469,7 +473,10 @@ def loss(
 ) -> Tensor:
     """As :func:`clop_kernels.ops.loss`, over the rows of all ranks."""
     arguments = ops.option_arguments(embeddings, **options)
-    result: tuple[Tensor, ...] = torch.ops.clop.sharded_loss(embeddings, labels, prototypes, *arguments, *sharding)
+    inputs = (embeddings, prototypes, options["temperature"])
+    wanted = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+    arguments = (*arguments, *sharding._replace(has_backward=wanted))
+    result: tuple[Tensor, ...] = torch.ops.clop.sharded_loss(embeddings, labels, prototypes, *arguments)
     return result[0]
 
 
@@ -486,8 +493,9 @@ class FailuresAnnounced(AbstractContextManager["FailuresAnnounced"]):
 
 def _arguments(args: tuple[Any, ...]) -> tuple[LossOptions, Tensor | None, str | None, Sharding]:
     """The options, the temperature as a tensor, the backend and the sharding, from what follows the tensors."""
-    *option_args, backend, group_name, strategy, grad_scale, check_ranks = args
-    return ops.options_of(*option_args), option_args[1], backend, Sharding(group_name, strategy, grad_scale, check_ranks)
+    n_options = len(args) - len(Sharding._fields)
+    *option_args, backend = args[:n_options]
+    return ops.options_of(*option_args), option_args[1], backend, Sharding(*args[n_options:])
 
 
 def _forward(embeddings: Tensor, labels: Tensor | None, prototypes: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
@@ -514,7 +522,7 @@ def _backward(grad_loss: Tensor, embeddings: Tensor, *rest: Any) -> tuple[Tensor
 def _forward_fake(embeddings: Tensor, labels: Tensor | None, prototypes: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
     # Not _arguments, which reads a temperature.
     _temperature, _tensor, _n_views, positives, _weight, _distance, reduction, compute_dtype, _normalize, n_left, *_ = args
-    group_name = args[-4]
+    group_name = args[-len(Sharding._fields)]
     n_rows, width = embeddings.shape
     precise = accumulate_dtype(compute_dtype)
     n_keys = n_rows if positives == "label" or n_left is not None else 0

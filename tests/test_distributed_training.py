@@ -185,7 +185,7 @@ def check_operators(group: Group) -> None:
     for positives, n_left in (("instance", None), ("label", None), ("instance", 4)):
         labels = torch.arange(4) % 3 if positives == "label" else None
         options = (0.5, None, 2, positives, 1.0, "cosine", "mean", torch.float32, True, n_left, False, "tiled")
-        arguments = (z, labels, None, *options, group.group_name, "gather", "ddp", False)
+        arguments = (z, labels, None, *options, group.group_name, "gather", "ddp", False, True)
         # Of the sizes that only the ranks together know, the fake results have none.
         tests = ("test_schema", "test_autograd_registration")
         torch.library.opcheck(torch.ops.clop.sharded_loss, arguments, test_utils=tests)
