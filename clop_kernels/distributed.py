@@ -16,11 +16,17 @@ time, while the rows of the next rank arrive: O(N_local D). With n = N / world r
     forward    (N - n) (D itemsize + 8 if positives are found by label)
     backward   gather: (N - n) (8, or by label 16);  ring: (N - n) (D itemsize + 8, or by label 24)
 
-bytes a rank and step, and four sums. Flops: as of one process over the world, but that only o's tiles can serve both of their
+bytes a rank and step, and four sums; "gather" moves and, until they are sorted, holds the rows of all ranks as if each had as
+many as the largest. Flops: as of one process over the world, but that only o's tiles can serve both of their
 sides on a CPU, 2 n N D forward and 4 n N D backward. The passes over pairs are the backends' own; what is done row by row is
 :mod:`clop_kernels.backends.rowwise`.
 
 Rows of two sides meet all rows of the other side, this rank's too: two passes one way, and no o.
+
+All ranks must issue their collectives in one order, and an eager program does. Of several losses in one compiled graph Inductor
+chooses the order, by the sizes of what they keep: where ranks have different numbers of rows that may be another one on each, and
+only ``torch._inductor.config.reorder_for_peak_memory = False`` keeps the program's. (Operators with the effect ORDERED would, but
+as of torch 2.13 Inductor fails on one whose results have sizes that only running it shows.)
 """
 
 from __future__ import annotations

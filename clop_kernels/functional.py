@@ -103,7 +103,8 @@ def clop_loss(
             backpropagate, a scalar with the same upstream gradient.
         check_ranks: tell each other sizes and options first, so that what does not fit together is an error on every rank and not
             a hang. That is one small exchange, which on a GPU waits for queued work, unless the group has a CPU backend too, as
-            of ``init_process_group("cpu:gloo,cuda:nccl")``. False: all ranks have as many rows, and nothing is checked.
+            of ``init_process_group("cpu:gloo,cuda:nccl")``. False: all ranks have as many rows and, for ``strategy="auto"``,
+            devices with as much memory, and nothing is checked.
 
     Returns:
         () or, for ``reduction="none"``, (V*B,); float32, or float64 for float64 embeddings. Gradients are exact for
