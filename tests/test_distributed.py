@@ -137,7 +137,7 @@ def assert_exact(ranks: World, problem: Problem, parts: Parts, backend: str, **s
 
 # ---- against one process -------------------------------------------------------------------------------------------------
 
-# Even; uneven; one rank with no rows, first, last and in the middle; most of them empty.
+# Even; uneven; one rank with no rows, first, last and in the middle; most of them empty; one row each, alone with itself.
 WORLDS: list[Parts] = [
     (11,),
     (8, 8),
@@ -150,6 +150,7 @@ WORLDS: list[Parts] = [
     (7, 7, 7, 7),
     (3, 12, 1, 9),
     (0, 0, 2, 0),
+    (1, 1, 1),
 ]
 BACKENDS = RUNNABLE
 
@@ -334,6 +335,14 @@ def test_no_label_on_one_rank_and_prototypes_alone(ranks: World) -> None:
         for n_views, positives in ((1, "instance"), (1, "label"), (2, "instance")):
             part = replace(problem, labels=labels[: 12 // n_views]).with_options(n_views=n_views, positives=positives)
             assert_exact(ranks, part, (6 // n_views, 6 // n_views), "tiled")
+
+
+@pytest.mark.parametrize("strategy", ["gather", "ring"])
+def test_labels_may_be_as_large_as_int64(strategy: str, ranks: World) -> None:
+    largest = 2**63 - 1
+    labels = torch.tensor([largest, largest - 1, -1, 2**31, largest, -1, 2**31, largest - 1, -1])
+    problem = replace(random_problem(2, 9, 5, positives="label"), labels=labels, prototypes=None)
+    assert_exact(ranks, problem, (4, 1, 4), "tiled", strategy=strategy)
 
 
 def prototypes_of(group: distributed.ProcessGroup) -> tuple[Tensor, Tensor]:
