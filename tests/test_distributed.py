@@ -8,6 +8,7 @@ import itertools
 import multiprocessing
 import os
 import re
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
@@ -249,6 +250,11 @@ class Kept:
         return x
 
 
+def rows_of_others_alive(more_than: int) -> int:
+    rows = [x for x in gc.get_objects() if type(x) is Tensor and x.shape[1:] == (37,) and len(x) > more_than]
+    return len({x.untyped_storage().data_ptr() for x in rows})
+
+
 def rows_alive(group: distributed.ProcessGroup) -> list[int]:
     """How many tensors have the rows of all others while those are worked on."""
     from clop_kernels.backends import tiled
@@ -258,8 +264,10 @@ def rows_alive(group: distributed.ProcessGroup) -> list[int]:
 
     def counting(zhat: Tensor, groups: Tensor, n_left: int | None, options: Any) -> Any:
         if n_left is not None:
-            rows = [x for x in gc.get_objects() if type(x) is Tensor and x.shape[1:] == (37,) and len(x) > 2 * n_left]
-            counts.append(len({x.untyped_storage().data_ptr() for x in rows}))
+            deadline = time.monotonic() + 5  # gloo's own thread lets go of what it has gathered a moment after it is there
+            while (n_alive := rows_of_others_alive(2 * n_left)) > 1 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            counts.append(n_alive)
         return original(zhat, groups, n_left, options)
 
     tiled.pair_softmax = counting
