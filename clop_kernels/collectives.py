@@ -123,7 +123,8 @@ class Ranks:
         mine = torch.tensor(numbers, dtype=torch.int64, device="cpu" if "cpu" in self._device_types() else device)
         everyone = mine.new_empty(self.size * len(numbers))
         _all_gather_single(everyone, mine, group=self.group)
-        return [everyone[k : k + len(numbers)].tolist() for k in range(0, len(everyone), len(numbers))]
+        result: list[list[int]] = everyone.view(self.size, -1).tolist()
+        return result
 
     def _device_types(self) -> list[str]:
         """Of which the group has a backend."""
@@ -168,30 +169,31 @@ class Ranks:
 
         The next ones arrive while the caller works on those that it has, which it must not change.
         """
-        held: Sequence[Tensor] = [tensor.contiguous() for tensor in tensors]
+        # A rank without rows passes on one that nobody looks at: the first batch of sends and receives of a group is for all of its
+        # ranks, torch says, and what happens else is not defined.
+        held: Sequence[Tensor] = [x.contiguous() if len(x) else x.new_zeros((1, *x.shape[1:])) for x in tensors]
         for step in range(self.size):
             owner = (self.rank - step) % self.size
             coming: Sequence[Tensor] = []
             works: list[distributed.Work] = []
             if step + 1 < self.size:
-                n_coming = sizes[(owner - 1) % self.size]
+                n_coming = max(sizes[(owner - 1) % self.size], 1)
                 coming = [tensor.new_empty((n_coming, *tensor.shape[1:])) for tensor in held]
                 works = self._pass_on(held, coming)
-            yield owner, held
+            yield owner, [tensor[: sizes[owner]] for tensor in held]
             for work in works:
                 work.wait()
             held = coming
 
     def _pass_on(self, held: Sequence[Tensor], coming: Sequence[Tensor]) -> list[distributed.Work]:
-        """Sends to the next rank and receives from the one before; nothing of tensors without elements."""
+        """Sends to the next rank and receives from the one before."""
         after, before = (self.rank + 1) % self.size, (self.rank - 1) % self.size
         operations = [
             distributed.P2POp(transfer, tensor, group=self.group, tag=tag, group_peer=peer)
             for tag, pair in enumerate(zip(held, coming, strict=True))
             for transfer, tensor, peer in zip((distributed.isend, distributed.irecv), pair, (after, before), strict=True)
-            if tensor.numel() > 0
         ]
-        works: list[distributed.Work] = distributed.batch_isend_irecv(operations) if operations else []
+        works: list[distributed.Work] = distributed.batch_isend_irecv(operations)
         return works
 
     def sum(self, numbers: Tensor) -> Tensor:

@@ -16,11 +16,17 @@ time, while the rows of the next rank arrive: O(N_local D). With n = N / world r
     forward    (N - n) (D itemsize + 8 if positives are found by label)
     backward   gather: (N - n) (8, or by label 16);  ring: (N - n) (D itemsize + 8, or by label 24)
 
-bytes a rank and step, and four sums. Flops: as of one process over the world, but that only o's tiles can serve both of their
-sides on a CPU, 2 n N D forward and 4 n N D backward. The passes over pairs are the backends' own; what is done row by row is
+bytes a rank and step, and four sums; "gather" moves and, until they are sorted, holds the rows of all ranks as if each had as
+many as the largest. Flops: as of one process over the world, but that only o's tiles can serve both of their sides on a CPU,
+2 n N D forward and 4 n N D backward. The passes over pairs are the backends' own; what is done row by row is
 :mod:`clop_kernels.backends.rowwise`; who has which rows is :mod:`clop_kernels.shards`.
 
 Rows of two sides meet all rows of the other side, this rank's too: two passes one way, and no o.
+
+All ranks must issue their collectives in one order, and an eager program does. Of several losses in one compiled graph Inductor
+chooses the order, by the sizes of what they keep: where ranks have different numbers of rows that may be another one on each, and
+only ``torch._inductor.config.reorder_for_peak_memory = False`` keeps the program's. (Operators with the effect ORDERED would, but
+as of torch 2.13 Inductor fails on one whose results have sizes that only running it shows.)
 """
 
 from __future__ import annotations
@@ -202,7 +208,7 @@ def _merged(x: Softmax, y: Softmax) -> Softmax:
 # ---- the operators ---------------------------------------------------------------------------------------------------
 
 _library = torch.library.Library("clop", "FRAGMENT")
-_SCHEMA = f"{ops.OPTIONS_SCHEMA}, str group_name, str strategy, str grad_scale, bool check_ranks"
+_SCHEMA = f"{ops.OPTIONS_SCHEMA}, str group_name, str strategy, str grad_scale, bool check_ranks, bool has_backward"
 _RESIDUALS = ", ".join(f"Tensor {name}" for name in _Residuals._fields)
 _library.define(f"sharded_loss(Tensor embeddings, Tensor? labels, Tensor? prototypes, {_SCHEMA}) -> (Tensor loss, {_RESIDUALS})")
 _library.define(
@@ -220,7 +226,10 @@ def loss(
 ) -> Tensor:
     """As :func:`clop_kernels.ops.loss`, over the rows of all ranks."""
     arguments = ops.option_arguments(embeddings, **options)
-    result: tuple[Tensor, ...] = torch.ops.clop.sharded_loss(embeddings, labels, prototypes, *arguments, *sharding)
+    inputs = (embeddings, prototypes, options["temperature"])
+    wanted = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+    arguments = (*arguments, *sharding._replace(has_backward=wanted))
+    result: tuple[Tensor, ...] = torch.ops.clop.sharded_loss(embeddings, labels, prototypes, *arguments)
     return result[0]
 
 
@@ -237,8 +246,9 @@ class FailuresAnnounced(AbstractContextManager["FailuresAnnounced"]):
 
 def _arguments(args: tuple[Any, ...]) -> tuple[LossOptions, Tensor | None, str | None, Sharding]:
     """The options, the temperature as a tensor, the backend and the sharding, from what follows the tensors."""
-    *option_args, backend, group_name, strategy, grad_scale, check_ranks = args
-    return ops.options_of(*option_args), option_args[1], backend, Sharding(group_name, strategy, grad_scale, check_ranks)
+    n_options = len(args) - len(Sharding._fields)
+    *option_args, backend = args[:n_options]
+    return ops.options_of(*option_args), option_args[1], backend, Sharding(*args[n_options:])
 
 
 def _forward(embeddings: Tensor, labels: Tensor | None, prototypes: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
@@ -265,7 +275,7 @@ def _backward(grad_loss: Tensor, embeddings: Tensor, *rest: Any) -> tuple[Tensor
 def _forward_fake(embeddings: Tensor, labels: Tensor | None, prototypes: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
     # Not _arguments, which reads a temperature.
     _temperature, _tensor, _n_views, positives, _weight, _distance, reduction, compute_dtype, _normalize, n_left, *_ = args
-    group_name = args[-4]
+    group_name = args[-len(Sharding._fields)]
     n_rows, width = embeddings.shape
     precise = accumulate_dtype(compute_dtype)
     n_keys = n_rows if positives == "label" or n_left is not None else 0

@@ -102,7 +102,8 @@ def clop_loss(
             backpropagate, a scalar with the same upstream gradient.
         check_ranks: tell each other sizes and options first, so that what does not fit together is an error on every rank and not
             a hang. That is one small exchange, which on a GPU waits for queued work, unless the group has a CPU backend too, as
-            of ``init_process_group("cpu:gloo,cuda:nccl")``. False: all ranks have as many rows, and nothing is checked.
+            of ``init_process_group("cpu:gloo,cuda:nccl")``. False: all ranks have as many rows and, for ``strategy="auto"``,
+            devices with as much memory, and nothing is checked.
 
     Returns:
         () or, for ``reduction="none"``, (V*B,); float32, or float64 for float64 embeddings. Gradients are exact for
@@ -119,6 +120,7 @@ def clop_loss(
     """
     sharding = _sharding(group, strategy, grad_scale, check_ranks)
     with _failures_announced(sharding):
+        _check_strategies(strategy, grad_scale)
         _check_embeddings(embeddings, n_views)
         if labels is not None:
             labels = _checked_labels("labels", labels, embeddings.shape[0] // n_views, embeddings.device)
@@ -259,6 +261,7 @@ def clip_loss(
     """
     sharding = _sharding(group, strategy, grad_scale, check_ranks)
     with _failures_announced(sharding):
+        _check_strategies(strategy, grad_scale)
         _check_sides("left", left, "right", right)
         if (left_labels is None) != (right_labels is None):
             missing = "left_labels" if left_labels is None else "right_labels"
@@ -357,6 +360,10 @@ def _loss(
             _check_choice("backend", backend, backends.NAMES)
         if backend == backends.REFERENCE and sharding is not None:
             raise ValueError('backend="reference" with a group: expected another backend, or all rows in one process')
+        if sharding is not None and not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+            raise NotImplementedError(
+                "a group inside a transform of torch.func: expected torch.autograd, or all rows in one process"
+            )
         if not isinstance(normalize, bool):
             raise TypeError(f"normalize={normalize!r} of type {type(normalize).__name__}: expected a bool")
         arguments = _Arguments(
@@ -380,9 +387,7 @@ def _loss(
 
 
 def _sharding(group: ProcessGroup | None, strategy: str, grad_scale: str, check_ranks: bool) -> Sharding | None:
-    """None for a loss of this process alone."""
-    _check_choice("strategy", strategy, STRATEGIES)
-    _check_choice("grad_scale", grad_scale, GRADIENT_SCALES)
+    """None for a loss of this process alone. The choices are left to :func:`_check_strategies`, whose errors can be announced."""
     if group is None:
         return None
     if not torch.distributed.is_available():
@@ -398,10 +403,17 @@ def _sharding(group: ProcessGroup | None, strategy: str, grad_scale: str, check_
 
 
 def _failures_announced(sharding: Sharding | None) -> AbstractContextManager[Any]:
-    """Where an error within must not leave other ranks waiting. In a compiled graph nothing but the operator itself can fail."""
+    """Where an error within must not leave other ranks waiting. In a compiled graph nothing but the operator itself can fail; an
+    error while it is traced is this rank's alone, unless torch.compile then runs the function as it is.
+    """
     if sharding is None or torch.compiler.is_compiling():
         return nullcontext()
     return distributed.FailuresAnnounced(sharding)
+
+
+def _check_strategies(strategy: str, grad_scale: str) -> None:
+    _check_choice("strategy", strategy, STRATEGIES)
+    _check_choice("grad_scale", grad_scale, GRADIENT_SCALES)
 
 
 def _check_tensor(name: str, value: object) -> None:

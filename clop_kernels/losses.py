@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import torch
@@ -58,6 +59,7 @@ class _ContrastiveLoss(nn.Module):
         if isinstance(n_views, bool) or not isinstance(n_views, int) or n_views < 1:
             raise ValueError(f"n_views={n_views!r}: expected an int of at least 1")
         functional._sharding(group, strategy, grad_scale, check_ranks)
+        functional._check_strategies(strategy, grad_scale)
         self.n_views = n_views
         self.reduction = reduction
         self.backend = backend
@@ -99,6 +101,9 @@ class _ContrastiveLoss(nn.Module):
         return _ShardingArguments(
             group=self.group, strategy=self.strategy, grad_scale=self.grad_scale, check_ranks=self.check_ranks
         )
+
+    def _failures_announced(self) -> AbstractContextManager[Any]:
+        return functional._failures_announced(functional._sharding(**self._sharding()))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         memo[id(self.group)] = self.group  # the copy shares it: a process group cannot be copied
@@ -144,9 +149,10 @@ class NTXentLoss(_ContrastiveLoss):
 
     def forward(self, *views: Tensor, n_views: int | None = None) -> Tensor:
         """Any number of (B, D) views, or one view-major (V*B, D) tensor -> the loss."""
-        embeddings, labels, n_views = self._stack(views, None, n_views)
-        if labels is not None:
-            raise TypeError("NTXentLoss takes no labels: expected views only. SupConLoss and CLOPLoss take labels")
+        with self._failures_announced():
+            embeddings, labels, n_views = self._stack(views, None, n_views)
+            if labels is not None:
+                raise TypeError("NTXentLoss takes no labels: expected views only. SupConLoss and CLOPLoss take labels")
         return functional.ntxent_loss(
             embeddings,
             n_views=n_views,
@@ -179,7 +185,8 @@ class SupConLoss(_ContrastiveLoss):
 
     def forward(self, *views: Tensor, labels: Tensor | None = None, n_views: int | None = None) -> Tensor:
         """Any number of (B, D) views, or one view-major (V*B, D) tensor, and (B,) labels -> the loss."""
-        embeddings, labels, n_views = self._stack(views, labels, n_views)
+        with self._failures_announced():
+            embeddings, labels, n_views = self._stack(views, labels, n_views)
         return functional.clop_loss(
             embeddings,
             labels,
@@ -272,7 +279,8 @@ class CLOPLoss(_ContrastiveLoss):
 
     def forward(self, *views: Tensor, labels: Tensor | None = None, n_views: int | None = None) -> Tensor:
         """Any number of (B, D) views, or one view-major (V*B, D) tensor, and (B,) labels (None: all unlabelled) -> the loss."""
-        embeddings, labels, n_views = self._stack(views, labels, n_views)
+        with self._failures_announced():
+            embeddings, labels, n_views = self._stack(views, labels, n_views)
         return functional.clop_loss(
             embeddings,
             labels,

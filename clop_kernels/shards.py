@@ -19,7 +19,7 @@ from .backends import Backend
 from .backends.contract import DISTANCES, GRADIENT_SCALES, POSITIVES, REDUCTIONS, STRATEGIES, LossOptions
 from .collectives import DTYPES, Field, Ranks, Sizes, memory_of
 
-N_FIELDS = 18  # of a header
+N_FIELDS = 19  # of a header
 
 GATHERED_SHARE = 1 / 16
 """strategy="auto" gathers while the rows of all ranks, and their sorted copy, take no more than this of a device's memory."""
@@ -33,12 +33,14 @@ class Sharding(NamedTuple):
         strategy: one of STRATEGIES.
         grad_scale: one of GRADIENT_SCALES.
         check_ranks: whether ranks tell each other their sizes and options first. If not, all must have the same.
+        has_backward: whether there will be a backward pass, in which all ranks must take part.
     """
 
     group_name: str
     strategy: str
     grad_scale: str
     check_ranks: bool
+    has_backward: bool = False
 
 
 class Side(NamedTuple):
@@ -81,7 +83,8 @@ class Plan:
             assert len(header) == N_FIELDS
             of_left, of_right, of_memory, *_ = ranks.exchange(header, embeddings.device)
             sizes, memory = [tuple(of_left), tuple(of_right)], min(of_memory)
-        n_bytes = 2 * sum(map(sum, sizes)) * width * options.compute_dtype.itemsize
+        n_gathered = sum(ranks.size * max(side) + sum(side) for side in sizes)  # as they come, and by group
+        n_bytes = n_gathered * width * options.compute_dtype.itemsize
         is_ring = sharding.strategy == "ring" or (sharding.strategy == "auto" and n_bytes > GATHERED_SHARE * memory)
         return Plan(ranks, options, sizes[0], () if options.n_left is None else sizes[1], is_ring)
 
@@ -178,7 +181,7 @@ class Rows:
         zhat = everyone.new_empty((n_rows + n_columns, everyone.shape[1]))
         zhat[:n_rows] = self.zhat[side.rows]
         torch.index_select(everyone, 0, places, out=zhat[n_rows:])
-        del everyone
+        del everyone, finish  # which holds it too: while others work on the copy, N D numbers less
         table = self._crossing(side, n_columns, keys)
         table[0, n_rows:] = places
         yield from self._across(side, zhat, table, None)
@@ -250,4 +253,5 @@ def _header(
         Field.of_choice("distance", options.distance, DISTANCES),
         Field.of_choice("reduction", options.reduction, REDUCTIONS),
         Field.of_choice("normalize", options.normalize, (False, True)),
+        Field.of_choice("whether a gradient is wanted (requires_grad)", sharding.has_backward, (False, True)),
     ]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import multiprocessing
 import os
 import re
+import time
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
@@ -18,7 +21,7 @@ from torch import Tensor, distributed
 
 import clop_kernels
 from benchmarks.distributed import counted
-from clop_kernels import backends
+from clop_kernels import backends, compat
 from clop_kernels.backends.contract import POSITIVES, REDUCTIONS
 
 from .oracle import (
@@ -135,7 +138,7 @@ def assert_exact(ranks: World, problem: Problem, parts: Parts, backend: str, **s
 
 # ---- against one process -------------------------------------------------------------------------------------------------
 
-# Even; uneven; one rank with no rows, first, last and in the middle; most of them empty.
+# Even; uneven; one rank with no rows, first, last and in the middle; most of them empty; one row each, alone with itself.
 WORLDS: list[Parts] = [
     (11,),
     (8, 8),
@@ -148,6 +151,7 @@ WORLDS: list[Parts] = [
     (7, 7, 7, 7),
     (3, 12, 1, 9),
     (0, 0, 2, 0),
+    (1, 1, 1),
 ]
 BACKENDS = RUNNABLE
 
@@ -249,6 +253,38 @@ class Kept:
         return x
 
 
+def rows_of_others_alive(more_than: int) -> int:
+    rows = [x for x in gc.get_objects() if type(x) is Tensor and x.shape[1:] == (37,) and len(x) > more_than]
+    return len({x.untyped_storage().data_ptr() for x in rows})
+
+
+def rows_alive(group: distributed.ProcessGroup) -> list[int]:
+    """How many tensors have the rows of all others while those are worked on."""
+    from clop_kernels.backends import tiled
+
+    counts = []
+    original = tiled.pair_softmax
+
+    def counting(zhat: Tensor, groups: Tensor, n_left: int | None, options: Any) -> Any:
+        if n_left is not None:
+            deadline = time.monotonic() + 5  # gloo's own thread lets go of what it has gathered a moment after it is there
+            while (n_alive := rows_of_others_alive(2 * n_left)) > 1 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            counts.append(n_alive)
+        return original(zhat, groups, n_left, options)
+
+    tiled.pair_softmax = counting
+    try:
+        clop_kernels.supcon_loss(torch.randn(8, 37), torch.arange(8) % 3, group=group, strategy="gather", backend="tiled")
+    finally:
+        tiled.pair_softmax = original
+    return counts
+
+
+def test_gathered_rows_are_let_go_once_they_are_sorted(ranks: World) -> None:
+    assert ranks.run(4, rows_alive) == [[1]] * 4
+
+
 def test_auto_chooses_by_memory(ranks: World) -> None:
     assert ranks.run(3, chosen_strategy, 1 / 16) == [True] * 3
     assert ranks.run(3, chosen_strategy, 1e-9) == [False] * 3
@@ -259,6 +295,33 @@ def test_equal_ranks_need_no_header(ranks: World) -> None:
         problem = random_problem(2, sum(parts), 8, positives=POSITIVES[len(parts) % 2])
         assert_exact(ranks, problem, parts, "tiled", strategy=strategy, check_ranks=False)
         assert_exact(ranks, two_sided_problem(sum(parts), sum(parts), 5, labelled=False), parts, "tiled", check_ranks=False)
+
+
+def loss_of_a_subgroup(group: distributed.ProcessGroup, z: Tensor) -> Any:
+    """Ranks of the world that are others in the group; twice backward, and rows that are not contiguous."""
+    members = distributed.new_group([1, 3])
+    if distributed.get_rank() not in (1, 3):
+        return None
+    mine = z.chunk(2)[distributed.get_rank(members)].T.contiguous().T.requires_grad_()
+    torch.manual_seed(distributed.get_rank())
+    prototypes = clop_kernels.CLOPLoss(3, z.shape[1], group=members).prototypes
+    results = []
+    for strategy in ("gather", "ring"):
+        loss = clop_kernels.supcon_loss(mine, torch.tensor([0, 0, 1, -1]), group=members, strategy=strategy)
+        grads = [torch.autograd.grad(loss, mine, retain_graph=True)[0] for _ in range(2)]
+        results.append([loss.detach(), *grads])
+    return prototypes, results
+
+
+def test_ranks_of_a_subgroup_are_others_than_those_of_the_world(ranks: World) -> None:
+    z = torch.randn(8, 5, dtype=torch.float64, requires_grad=True)
+    loss = clop_kernels.supcon_loss(z, torch.tensor([0, 0, 1, -1] * 2))
+    (grad,) = torch.autograd.grad(loss, z)
+    _, (prototypes, of_first), _, (others, of_second) = ranks.run(4, loss_of_a_subgroup, z.detach())
+    assert torch.equal(prototypes, others)
+    for part, results in zip(grad.chunk(2), (of_first, of_second), strict=True):
+        for result in results:
+            torch.testing.assert_close(result, [loss.detach(), 2 * part, 2 * part])
 
 
 def test_without_any_row(ranks: World) -> None:
@@ -283,6 +346,14 @@ def test_no_label_on_one_rank_and_prototypes_alone(ranks: World) -> None:
         for n_views, positives in ((1, "instance"), (1, "label"), (2, "instance")):
             part = replace(problem, labels=labels[: 12 // n_views]).with_options(n_views=n_views, positives=positives)
             assert_exact(ranks, part, (6 // n_views, 6 // n_views), "tiled")
+
+
+@pytest.mark.parametrize("strategy", ["gather", "ring"])
+def test_labels_may_be_as_large_as_int64(strategy: str, ranks: World) -> None:
+    largest = 2**63 - 1
+    labels = torch.tensor([largest, largest - 1, -1, 2**31, largest, -1, 2**31, largest - 1, -1])
+    problem = replace(random_problem(2, 9, 5, positives="label"), labels=labels, prototypes=None)
+    assert_exact(ranks, problem, (4, 1, 4), "tiled", strategy=strategy)
 
 
 def prototypes_of(group: distributed.ProcessGroup) -> tuple[Tensor, Tensor]:
@@ -357,9 +428,10 @@ def test_a_ring_moves_no_more_than_is_said(positives: str, ranks: World) -> None
 
 def loss_with(group: distributed.ProcessGroup, of_ranks: dict[int, dict[str, Any]]) -> None:
     """A loss with other arguments on some ranks."""
-    arguments: dict[str, Any] = {"width": 6, "dtype": torch.float32, "n_rows": 8, "backend": "tiled"}
+    arguments: dict[str, Any] = {"width": 6, "dtype": torch.float32, "n_rows": 8, "requires_grad": False, "backend": "tiled"}
     arguments |= of_ranks.get(distributed.get_rank(group), {})
-    z = torch.randn(arguments.pop("n_rows"), arguments.pop("width"), dtype=arguments.pop("dtype"))
+    shape = arguments.pop("n_rows"), arguments.pop("width")
+    z = torch.randn(shape, dtype=arguments.pop("dtype"), requires_grad=arguments.pop("requires_grad"))
     clop_kernels.clop_loss(z, group=group, **arguments)
 
 
@@ -372,6 +444,10 @@ DIFFERENCES: dict[str, tuple[dict[int, dict[str, Any]], str]] = {
     "reduction": ({0: {"reduction": "sum"}}, "reduction differs.*: 'sum' on rank 0; 'mean' on ranks 1, 2"),
     "strategy": ({0: {"strategy": "ring"}}, "strategy differs.*: 'ring' on rank 0; 'auto' on ranks 1, 2"),
     "grad_scale": ({0: {"grad_scale": "none"}}, "grad_scale differs.*: 'none' on rank 0; 'ddp' on ranks 1, 2"),
+    "requires_grad": (
+        {1: {"requires_grad": True}},
+        r"whether a gradient is wanted \(requires_grad\) differs.*: False on ranks 0, 2; True on rank 1",
+    ),
     "prototypes": (
         {1: {"prototypes": torch.eye(3, 6), "labels": torch.zeros(4, dtype=torch.int64)}},
         "the number of prototypes differs.*: 0 on ranks 0, 2; 3 on rank 1",
@@ -396,6 +472,8 @@ def test_ranks_that_differ_all_say_how(name: str, ranks: World) -> None:
         {"temperature": -1.0},
         {"backend": "cuda"},
         {"reduction": "max"},
+        {"strategy": "star"},
+        {"grad_scale": "mean"},
         {"labels": torch.tensor([0, 1, 5, 0]), "prototypes": torch.eye(3, 6)},
     ],
     ids=str,
@@ -408,6 +486,36 @@ def test_an_error_of_one_rank_is_one_of_all(wrong: dict[str, Any], ranks: World)
             assert isinstance(error, RuntimeError)
             assert "rank 1 of the process group raised an error" in str(error)
     ranks.run(3, loss_with, {})
+
+
+def loss_of_views(group: distributed.ProcessGroup, name: str) -> None:
+    """A module's loss of two views, that on rank 1 are of different lengths."""
+    x, y = torch.randn(8, 6), torch.randn(7 if distributed.get_rank(group) == 1 else 8, 6)
+    modules: dict[str, Callable[[], Any]] = {
+        "NTXentLoss": lambda: clop_kernels.NTXentLoss(group=group)(x, y),
+        "SupConLoss": lambda: clop_kernels.SupConLoss(group=group)(x, y, labels=torch.zeros(8, dtype=torch.int64)),
+        "CLOPLoss": lambda: clop_kernels.CLOPLoss(2, 6, group=group)(x, y),
+        "lightly": lambda: compat.lightly.NTXentLoss(gather_distributed=True)(x, y),
+        "open_clip": lambda: compat.open_clip.ClipLoss(True, True, world_size=4)(x, x, len(y) - 7.0),
+    }
+    modules[name]()
+
+
+@pytest.mark.parametrize("name", ["NTXentLoss", "SupConLoss", "CLOPLoss", "lightly", "open_clip"])
+def test_an_error_of_one_rank_in_a_module_is_one_of_all(name: str, ranks: World) -> None:
+    for rank, error in enumerate(ranks.errors_of(4, loss_of_views, name)):
+        assert isinstance(error, ValueError if rank == 1 else RuntimeError)
+        assert rank == 1 or "rank 1 of the process group raised an error" in str(error)
+
+
+def transformed(group: distributed.ProcessGroup) -> None:
+    torch.func.grad(lambda z: clop_kernels.ntxent_loss(z, group=group))(torch.randn(4, 3))
+
+
+def test_transforms_of_torch_func_take_no_group(ranks: World) -> None:
+    for error in ranks.errors_of(2, transformed):
+        assert isinstance(error, NotImplementedError)
+        assert "transform of torch.func" in str(error)
 
 
 def loss_of_a_group_of_others(group: distributed.ProcessGroup) -> None:

@@ -169,6 +169,34 @@ def test_compile_without_a_graph_break(strategy: str, sides: int, ranks: World) 
     ranks.run(2, compiled_and_not, strategy, sides)
 
 
+def compiled_losses(group: Group) -> None:
+    """Several of a graph, that Inductor must leave in order where ranks' sizes differ."""
+
+    def step(x: Tensor, y: Tensor, labels: Tensor) -> Tensor:
+        z = torch.relu(x @ x.T @ x)
+        instances = clop_kernels.ntxent_loss(z, group=group, strategy="ring")
+        classes = clop_kernels.supcon_loss(y + z, labels, n_views=2, group=group, strategy="gather")
+        return instances + 2 * classes + clop_kernels.clip_loss(z, y, group=group) ** 2
+
+    from torch._inductor import config
+
+    torch._dynamo.reset()
+    compiled = torch.compile(step, fullgraph=True)
+    for n in (6, 60):
+        n_mine = n * (distributed.get_rank(group) + 1) ** 3
+        x, y = (torch.randn(2 * n_mine, 5, requires_grad=True) for _ in range(2))
+        labels = torch.randint(-1, 3, (n_mine,))
+        with config.patch(reorder_for_peak_memory=False):
+            results = [
+                (loss.detach(), *torch.autograd.grad(loss, (x, y))) for loss in (f(x, y, labels) for f in (step, compiled))
+            ]
+        torch.testing.assert_close(results[1], results[0], rtol=1e-4, atol=1e-4)
+
+
+def test_several_losses_of_one_compiled_graph(ranks: World) -> None:
+    ranks.run(3, compiled_losses)
+
+
 def compiled_module(group: Group) -> None:
     torch._dynamo.reset()
     z, labels = torch.randn(12, 8), torch.arange(6) % 2
@@ -185,7 +213,7 @@ def check_operators(group: Group) -> None:
     for positives, n_left in (("instance", None), ("label", None), ("instance", 4)):
         labels = torch.arange(4) % 3 if positives == "label" else None
         options = (0.5, None, 2, positives, 1.0, "cosine", "mean", torch.float32, True, n_left, False, "tiled")
-        arguments = (z, labels, None, *options, group.group_name, "gather", "ddp", False)
+        arguments = (z, labels, None, *options, group.group_name, "gather", "ddp", False, True)
         # Of the sizes that only the ranks together know, the fake results have none.
         tests = ("test_schema", "test_autograd_registration")
         torch.library.opcheck(torch.ops.clop.sharded_loss, arguments, test_utils=tests)

@@ -28,10 +28,9 @@ def _serve(rank: int, size: int, backend: str, store: str, calls: Connection) ->
     torch.set_num_threads(1)
     if "nccl" in backend:
         torch.cuda.set_device(rank)
-    distributed.init_process_group(
-        backend, init_method=f"file://{store}", rank=rank, world_size=size, timeout=timedelta(seconds=TIMEOUT)
-    )
-    groups = {n: distributed.new_group(range(n)) for n in range(1, size + 1)}
+    timeout = timedelta(seconds=TIMEOUT)
+    distributed.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=size, timeout=timeout)
+    groups = {n: distributed.new_group(range(n), timeout=timeout) for n in range(1, size + 1)}  # a group's own, not its parent's
     while True:
         call = calls.recv()
         if call is None:

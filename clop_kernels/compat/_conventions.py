@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, distributed
+
+from .. import functional
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -31,6 +34,11 @@ def all_processes() -> ProcessGroup | None:
     if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
         return None
     return distributed.group.WORLD
+
+
+def failures_announced(group: ProcessGroup | None, check_ranks: bool) -> AbstractContextManager[Any]:
+    """As of the loss itself, for what is checked before it."""
+    return functional._failures_announced(functional._sharding(group, "auto", "ddp", check_ranks))
 
 
 def unsupported(argument: str, value: Any, reason: str, remedy: str) -> NotImplementedError:

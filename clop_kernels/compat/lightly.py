@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import ntxent_loss
-from ._conventions import all_processes, unsupported
+from ._conventions import all_processes, failures_announced, unsupported
 
 
 class NTXentLoss(nn.Module):
@@ -54,9 +54,10 @@ class NTXentLoss(nn.Module):
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         """(B, D) and (B, D) projections, not necessarily normalised -> the loss, ()."""
-        if out0.shape != out1.shape:
-            raise ValueError(f"out1 has shape {tuple(out1.shape)}: expected that of out0, {tuple(out0.shape)}")
         group = all_processes() if self.gather_distributed else None
+        with failures_announced(group, self.check_ranks):
+            if out0.shape != out1.shape:
+                raise ValueError(f"out1 has shape {tuple(out1.shape)}: expected that of out0, {tuple(out0.shape)}")
         loss = ntxent_loss(
             torch.cat([out0, out1]),
             n_views=2,

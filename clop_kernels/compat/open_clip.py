@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..functional import clip_loss
-from ._conventions import all_processes, unsupported
+from ._conventions import all_processes, failures_announced, unsupported
 
 
 class ClipLoss(nn.Module):
@@ -77,18 +77,20 @@ class ClipLoss(nn.Module):
             logit_bias: adds the same number to all logits, which changes neither a softmax nor any gradient.
             output_dict: return a dictionary.
         """
-        if isinstance(logit_scale, Tensor):
-            if logit_scale.numel() != 1:
-                raise ValueError(f"logit_scale has shape {tuple(logit_scale.shape)}: expected one element")
-            logit_scale = logit_scale.reshape(())
-        # What is on a GPU is not read; there the kernels look at the temperature that is made of it.
-        is_read = not isinstance(logit_scale, Tensor) or (logit_scale.device.type == "cpu" and not torch.compiler.is_compiling())
-        if is_read and not 0 < logit_scale < math.inf:
-            raise ValueError(f"logit_scale={float(logit_scale)}: expected a positive finite number")
         group = all_processes() if self.world_size > 1 else None
         n_processes = 1 if group is None else group.size()
-        if n_processes != self.world_size:
-            raise ValueError(f"world_size={self.world_size}: expected that of the default process group, {n_processes}")
+        with failures_announced(group, self.check_ranks):
+            if n_processes != self.world_size:
+                raise ValueError(f"world_size={self.world_size}: expected that of the default process group, {n_processes}")
+            if isinstance(logit_scale, Tensor):
+                if logit_scale.numel() != 1:
+                    raise ValueError(f"logit_scale has shape {tuple(logit_scale.shape)}: expected one element")
+                logit_scale = logit_scale.reshape(())
+            # What is on a GPU is not read; there the kernels look at the temperature that is made of it.
+            on_gpu = isinstance(logit_scale, Tensor) and logit_scale.device.type != "cpu"
+            is_traced = isinstance(logit_scale, Tensor) and torch.compiler.is_compiling()
+            if not (on_gpu or is_traced) and not 0 < logit_scale < math.inf:
+                raise ValueError(f"logit_scale={float(logit_scale)}: expected a positive finite number")
         if n_processes > 1 and not self.gather_with_grad:
             image_features, text_features = (_with_part_of_gradient(x, 1 / n_processes) for x in (image_features, text_features))
         is_local = group is not None and self.local_loss
