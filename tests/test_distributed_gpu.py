@@ -19,7 +19,7 @@ from .world import World
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none")
 
-PARTS: dict[int, Parts] = {1: (600,), 2: (500, 100), 3: (300, 0, 300), 4: (100, 250, 0, 250)}
+PARTS: dict[int, Parts] = {1: (600,), 2: (500, 100), 3: (0, 0, 600), 4: (100, 500, 0, 0)}
 
 
 @pytest.fixture(scope="module")
