@@ -169,8 +169,8 @@ class Ranks:
 
         The next ones arrive while the caller works on those that it has, which it must not change.
         """
-        # A rank without rows passes on one that nobody looks at: the first batch of sends and receives of a group is for all of its
-        # ranks, torch says, and what happens else is not defined.
+        # A rank without rows passes on one that nobody looks at: the first batch of sends and receives is for all ranks of a
+        # group, torch says, and what happens else is not defined.
         held: Sequence[Tensor] = [x.contiguous() if len(x) else x.new_zeros((1, *x.shape[1:])) for x in tensors]
         for step in range(self.size):
             owner = (self.rank - step) % self.size
