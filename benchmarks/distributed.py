@@ -201,60 +201,50 @@ def measured(world: int, rows_per_rank: int, width: int, repeats: int) -> list[R
 
 
 def table_of(rows: list[Row]) -> Table:
-    table = Table(title="NT-Xent over a process group, a rank, forward and backward, float32")
-    columns = [
-        "loss",
-        "world",
-        "rows a rank",
-        "D",
-        "MB received: forward",
-        "backward",
-        "by formula",
-        "peak MB",
-        "time / gather's",
-    ]
-    for name in columns:
-        table.add_column(name, justify="left" if name == "loss" else "right")
+    table = Table(
+        title=f"NT-Xent over a process group, forward and backward, float32, D = {rows[0].D}",
+        caption="rows: of a rank. forward, backward: MB that it receives; formulas: the same as predicted. peak: its memory above "
+        "the inputs, MB. time: as a multiple of gather's",
+    )
+    for name in ("loss", "world", "rows", "forward", "backward", "formulas", "peak", "time"):
+        table.add_column(name, justify="left" if name == "loss" else "right", no_wrap=True)
     for row in rows:
         formula = received_by_formula(row.loss, row.world, row.rows_per_rank, row.D)
-        peak = "" if row.peak_extra_mb is None else f"{row.peak_extra_mb:.1f}"
-        cells = [
-            row.loss,
-            row.world,
-            row.rows_per_rank,
-            row.D,
-            f"{row.forward_bytes / 1e6:.3f}",
-            f"{row.backward_bytes / 1e6:.3f}",
-        ]
-        cells += [f"{formula[0] / 1e6:.3f} + {formula[1] / 1e6:.3f}", peak, f"{row.time_over_gather:.2f}"]
-        table.add_row(*map(str, cells))
+        cells = [row.loss, str(row.world), str(row.rows_per_rank)]
+        cells += [f"{n_bytes / 1e6:.2f}" for n_bytes in (row.forward_bytes, row.backward_bytes)]
+        cells += [" ".join(f"{n_bytes / 1e6:.2f}" for n_bytes in formula)]
+        cells += ["" if row.peak_extra_mb is None else f"{row.peak_extra_mb:.0f}", f"{row.time_over_gather:.2f}"]
+        table.add_row(*cells)
     return table
 
 
 COLOURS = {"gather": "#0072B2", "ring": "#D55E00", "lightly": "#009E73"}
 """Of Okabe and Ito, as in figures.py."""
 
+LABELS = {"gather": 'here, "gather"', "ring": 'here, "ring"', "lightly": "lightly, gather_distributed"}
 MARKERS = ("o", "s", "^", "D", "v")
 
 
 def draw_memory(rows: list[Row], path: Path) -> None:
     """Peak memory of a rank against its rows, a line a loss and world."""
     matplotlib.use("agg")  # to a file: there may be no screen
-    figure, axes = plt.subplots(figsize=(7, 5), layout="constrained")
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
     for marker, world in zip(itertools.cycle(MARKERS), sorted({row.world for row in rows}), strict=False):
         for loss, colour in COLOURS.items():
             points = sorted((row.rows_per_rank, row.peak_extra_mb) for row in rows if (row.loss, row.world) == (loss, world))
             known = [(n, mb) for n, mb in points if mb is not None]
             if known:
-                label = f"{loss}, {world} rank{'s' if world > 1 else ''}"
+                label = f"{LABELS[loss]}, {world} rank{'s' if world > 1 else ''}"
                 axes.plot(*zip(*known, strict=True), color=colour, marker=marker, linewidth=1, label=label)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_xlabel("rows of a rank")
     axes.set_ylabel("peak above the inputs, a rank, MB")
     axes.set_title(f"NT-Xent over a process group: memory of a rank, forward and backward, float32, D = {rows[0].D}", fontsize=10)
+    axes.set_xticks(sorted({row.rows_per_rank for row in rows}))
+    axes.xaxis.set_major_formatter("{x:.0f}")
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    figure.legend(fontsize=8, loc="outside right center")
     figure.savefig(path, dpi=150)
     plt.close(figure)
 

@@ -153,6 +153,8 @@ class Rows:
 
     def ring(self, side: Side) -> Iterator[Block]:
         rank, has_keys = self.plan.ranks.rank, self.plan.has_keys
+        both = self.zhat.new_empty((side.n_rows + max(side.n_columns), self.zhat.shape[1]))  # one for all steps
+        both[: side.n_rows] = self.zhat[side.rows]
         tensors = [self.zhat[side.columns]]
         if has_keys:
             tensors.append(self.keys[side.columns])
@@ -164,7 +166,9 @@ class Rows:
                 continue
             received = self._received(rest[-1].T) if self.coefficients is not None else None
             table = self._crossing(side, len(zhat), rest[0] if has_keys else None)
-            yield from self._across(side, torch.cat([self.zhat[side.rows], zhat]), table, received)
+            n_both = side.n_rows + len(zhat)
+            both[side.n_rows : n_both] = zhat
+            yield from self._across(side, both[:n_both], table, received)
 
     def gather(self, side: Side) -> Iterator[Block]:
         ranks = self.plan.ranks
