@@ -203,8 +203,8 @@ def measured(world: int, rows_per_rank: int, width: int, repeats: int) -> list[R
 def table_of(rows: list[Row]) -> Table:
     table = Table(
         title=f"NT-Xent over a process group, forward and backward, float32, D = {rows[0].D}",
-        caption="rows: of a rank. forward, backward: MB that it receives; formulas: the same as predicted. peak: its memory above "
-        "the inputs, MB. time: as a multiple of gather's",
+        caption="rows: of a rank. forward, backward: MB that it receives; formulas: the same as predicted. peak: its memory "
+        "above the inputs, MB. time: as a multiple of gather's",
     )
     for name in ("loss", "world", "rows", "forward", "backward", "formulas", "peak", "time"):
         table.add_column(name, justify="left" if name == "loss" else "right", no_wrap=True)
@@ -213,8 +213,8 @@ def table_of(rows: list[Row]) -> Table:
         cells = [row.loss, str(row.world), str(row.rows_per_rank)]
         cells += [f"{n_bytes / 1e6:.2f}" for n_bytes in (row.forward_bytes, row.backward_bytes)]
         cells += [" ".join(f"{n_bytes / 1e6:.2f}" for n_bytes in formula)]
-        cells += ["" if row.peak_extra_mb is None else f"{row.peak_extra_mb:.0f}", f"{row.time_over_gather:.2f}"]
-        table.add_row(*cells)
+        peak = "" if row.peak_extra_mb is None else f"{row.peak_extra_mb:.0f}"
+        table.add_row(*cells, peak, f"{row.time_over_gather:.2f}")
     return table
 
 
