@@ -144,15 +144,25 @@ def received_by_formula(name: str, world: int, rows_per_rank: int, width: int) -
 # ---- worlds ------------------------------------------------------------------------------------------------------------
 
 
-def serve(rank: int, world: int, store: str, rows_per_rank: int, width: int, repeats: int, answers: Connection) -> None:
+def that_fit(world: int, rows_per_rank: int) -> list[str]:
+    """Losses to measure: lightly's takes about 17 bytes a pair of rows, here of all ranks on one machine."""
+    available = measure._available_mb(torch.device("cpu"))
+    takes = 17e-6 * (world * rows_per_rank) ** 2
+    fits = available is None or takes < measure.LARGEST_SHARE * available
+    return [name for name in LOSSES if name != "lightly" or fits]
+
+
+def serve(
+    rank: int, world: int, losses: list[str], store: str, rows_per_rank: int, width: int, repeats: int, answers: Connection
+) -> None:
     """One rank: sends (bytes forward, bytes backward, peak in MB, times) of each loss."""
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     generator = torch.Generator().manual_seed(rank)
     views = tuple(torch.randn(rows_per_rank // 2, width, generator=generator).requires_grad_() for _ in range(2))
     steps = {}
-    for name, make in LOSSES.items():
-        loss = make()
+    for name in losses:
+        loss = LOSSES[name]()
         loss(*(torch.randn(8, width) for _ in range(2)))  # libraries are loaded, connections made
         steps[name] = measure.Step(lambda x, y, _, loss=loss: loss(x, y), views, "forward+backward", TEMPERATURE)
     results = {}
@@ -172,10 +182,13 @@ def serve(rank: int, world: int, store: str, rows_per_rank: int, width: int, rep
 
 def measured(world: int, rows_per_rank: int, width: int, repeats: int) -> list[Row]:
     context = multiprocessing.get_context("spawn")
+    losses = that_fit(world, rows_per_rank)
     pipes = [context.Pipe(duplex=False) for _ in range(world)]
     with tempfile.TemporaryDirectory() as folder:
         processes = [
-            context.Process(target=serve, args=(rank, world, f"{folder}/store", rows_per_rank, width, repeats, pipe), daemon=True)
+            context.Process(
+                target=serve, args=(rank, world, losses, f"{folder}/store", rows_per_rank, width, repeats, pipe), daemon=True
+            )
             for rank, (_, pipe) in enumerate(pipes)
         ]
         for process in processes:
@@ -187,7 +200,7 @@ def measured(world: int, rows_per_rank: int, width: int, repeats: int) -> list[R
             process.join()
     rows = []
     of_gather = [statistics.median(answer["gather"][3]) for answer in answers]
-    for name in LOSSES:
+    for name in losses:
         forward, backward, peaks, seconds = zip(*(answer[name] for answer in answers), strict=True)
         ratios = [statistics.median(own) / gather for own, gather in zip(seconds, of_gather, strict=True)]
         rows.append(
@@ -240,7 +253,9 @@ def draw_memory(rows: list[Row], path: Path) -> None:
     axes.set_yscale("log")
     axes.set_xlabel("rows of a rank")
     axes.set_ylabel("peak above the inputs, a rank, MB")
-    axes.set_title(f"NT-Xent over a process group: memory of a rank, forward and backward, float32, D = {rows[0].D}", fontsize=10)
+    figure.suptitle(
+        f"NT-Xent over a process group: memory of a rank, forward and backward, float32, D = {rows[0].D}", fontsize=10
+    )
     axes.set_xticks(sorted({row.rows_per_rank for row in rows}))
     axes.xaxis.set_major_formatter("{x:.0f}")
     axes.grid(alpha=0.3)
@@ -337,7 +352,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     measuring = commands.add_parser("measure", help="bytes, memory and time of worlds on this CPU")
-    measuring.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4])
+    measuring.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4, 8])
     measuring.add_argument("--rows", type=int, nargs="+", default=[1024, 2048, 4096], help="rows a rank, two views together")
     measuring.add_argument("--width", type=int, default=128, help="D (default: %(default)s)")
     measuring.add_argument("--repeats", type=int, default=5, help="timed runs of each, in turn (default: %(default)s)")
