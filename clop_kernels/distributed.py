@@ -222,13 +222,14 @@ def loss(
     labels: Tensor | None,
     prototypes: Tensor | None,
     sharding: Sharding,
+    backend: str | None,
     **options: Unpack[ops.OptionArguments],
 ) -> Tensor:
     """As :func:`clop_kernels.ops.loss`, over the rows of all ranks."""
     arguments = ops.option_arguments(embeddings, **options)
     inputs = (embeddings, prototypes, options["temperature"])
     wanted = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
-    arguments = (*arguments, *sharding._replace(has_backward=wanted))
+    arguments = (*arguments, backend, *sharding._replace(has_backward=wanted))
     result: tuple[Tensor, ...] = torch.ops.clop.sharded_loss(embeddings, labels, prototypes, *arguments)
     return result[0]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import numbers
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -26,18 +26,6 @@ if TYPE_CHECKING:
 
 _INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _EMBEDDING_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-
-
-class _Arguments(TypedDict):
-    n_views: int
-    positives: str
-    temperature: float | Tensor
-    prototype_weight: float
-    distance: str
-    reduction: str
-    normalize: bool
-    n_left: int | None
-    negatives_only: bool
 
 
 def clop_loss(
@@ -366,7 +354,7 @@ def _loss(
             )
         if not isinstance(normalize, bool):
             raise TypeError(f"normalize={normalize!r} of type {type(normalize).__name__}: expected a bool")
-        arguments = _Arguments(
+        arguments = ops.OptionArguments(
             n_views=n_views,
             positives=positives,
             temperature=_checked_temperature(temperature, embeddings.device),
@@ -378,12 +366,12 @@ def _loss(
             negatives_only=negatives_only,
         )
     if sharding is not None:
-        return distributed.loss(embeddings, labels, prototypes, sharding, backend=backend, **arguments)
+        return distributed.loss(embeddings, labels, prototypes, sharding, backend, **arguments)
     if backend == backends.REFERENCE:
         if not torch.compiler.is_compiling():
             ops.check_values(labels, prototypes, temperature if isinstance(temperature, Tensor) else None)
         return reference.clop_loss(embeddings, labels, prototypes, **arguments)
-    return ops.loss(embeddings, labels, prototypes, backend=backend, **arguments)
+    return ops.loss(embeddings, labels, prototypes, backend, **arguments)
 
 
 def _sharding(group: ProcessGroup | None, strategy: str, grad_scale: str, check_ranks: bool) -> Sharding | None:

@@ -36,9 +36,15 @@ _library.define(
 )
 
 
-def loss(embeddings: Tensor, labels: Tensor | None, prototypes: Tensor | None, **options: Unpack[OptionArguments]) -> Tensor:
+def loss(
+    embeddings: Tensor,
+    labels: Tensor | None,
+    prototypes: Tensor | None,
+    backend: str | None,
+    **options: Unpack[OptionArguments],
+) -> Tensor:
     """The loss of validated arguments."""
-    result: tuple[Tensor, ...] = _entrance()(embeddings, labels, prototypes, *option_arguments(embeddings, **options))
+    result: tuple[Tensor, ...] = _entrance()(embeddings, labels, prototypes, *option_arguments(embeddings, **options), backend)
     return result[0]
 
 
@@ -54,7 +60,6 @@ class OptionArguments(TypedDict):
     normalize: bool
     n_left: int | None
     negatives_only: bool
-    backend: str | None
 
 
 def option_arguments(
@@ -69,9 +74,8 @@ def option_arguments(
     normalize: bool,
     n_left: int | None,
     negatives_only: bool,
-    backend: str | None,
 ) -> tuple[Any, ...]:
-    """What an operator takes as :data:`OPTIONS_SCHEMA`.
+    """What an operator takes as :data:`OPTIONS_SCHEMA`, but for the backend, its last.
 
     Under autocast the operands of the matrix products are rounded to the autocast dtype; all else, the loss included,
     stays in float32.
@@ -89,7 +93,6 @@ def option_arguments(
         normalize,
         n_left,
         negatives_only,
-        backend,
     )
 
 
