@@ -4,13 +4,20 @@ from . import gradcache
 from .backends import BackendUnavailableError
 from .backends.tiled import set_tile_rows
 from .diagnostics import (
+    ClassAlignment,
     CollapseReport,
+    alignment,
+    class_alignment,
+    class_subspace_angles,
     collapse_report,
     critical_learning_rate,
     effective_rank,
+    mean_pairwise_cosine,
     mean_resultant_length,
     nearest_prototype_accuracy,
     prototype_alignment,
+    singular_value_spectrum,
+    uniformity,
 )
 from .functional import clip_loss, clop_loss, negative_logsumexp, ntxent_loss, supcon_loss
 from .losses import CLOPLoss, NTXentLoss, SupConLoss
@@ -21,15 +28,20 @@ __version__ = "0.1.0"
 __all__ = [
     "BackendUnavailableError",
     "CLOPLoss",
+    "ClassAlignment",
     "CollapseReport",
     "NTXentLoss",
     "SupConLoss",
+    "alignment",
+    "class_alignment",
+    "class_subspace_angles",
     "clip_loss",
     "clop_loss",
     "collapse_report",
     "critical_learning_rate",
     "effective_rank",
     "gradcache",
+    "mean_pairwise_cosine",
     "mean_resultant_length",
     "nearest_prototype_accuracy",
     "negative_logsumexp",
@@ -38,5 +50,7 @@ __all__ = [
     "prototype_alignment",
     "set_tile_rows",
     "simplex_prototypes",
+    "singular_value_spectrum",
     "supcon_loss",
+    "uniformity",
 ]

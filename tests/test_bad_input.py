@@ -177,6 +177,40 @@ def test_module_calls() -> None:
 
 
 def test_diagnostics() -> None:
+    with pytest.raises(TypeError, match=r"embeddings is a list: expected a torch.Tensor"):
+        clop_kernels.effective_rank([[1.0]])  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"embeddings has dtype torch.int64: expected one of"):
+        clop_kernels.mean_resultant_length(LABELS[None])
+    with pytest.raises(ValueError, match=r"embeddings has shape \(4,\): expected 2 dimensions"):
+        clop_kernels.uniformity(Z[0, :4])
+    with pytest.raises(ValueError, match=r"embeddings has 1 of 8 rows with NaN or infinity: expected finite values"):
+        clop_kernels.collapse_report(Z.index_fill(0, torch.tensor(3), math.nan))
+    with pytest.raises(TypeError, match=r"labels has dtype torch.float32: expected an integer dtype"):
+        clop_kernels.class_alignment(Z, Z[:, 0])
+    with pytest.raises(ValueError, match=r"labels is on meta: expected the device of embeddings, cpu"):
+        clop_kernels.class_alignment(Z, torch.zeros(8, dtype=torch.int64, device="meta"))
+    with pytest.raises(ValueError, match=rf"labels has {len(C)}: expected labels below {len(C)}, the number of prototypes"):
+        clop_kernels.prototype_alignment(Z, torch.arange(8) * 0 + len(C), C)
+    with pytest.raises(ValueError, match=r"prototypes has shape \(2, 1\): expected \(K, "):
+        clop_kernels.nearest_prototype_accuracy(Z, torch.zeros(8, dtype=torch.int64), torch.ones(2, 1))
+    with pytest.raises(ValueError, match=r"prototypes has 1 of 2 rows with NaN or infinity"):
+        clop_kernels.prototype_alignment(Z, torch.zeros(8, dtype=torch.int64), C[:2] * torch.tensor([[1.0], [math.inf]]))
+    with pytest.raises(ValueError, match="n_views=1: expected at least 2"):
+        clop_kernels.alignment(Z, n_views=1)
+    with pytest.raises(ValueError, match="not a multiple of n_views=3"):
+        clop_kernels.alignment(Z, n_views=3)
+    with pytest.raises(ValueError, match="alpha=0: expected a positive finite number"):
+        clop_kernels.alignment(Z, alpha=0)
+    with pytest.raises(TypeError, match="t='2' of type str: expected a number"):
+        clop_kernels.uniformity(Z, t="2")  # type: ignore[arg-type]
+    for option, error, message in (
+        ({"rank": 0}, ValueError, "rank=0: expected at least 1"),
+        ({"rank": 1.5}, TypeError, "rank=1.5 of type float: expected an int"),
+        ({"energy": 95}, ValueError, "energy=95: expected a share of at most 1"),
+        ({"angle": "max"}, ValueError, "angle='max': expected one of 'smallest', 'mean'"),
+    ):
+        with pytest.raises(error, match=message):
+            clop_kernels.class_subspace_angles(Z, torch.arange(8), **option)
     with pytest.raises(ValueError, match=r"embeddings has shape \(0, 4\)"):
         clop_kernels.collapse_report(Z[:0])
     with pytest.raises(ValueError, match=r"labels has shape \(4,\): expected \(8,\), one label a row"):
