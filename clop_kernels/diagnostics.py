@@ -392,6 +392,8 @@ def critical_learning_rate(temperature: float, n_rows: int = 1, reduction: str =
     divided by |u|, which multiplies the bound by |u|^2.
 
     It bounds the step on the embeddings, not the learning rate of the network behind them, which moves them by its own Jacobian.
+    The real loss departs from the model, as examples/learning_rate_bound.py shows: beyond the bound its mean stays, but rank does
+    not collapse; and what two views differ by contracts only up to half the bound, where the softmax is nearly uniform.
 
     Args:
         temperature: tau > 0.
