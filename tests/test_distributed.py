@@ -233,15 +233,17 @@ def test_the_strategies_give_the_same_and_auto_is_one_of_them(ranks: World) -> N
         torch.testing.assert_close(results[2][name], value)
 
 
-def chosen_strategy(group: distributed.ProcessGroup, share: float) -> bool:
-    from clop_kernels import shards as module
+def gathers(group: distributed.ProcessGroup, n_rows: list[int], most_bytes: float) -> bool:
+    """Whether "auto" gathers where as many bytes are allowed."""
+    from clop_kernels import shards
+    from clop_kernels.collectives import memory_of
 
-    module.GATHERED_SHARE = share
-    kept = Kept()
+    n_own, kept, before = n_rows[distributed.get_rank(group)], Kept(), shards.GATHERED_SHARE
+    shards.GATHERED_SHARE = most_bytes / memory_of(torch.device("cpu"))
     with torch.autograd.graph.saved_tensors_hooks(kept.pack, lambda x: x):
-        clop_kernels.ntxent_loss(torch.randn(20, 64, requires_grad=True), group=group, backend="tiled")
-    module.GATHERED_SHARE = 1 / 16
-    return kept.n_rows > 20
+        clop_kernels.ntxent_loss(torch.randn(n_own, 64, requires_grad=True), group=group, backend="tiled")
+    shards.GATHERED_SHARE = before
+    return kept.n_rows > n_own
 
 
 class Kept:
@@ -285,9 +287,12 @@ def test_gathered_rows_are_let_go_once_they_are_sorted(ranks: World) -> None:
     assert ranks.run(4, rows_alive) == [[1]] * 4
 
 
-def test_auto_chooses_by_memory(ranks: World) -> None:
-    assert ranks.run(3, chosen_strategy, 1 / 16) == [True] * 3
-    assert ranks.run(3, chosen_strategy, 1e-9) == [False] * 3
+@pytest.mark.parametrize("n_rows", [[20, 20, 20], [2, 100, 2]], ids=str)
+def test_auto_chooses_by_memory(n_rows: list[int], ranks: World) -> None:
+    """Rows come as if each rank had as many as the largest, and are copied into their order: 256 bytes each, twice."""
+    n_bytes = 256 * (3 * max(n_rows) + sum(n_rows))
+    assert ranks.run(3, gathers, n_rows, n_bytes + 1) == [True] * 3
+    assert ranks.run(3, gathers, n_rows, n_bytes - 1) == [False] * 3
 
 
 def test_equal_ranks_need_no_header(ranks: World) -> None:
