@@ -5,13 +5,14 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 NATIVE := $(wildcard csrc/*.cpp csrc/*/*) tools/native_build.py
 
-.PHONY: help test sanitize demo bench resources wheels lint types clean
+.PHONY: help test sanitize demo bench docs resources wheels lint types clean
 
 help:
 	@echo "make test    the test suite"
 	@echo "make sanitize    the tests of the CPU kernels, and of the CUDA kernels on a CPU, again under AddressSanitizer and UBSan"
 	@echo "make demo    train an encoder on real digits, with the plain loss and with the fused one; writes train_digits.png"
 	@echo "make bench   time and memory beside plain PyTorch, torch.compile and other libraries, and a report of it in build/bench, 10 minutes"
+	@echo "make docs    the documentation, as pages that open from a folder: build/docs/index.html"
 	@echo "make resources    every kernel on four GPUs: registers, shared memory, matrix instructions; compiles Triton's, 20 minutes"
 	@echo "make wheels  a pure wheel, and a native one for the CUDA toolkit that is found, each tested in an environment of its own"
 	@echo "make lint    ruff, lint and format;  make types    mypy;  make clean    remove what make made"
@@ -21,7 +22,7 @@ $(READY): pyproject.toml setup.py constraints.txt $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch ninja 'setuptools>=77'
 	$(BIN)/python tools/native_build.py
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[test,bench,demo,dev,wheels]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[test,bench,demo,dev,docs,wheels]'
 	touch $@
 
 test: $(READY)
@@ -51,6 +52,10 @@ BENCH ?= build/bench
 bench: $(READY)
 	$(BIN)/python -m pytest benchmarks
 	$(BIN)/python -m benchmarks.compare --preset $(PRESET) --output $(BENCH) --report
+
+# What the builder says of its own next version is nothing about these pages.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
 resources: $(READY)
 	$(BIN)/python -m benchmarks.resources_cuda

@@ -1,0 +1,86 @@
+"""The documentation does what it says: its code runs, its commands run, and it names every environment variable there is."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+import torch
+from sybil import Document, Example, Sybil
+from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted((ROOT / "docs").glob("*.md"))
+FENCE = re.compile(r"^ *```+(\w*)", re.MULTILINE)
+
+
+def run_commands(example: Example) -> None:
+    """Each line in the root of the repository, as a reader would, but examples in their short mode, and what they write elsewhere."""
+    scratch = example.namespace["scratch"]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
+    for line in str(example.parsed).splitlines():
+        command = shlex.split(line, comments=True)
+        if not command:
+            continue
+        if any(word.startswith("examples/") for word in command):
+            command.append("--short")
+        for at, option in enumerate(command):
+            if option == "--output":
+                command[at + 1] = str(scratch / Path(command[at + 1]).name)
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{line}\n{done.stdout}\n{done.stderr}"
+
+
+SYBIL = Sybil(parsers=[PythonCodeBlockParser(), CodeBlockParser("bash", run_commands)])
+"""Python blocks of one page share their names, in order; what is not Python or bash is not code that anyone could run."""
+
+
+@contextmanager
+def settings_restored() -> Iterator[None]:
+    """A page may change settings of torch; the tests after it must not see that."""
+    threads, precision = torch.get_num_threads(), torch.get_float32_matmul_precision()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_float32_matmul_precision(precision)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_every_code_block_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    document: Document = SYBIL.parse(page)
+    document.namespace["scratch"] = tmp_path
+    monkeypatch.chdir(tmp_path)
+    examples = list(document.examples())
+    languages = FENCE.findall(page.read_text())[::2]
+    assert all(language in ("python", "bash", "text") for language in languages), f"{page.name} has fences of {set(languages)}"
+    assert len(examples) == sum(language != "text" for language in languages)
+    with settings_restored():
+        for example in examples:
+            example.evaluate()
+
+
+def variables(text: str) -> set[str]:
+    return set(re.findall(r"\b(CLOP_[A-Z_]+|TRITON_INTERPRET)\b", text))
+
+
+def test_every_environment_variable_is_in_the_table() -> None:
+    """Those that Python, C++ or make read; other names that begin so are macros of the C++ sources."""
+    read = re.compile(r"""(?:environ(?:\.get)?|getenv|wanted|setting|option)\w*[\[(]\s*["'](CLOP_[A-Z_]+|TRITON_INTERPRET)["']""")
+    sources = [*ROOT.glob("setup.py"), *ROOT.glob("tests/host/*.py")]
+    for folder, endings in (("clop_kernels", "py"), ("csrc", "cpp"), ("tools", "py"), ("benchmarks", "py")):
+        sources += ROOT.glob(f"{folder}/**/*.{endings}")
+    found = {name for source in sources for name in read.findall(source.read_text())}
+    rows = re.findall(r"^\| `(\w+)", (ROOT / "docs/environment.md").read_text(), re.MULTILINE)
+    assert found
+    assert len(rows) == len(set(rows))
+    assert found <= set(rows)
+    assert {row for row in rows if row.startswith("CLOP_")} <= found
