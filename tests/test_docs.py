@@ -22,7 +22,7 @@ FENCE = re.compile(r"^ *```+(\w*)", re.MULTILINE)
 
 
 def run_commands(example: Example) -> None:
-    """Each line in the root of the repository, as a reader would, but examples in their short mode, and what they write elsewhere."""
+    """Each line, in the root of the repository; examples in their short mode, and what they write goes to a scratch folder."""
     scratch = example.namespace["scratch"]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = os.environ | {"PATH": path, "OMP_NUM_THREADS": "1"}
