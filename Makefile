@@ -72,4 +72,4 @@ types: $(READY)
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info clop_kernels/_native.abi3.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks train_digits.png learning_rate_bound.*
+	rm -rf $(VENV) build dist *.egg-info clop_kernels/_native.abi3.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks train_digits.png learning_rate_bound.* collapse

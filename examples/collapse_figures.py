@@ -1,0 +1,237 @@
+"""Tables and figures of what examples/collapse.py measured: each number with its spread over seeds.
+
+Methods and changes come in the order of its CSV file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from matplotlib import pyplot as plt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from rich.table import Table
+
+ENCODERS = {"as is": "no normalisation inside", "BatchNorm": "with BatchNorm"}
+"""Of the changes, those that all methods were run with."""
+COLORS = ("#000000", "#56B4E9", "#0072B2", "#E69F00", "#D55E00")
+"""Of Okabe and Ito, which the colour-blind tell apart, by method."""
+MARKERS = "sv^oD"
+
+
+@dataclass(frozen=True)
+class Metric:
+    name: str
+    digits: int
+    most: float | None = None
+    """The end of its axis; None: what was measured."""
+    scale: float = 1
+
+    def cell(self, values: pd.Series) -> str:
+        """Mean and standard deviation over seeds, and how many of them diverged and are in neither."""
+        known = values.dropna() * self.scale
+        diverged = f" ({len(values) - len(known)} diverged)" if len(known) < len(values) else ""
+        if known.empty:
+            return diverged.strip()
+        spread = f" ± {known.std():.{self.digits}f}" if len(known) > 1 else ""
+        return f"{known.mean():.{self.digits}f}{spread}{diverged}"
+
+
+METRICS = {
+    "effective_rank": Metric("effective rank", 1),
+    "mean_cosine": Metric("mean pairwise cosine", 2, 1.02),
+    "knn_accuracy": Metric("kNN accuracy, %", 1, 100, 100),
+    "linear_accuracy": Metric("linear accuracy, %", 1, 100, 100),
+    "nearest_prototype_accuracy": Metric("nearest-prototype accuracy, %", 1, 100, 100),
+}
+OF_PROTOTYPES = "nearest_prototype_accuracy"
+MAIN = ("effective_rank", "linear_accuracy")
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """A table: ``cells`` has a name a row and a name a column. All are written, the main ones are also printed."""
+
+    title: str
+    corner: str
+    cells: pd.DataFrame
+    is_main: bool = False
+
+    def rich(self) -> Table:
+        table = Table(title=self.title, title_justify="left")
+        table.add_column(self.corner)
+        for name in self.cells.columns:
+            table.add_column(str(name), justify="right")
+        for name, row in self.cells.iterrows():
+            table.add_row(str(name), *row)
+        return table
+
+    def markdown(self) -> str:
+        columns = "".join(f" {name} |" for name in self.cells.columns)
+        lines = [f"| {name} |" + "".join(f" {cell} |" for cell in row) for name, row in self.cells.iterrows()]
+        rule = "|---|" + "--:|" * len(self.cells.columns)
+        return "\n".join([f"**{self.title}**", "", f"| {self.corner} |{columns}", rule, *lines])
+
+
+def spread(frame: pd.DataFrame, rows: str, columns: str, metric: str) -> pd.DataFrame:
+    """One cell a row and column: what its runs of all seeds come to."""
+    cells = frame.groupby([rows, columns])[metric].agg(METRICS[metric].cell).unstack(columns).fillna("")
+    return cells.reindex(frame[rows].unique()).rename(columns="{:g}".format)
+
+
+def middle(values: pd.Series, wanted: float) -> float:
+    """The wanted one where it was run, else the middle one."""
+    known = sorted(values.unique())
+    return wanted if wanted in known else known[len(known) // 2]
+
+
+def parts(frame: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """The untrained encoders; the grid of all methods; the runs with changes, at the one batch size that they have."""
+    trained = frame[frame.learning_rate > 0]
+    grid = trained[trained.change.isin(ENCODERS)]
+    changed_batch = trained[~trained.change.isin(ENCODERS)][["method", "batch_size"]].drop_duplicates()
+    changed = trained.merge(changed_batch, on=["method", "batch_size"])
+    return frame[frame.learning_rate == 0], grid, changed
+
+
+def tables(frame: pd.DataFrame) -> list[Numbers]:
+    """Cells are mean ± standard deviation over seeds."""
+    untrained, grid, changed = parts(frame)
+    batch, rate = middle(grid.batch_size, 256), middle(grid.learning_rate, 1)
+    found = []
+    for change, encoder in ENCODERS.items():
+        of_encoder = grid[grid.change == change]
+        for metric, about in METRICS.items():
+            shown = of_encoder.dropna(subset=metric) if metric == OF_PROTOTYPES else of_encoder
+            cells = spread(shown[shown.batch_size == batch], "method", "learning_rate", metric)
+            title = f"{about.name}, {encoder}, batch {batch:g}, by learning rate"
+            if metric != OF_PROTOTYPES:
+                title += f"; untrained {about.cell(untrained[untrained.change == change][metric])}"
+            found.append(Numbers(title, "method", cells, metric in MAIN))
+        for metric in MAIN:
+            cells = spread(of_encoder[of_encoder.learning_rate == rate], "method", "batch_size", metric)
+            title = f"{METRICS[metric].name}, {encoder}, learning rate {rate:g}, by batch size"
+            found.append(Numbers(title, "method", cells))
+    for metric in MAIN if len(changed) else ():
+        what = f"{changed.method.iloc[0]}, batch {changed.batch_size.iloc[0]}"
+        cells = spread(changed, "change", "learning_rate", metric)
+        found.append(Numbers(f"{METRICS[metric].name}: {what}, changed, by learning rate", "change", cells, True))
+    return found
+
+
+def write_markdown(found: list[Numbers], folder: Path) -> Path:
+    path = folder / "collapse-tables.md"
+    tables = [numbers.markdown() for numbers in found]
+    path.write_text("\n\n".join(tables) + "\n")
+    return path
+
+
+# ---- figures --------------------------------------------------------------------------------------------------------
+
+
+def draw(frame: pd.DataFrame, folder: Path) -> Iterator[Path]:
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
+    plt.rcParams.update({"axes.titleweight": "bold", "axes.titlesize": 12})
+    untrained, grid, changed = parts(frame)
+    figures = {
+        "collapse-learning-rate": draw_lines(grid, untrained, "learning_rate", "batch_size", middle(grid.batch_size, 256)),
+        "collapse-batch-size": draw_lines(grid, untrained, "batch_size", "learning_rate", middle(grid.learning_rate, 1)),
+        "collapse-effective-rank": draw_grid(grid, "effective_rank"),
+        "collapse-linear-accuracy": draw_grid(grid, "linear_accuracy"),
+    }
+    if not changed.empty:
+        figures["collapse-changes"] = draw_changes(changed)
+    for name, figure in figures.items():
+        path = folder / f"{name}.png"
+        figure.savefig(path)
+        plt.close(figure)
+        yield path
+
+
+def draw_lines(grid: pd.DataFrame, untrained: pd.DataFrame, x: str, fixed: str, value: float) -> Figure:
+    """A panel a metric and encoder: mean over seeds against ``x``, with a band from the least to the most."""
+    shown = grid[grid[fixed] == value]
+    figure, axes = plt.subplots(
+        len(ENCODERS), len(METRICS), figsize=(20, 8), dpi=100, sharex=True, sharey="col", squeeze=False, layout=tight()
+    )
+    for row, (change, encoder) in zip(axes, ENCODERS.items(), strict=True):
+        for panel, (metric, about) in zip(row, METRICS.items(), strict=True):
+            for name, color, marker in zip(grid.method.unique(), COLORS, MARKERS, strict=False):
+                runs = shown[(shown.method == name) & (shown.change == change)].groupby(x)[metric]
+                low, mean, high = (about.scale * getattr(runs, which)() for which in ("min", "mean", "max"))
+                if mean.notna().any():
+                    panel.plot(mean.index, mean, color=color, marker=marker, markersize=5, label=name)
+                    panel.fill_between(mean.index, low, high, color=color, alpha=0.15, linewidth=0)
+            start = about.scale * untrained[untrained.change == change][metric].mean()
+            if metric != OF_PROTOTYPES:
+                panel.axhline(start, color="gray", linestyle=":", linewidth=1.5, label="untrained encoder")
+            panel.set(xscale="log", title=f"{about.name}\n{encoder}")
+            if x == "batch_size":
+                panel.set_xticks(sorted(grid[x].unique()), labels=map(str, sorted(grid[x].unique())))
+                panel.minorticks_off()
+            if about.most is not None:
+                panel.set_ylim(top=about.most)
+            panel.set_ylim(bottom=min(0, panel.get_ylim()[0]))
+    for panel in axes[-1]:
+        panel.set_xlabel(x.replace("_", " "))
+    at = f"{fixed.replace('_', ' ')} {value:g}"
+    figure.suptitle(f"Against the {x.replace('_', ' ')}, at {at}: mean, and range over {seeds(grid)}")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=6)
+    return figure
+
+
+def draw_grid(grid: pd.DataFrame, metric: str) -> Figure:
+    """A heatmap a method and encoder: batch size against learning rate."""
+    names = grid.method.unique()
+    figure, axes = plt.subplots(
+        len(ENCODERS), len(names), figsize=(20, 8), dpi=100, sharex=True, sharey=True, squeeze=False, layout=tight()
+    )
+    most = grid.groupby(["method", "change", "learning_rate", "batch_size"])[metric].mean().max()
+    for row, (change, encoder) in zip(axes, ENCODERS.items(), strict=True):
+        for panel, name in zip(row, names, strict=True):
+            heatmap(panel, grid[(grid.method == name) & (grid.change == change)], "batch_size", metric, most)
+            panel.set_title(f"{name}\n{encoder}")
+    for panel in axes[-1]:
+        panel.set_xlabel("learning rate")
+    for panel in axes[:, 0]:
+        panel.set_ylabel("batch size")
+    figure.suptitle(f"{METRICS[metric].name}: mean ± standard deviation over {seeds(grid)}")
+    return figure
+
+
+def draw_changes(changed: pd.DataFrame) -> Figure:
+    figure, axes = plt.subplots(1, 2, figsize=(16, 7), dpi=100, sharey=True, layout=tight())
+    for panel, metric in zip(axes, ("effective_rank", "linear_accuracy"), strict=True):
+        heatmap(panel, changed, "change", metric, changed.groupby(["change", "learning_rate"])[metric].mean().max())
+        panel.set(title=METRICS[metric].name, xlabel="learning rate")
+    what = f"{changed.method.iloc[0]}, batch {changed.batch_size.iloc[0]}"
+    figure.suptitle(f"{what}, changed: mean ± standard deviation over {seeds(changed)}")
+    return figure
+
+
+def heatmap(axes: Axes, runs: pd.DataFrame, rows: str, metric: str, most: float) -> None:
+    """Coloured by the mean, from 0 to ``most``; each cell says mean and spread."""
+    cells = spread(runs, rows, "learning_rate", metric)
+    mean = runs.groupby([rows, "learning_rate"])[metric].mean().unstack("learning_rate").reindex(cells.index)
+    axes.imshow(mean.to_numpy(), cmap="viridis", vmin=0, vmax=most, aspect="auto")
+    axes.set_xticks(range(len(mean.columns)), labels=[f"{rate:g}" for rate in mean.columns])
+    axes.set_yticks(range(len(mean)), labels=[str(name) for name in mean.index])
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
+    for (y, x), value in np.ndenumerate(mean.to_numpy()):
+        color = "black" if value > 0.6 * most else "white"
+        axes.text(x, y, cells.iat[y, x].replace(" ± ", "\n± "), ha="center", va="center", fontsize=8, color=color)
+
+
+def seeds(runs: pd.DataFrame) -> str:
+    n_seeds = runs.seed.nunique()
+    return f"{n_seeds} seeds" if n_seeds > 1 else "one seed"
+
+
+def tight() -> ConstrainedLayoutEngine:
+    return ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08)
