@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import shlex
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +17,8 @@ import pytest
 import torch
 from sybil import Document, Example, Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
+
+from benchmarks import providers
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -52,6 +56,15 @@ def settings_restored() -> Iterator[None]:
     finally:
         torch.set_num_threads(threads)
         torch.set_float32_matmul_precision(precision)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _libraries() -> None:
+    """Those that pages compare with warn when they are imported, and lightly asks for a torchvision that loads."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        providers.lightly_loss()
+        importlib.import_module("pytorch_metric_learning.losses")
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
