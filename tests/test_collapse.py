@@ -120,7 +120,7 @@ def results() -> pd.DataFrame:
             del numbers[collapse_figures.OF_PROTOTYPES]
         is_finite = not (s.method == "NT-Xent" and s.learning_rate == 10 and s.seed == 1)
         rows.append({**vars(s), **(numbers if is_finite else dict.fromkeys(numbers)), "finite": int(is_finite)})
-    return pd.DataFrame(rows)
+    return collapse.in_order(pd.DataFrame(rows)).astype({"change": str, "method": str})
 
 
 def test_cells_are_mean_and_spread_and_count_what_diverged() -> None:
