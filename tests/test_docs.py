@@ -18,6 +18,7 @@ import torch
 from sybil import Document, Example, Sybil
 from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 
+import clop_kernels
 from benchmarks import providers
 
 ROOT = Path(__file__).parents[1]
@@ -81,10 +82,6 @@ def test_every_code_block_runs(page: Path, tmp_path: Path, monkeypatch: pytest.M
             example.evaluate()
 
 
-def variables(text: str) -> set[str]:
-    return set(re.findall(r"\b(CLOP_[A-Z_]+|TRITON_INTERPRET)\b", text))
-
-
 def test_every_environment_variable_is_in_the_table() -> None:
     """Those that Python, C++ or make read; other names that begin so are macros of the C++ sources."""
     read = re.compile(r"""(?:environ(?:\.get)?|getenv|wanted|setting|option)\w*[\[(]\s*["'](CLOP_[A-Z_]+|TRITON_INTERPRET)["']""")
@@ -97,3 +94,22 @@ def test_every_environment_variable_is_in_the_table() -> None:
     assert len(rows) == len(set(rows))
     assert found <= set(rows)
     assert {row for row in rows if row.startswith("CLOP_")} <= found
+
+
+def test_every_public_name_is_in_the_interface() -> None:
+    documented = re.findall(r"^::: clop_kernels\.(\w+)", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
+    assert sorted(documented) == sorted(clop_kernels.__all__)
+
+
+def test_pages_build_without_a_warning_and_ask_no_other_host(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocs")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"NO_MKDOCS_2_WARNING": "1"}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    for page in PAGES:
+        built = (tmp_path / f"{page.stem}.html").read_text()
+        assert not re.search(r"arithmatex|\$\$|:(?:math|func|class|mod|meth):|^&gt;&gt;&gt; ", built, re.MULTILINE), page.name
+        assert not re.search(r'<(?:script|img|iframe)[^>]*src="(?:https?:)?//', built), page.name
+        assert not re.search(r'<link[^>]*rel="(?:stylesheet|preconnect|preload)"[^>]*href="(?:https?:)?//', built), page.name
