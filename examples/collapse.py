@@ -297,7 +297,7 @@ def main(arguments: list[str] | None = None) -> None:
     for numbers in (found := tables(frame)):
         if numbers.is_main:
             console.print(numbers.rich())
-    written = [options.table, write_markdown(found, options.output), *draw(frame, options.output)]
+    written = [options.table, write_markdown(found, frame, options.output), *draw(frame, options.output)]
     console.print("Written: " + ", ".join(map(str, written)), highlight=False, soft_wrap=True)
 
 
