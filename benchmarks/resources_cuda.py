@@ -22,9 +22,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from clop_kernels.backends import native
+
 from .resources import SHARED_MEMORY_KB, faults_of
 
-REGISTERS, MOST_THREADS = 65536, {80: 2048, 90: 2048, 100: 2048, 120: 1536}
+REGISTERS, MOST_THREADS = 65536, {80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536}
 """Of a processor; 255 registers a thread at most, given out 8 at a time (CUDA C++ programming guide)."""
 
 MATRIX_KERNELS = ("softmax_kernel", "gradient_kernel")
@@ -69,8 +71,11 @@ def cuobjdump() -> str | None:
 
 def obstacle() -> str | None:
     """Why there is nothing to report, or None."""
-    if importlib.util.find_spec("clop_kernels._native") is None:
-        return "the compiled extension is not installed"
+    if (reason := native.obstacle()) is not None:
+        return reason
+    info = native.build_info()
+    if info is None or info["cuda"] is None:
+        return "the extension was built without its CUDA half"
     if cuobjdump() is None:
         return "there is no cuobjdump: neither a CUDA toolkit nor Triton is installed"
     return None
@@ -140,9 +145,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(f"nothing to report: {reason}")
         return 0
     found = reports()
-    if not found:
-        console.print("nothing to report: the extension was built without its CUDA half")
-        return 0
     table = Table(title="CUDA kernels of the compiled extension")
     for field in fields(Report):
         table.add_column(field.name, justify="right" if field.type in ("int", "float") else "left")

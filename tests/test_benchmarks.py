@@ -13,7 +13,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from benchmarks import compare, gpu_check, measure, providers, report, targets
+from benchmarks import compare, gpu_check, measure, providers, report, resources_cuda, targets
 from benchmarks.measure import Outcome
 from benchmarks.problems import DTYPES, MODES, PROBLEMS, Case
 from benchmarks.providers import PROVIDERS, Provider
@@ -373,3 +373,12 @@ def test_gpu_check_goes_on_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> N
 def test_markdown_cells_stay_in_their_row() -> None:
     assert markdown_table([{"a": "x|y", "b": "1\n2"}]) == "| a | b |\n| --- | --- |\n| x\\|y | 1 2 |"
     assert markdown_table([]) == "none"
+
+
+def test_cuda_resources_of_an_extension_without_its_cuda_half(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(resources_cuda.native, "obstacle", lambda: None)
+    monkeypatch.setattr(resources_cuda.native, "build_info", lambda: {"cuda": None})
+    assert resources_cuda.main([]) == 0
+    assert "nothing to report: the extension was built without its CUDA half" in capsys.readouterr().out

@@ -103,7 +103,7 @@ class Residuals(NamedTuple):
         normalized: (N, D) in the compute dtype, the rows zhat as all products see them, z itself without ``options.normalize``.
         norms: (N,) in the accumulate dtype, the norms |z_i| of the raw rows, not clamped.
         shift: (N,) in the accumulate dtype.
-        total: (N,) in the accumulate dtype; 0 where N = 1.
+        total: (N,) in the accumulate dtype; of a row that is no anchor what the backend likes best: 0, or infinity.
         negative: (N,) in the accumulate dtype.
         groups: (3, N) int32, :meth:`clop_kernels.groups.Groups.table`, where positives are found by label; else (3, 0).
         counts: (2,) in the accumulate dtype, how many rows are in A and in S: what a mean divides by.

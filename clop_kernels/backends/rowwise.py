@@ -90,6 +90,7 @@ class Pull(NamedTuple):
         # The distances depend on zhat - c, all but the cosine, whose gradient is -zhat.
         of_targets = zhat * weight if self.distance == "cosine" else of_rows
         of_prototypes = torch.zeros_like(self.prototypes, dtype=zhat.dtype)
+        # On a GPU in any order, but under torch.use_deterministic_algorithms(True), which this sum follows.
         return of_rows, of_prototypes.index_add_(0, self.label.clamp(min=0), of_targets, alpha=-1)
 
     def _targets(self, zhat: Tensor) -> Tensor:
