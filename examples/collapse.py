@@ -4,7 +4,7 @@ A small network learns from noisy views of scikit-learn's 8x8 digits with SGD, f
 size and seed, with BatchNorm and without; all runs see as many digits. Then come changes that may keep CLOP from
 collapsing: of its temperature and weight, warm-ups, clipping. Each run is asked what its embeddings of the test digits hold::
 
-    python examples/collapse.py                     # 20 minutes on two cores: a folder with CSV, tables and figures
+    python examples/collapse.py                     # 40 minutes on two cores: a folder with CSV, tables and figures
     python examples/collapse.py --short             # a quick check of the same, for CI
     python examples/collapse.py --redraw            # tables and figures again, from the CSV in the folder
     python examples/collapse.py --learning-rates 1,3 --batch-sizes 256 --changes none    # one corner, more closely

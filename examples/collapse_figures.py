@@ -174,11 +174,9 @@ def draw_lines(grid: pd.DataFrame, untrained: pd.DataFrame, x: str, fixed: str, 
             if x == "batch_size":
                 panel.set_xticks(sorted(grid[x].unique()), labels=map(str, sorted(grid[x].unique())))
                 panel.minorticks_off()
-            if about.most is not None:
-                panel.set_ylim(top=about.most)
-            panel.set_ylim(bottom=min(0, panel.get_ylim()[0]))
-    for panel in axes[-1]:
+    for panel, about in zip(axes[-1], METRICS.values(), strict=True):
         panel.set_xlabel(x.replace("_", " "))
+        panel.set_ylim(min(0, panel.get_ylim()[0]), about.most)
     at = f"{fixed.replace('_', ' ')} {value:g}"
     figure.suptitle(f"Against the {x.replace('_', ' ')}, at {at}: mean, and range over {seeds(grid)}")
     figure.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=6)
