@@ -22,7 +22,7 @@ $(READY): pyproject.toml setup.py constraints.txt $(NATIVE)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch ninja 'setuptools>=77'
 	$(BIN)/python tools/native_build.py
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[test,bench,demo,dev,docs,wheels]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[test,bench,demo,dev,docs,recipes,wheels]'
 	touch $@
 
 test: $(READY)

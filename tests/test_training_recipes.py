@@ -1,8 +1,14 @@
-"""examples/mixed_precision.py and examples/cuda_graph.py: training with an encoder as people do."""
+"""examples/mixed_precision.py, cuda_graph.py and lightning_module.py: training with an encoder as people do."""
 
 from __future__ import annotations
 
 import copy
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 import cuda_graph
@@ -78,3 +84,35 @@ def test_the_eager_steps_of_cuda_graph_learn_and_go_back(data: Any) -> None:
 def test_cuda_graph_trains_as_eager_steps_do(capsys: pytest.CaptureFixture[str]) -> None:
     cuda_graph.main(["--short"])  # raises if its losses differ
     assert "differ by at most" in capsys.readouterr().out
+
+
+# ---- lightning_module.py --------------------------------------------------------------------------------------------
+
+
+def lightning_module(*arguments: str) -> str:
+    """What it prints, in a process of its own: Lightning warns of much, and changes the state of the process that it is in."""
+    script = Path(__file__).parents[1] / "examples/lightning_module.py"
+    environment = os.environ | {"COLUMNS": "100", "PYTHONWARNINGS": "ignore"}
+    command = [sys.executable, str(script), "--short", *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.mark.skipif(find_spec("lightning") is None, reason="lightning is not installed")
+@pytest.mark.parametrize("devices", [1, 2])
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.device_count() < 2, reason="two devices, where there is one GPU")
+def test_lightning(devices: int) -> None:
+    printed = lightning_module("--devices", str(devices))
+    cells = re.findall(r"^│ (\w[\w ]+?) +│ +(\S+) │ +(\S+) │ +(\S+) │$", printed, re.MULTILINE)
+    stages = {name: [float(number) for number in numbers] for name, *numbers in cells}
+    untrained, trained, reloaded = stages["effective rank"]
+    assert trained > untrained + 2
+    assert reloaded == trained
+    untrained, trained, reloaded = stages["nearest prototype accuracy"]
+    assert trained > 0.4 > untrained
+    assert reloaded == trained  # the prototypes are those of the checkpoint
+    found = re.search(r"Devices: (\d)\. .*: (\S+) apart", printed)
+    assert found is not None
+    assert int(found[1]) == devices
+    assert float(found[2]) < 1e-5

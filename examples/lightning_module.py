@@ -1,0 +1,185 @@
+"""CLOPLoss in a PyTorch Lightning module, on one device or several, with the diagnostics of collapse as validation metrics.
+
+Lightning's DDP averages gradients, so on several devices the loss must be that of the whole batch: the criterion gets the process
+group once there is one, in ``setup``. Before the first step the loss that the devices share is compared with one device's.
+The prototypes are a buffer: they are in the checkpoint, and a model that is loaded from it measures the same::
+
+    python examples/lightning_module.py
+    python examples/lightning_module.py --devices 2     # two processes, on CPUs with gloo
+    python examples/lightning_module.py --short         # a quick check of the same, for CI
+
+Needs ``pip install '.[recipes]'``. About half a minute on two cores. On GPUs it has not yet been run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from typing import Any
+
+import torch
+import torchvision_loads  # noqa: F401
+
+# isort: split
+import lightning
+from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
+from lightning.pytorch.strategies import DDPStrategy
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, distributed
+from torch.utils.data import DataLoader, TensorDataset
+from train_digits import EMBEDDING_DIM, LEARNING_RATE, N_CLASSES, N_TRAIN, Digits, load_data, make_encoder, noisy_view, number
+
+from clop_kernels import CLOPLoss, collapse_report
+
+
+class ContrastiveEncoder(lightning.LightningModule):
+    """An encoder of digits, trained with two noisy views of each.
+
+    Args:
+        temperature, prototype_weight: of the loss.
+        learning_rate: of AdamW.
+        seed: of the prototypes and of the noise.
+    """
+
+    def __init__(self, temperature: float, prototype_weight: float, learning_rate: float, seed: int) -> None:
+        super().__init__()
+        self.save_hyperparameters()
+        self.learning_rate = learning_rate
+        self.seed = seed
+        self.encoder = make_encoder()
+        prototypes = torch.Generator().manual_seed(seed)  # or group= in the constructor, which sends them from the first rank
+        self.criterion = CLOPLoss(N_CLASSES, EMBEDDING_DIM, temperature, prototype_weight, generator=prototypes)
+        self.embedded: list[tuple[Tensor, Tensor]] = []
+
+    def setup(self, stage: str) -> None:
+        """Lightning has made the process group by now, if it makes one."""
+        self.criterion.group = distributed.group.WORLD if self.trainer.world_size > 1 else None
+        self.noise = torch.Generator().manual_seed(self.seed + self.global_rank)  # each device blurs its digits in its own way
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters(), lr=self.learning_rate)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
+        images, labels = batch
+        views = (self.encoder(noisy_view(images.cpu(), self.noise).to(self.device)) for _ in range(2))
+        loss: Tensor = self.criterion(*views, labels=labels)  # on every device the loss of all devices' rows
+        self.log("loss", loss, prog_bar=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> None:
+        images, labels = batch
+        self.embedded.append((self.encoder(images), labels))
+
+    def on_validation_epoch_end(self) -> None:
+        z, labels = (torch.cat(parts) for parts in zip(*self.embedded, strict=True))
+        self.embedded.clear()
+        if self.trainer.world_size > 1:
+            gathered: Any = self.all_gather((z, labels))
+            z, labels = (part.flatten(0, 1) for part in gathered)
+        report = collapse_report(z, labels, self.criterion.prototypes)
+        numbers = {name: float(value) for name, value in report.as_dict().items() if value is not None}
+        self.log_dict(numbers, sync_dist=True)  # all devices have all rows, so the mean over devices is what each has
+
+
+class LossOfAllDevices(lightning.Callback):
+    """``difference``: of the loss that the devices share from that of one device with all their rows, before the first step."""
+
+    def __init__(self, data: Digits) -> None:
+        self.data = data
+        self.difference = 0.0
+
+    @torch.no_grad()
+    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        assert isinstance(module, ContrastiveEncoder)
+        rows = slice(0, 256)
+        generator = torch.Generator().manual_seed(0)  # the same views on every device
+        views = [noisy_view(self.data.train_x[rows], generator).to(module.device) for _ in range(2)]
+        labels = self.data.labels[rows].to(module.device)
+
+        def loss(part: slice) -> float:
+            z = [module.encoder(view[part]) for view in views]
+            return float(module.criterion(*z, labels=labels[part]))
+
+        shared = loss(slice(trainer.global_rank, None, trainer.world_size))
+        group, module.criterion.group = module.criterion.group, None
+        self.difference = abs(shared - loss(slice(None)))
+        module.criterion.group = group
+
+
+def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
+    count = number(int, lambda n: n >= 1, "an integer of at least 1")
+    batch_size = number(int, lambda n: 2 <= n <= N_TRAIN, f"an integer from 2 to {N_TRAIN}, the training digits")
+    seed = number(int, lambda n: 0 <= n < 2**32, "an integer from 0 to 2^32 - 1")
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
+    add = parser.add_argument
+    add("--devices", type=count, default=1, help="GPUs, or processes where there is none (default: %(default)s)")
+    add("--epochs", type=count, help="passes over the training digits (default: 40; 8 with --short)")
+    add("--batch-size", type=batch_size, default=256, help="digits a step on all devices together (default: %(default)s)")
+    add("--seed", type=seed, default=0, help="of weights, prototypes, labels, order and views (default: %(default)s)")
+    add("--short", action="store_true", help="fewer epochs, for CI")
+    options = parser.parse_args(arguments)
+    options.epochs = options.epochs or (8 if options.short else 40)
+    if options.batch_size % options.devices:
+        parser.error(f"argument --batch-size: {options.batch_size}: expected a multiple of --devices, {options.devices}")
+    return options
+
+
+def report(stages: dict[str, dict[str, float]]) -> Table:
+    table = Table(title="CLOPLoss in Lightning: the embeddings of the test digits")
+    table.add_column("")
+    for stage in stages:
+        table.add_column(stage, justify="right")
+    for name in next(iter(stages.values())):
+        table.add_row(name.replace("_", " "), *(f"{numbers[name]:.4g}" for numbers in stages.values()))
+    return table
+
+
+def main(arguments: list[str] | None = None) -> tuple[dict[str, dict[str, float]], float]:
+    """Validation metrics by stage ("untrained", "trained", "from the checkpoint"), and LossOfAllDevices.difference."""
+    options = parse_arguments(arguments)
+    lightning.seed_everything(options.seed, verbose=False)
+    has_gpus = torch.cuda.is_available()
+    if not has_gpus:
+        torch.set_num_threads(1)  # tensors are small, and each process has a core to itself
+    data = load_data(labelled_fraction=0.1, seed=options.seed)
+    training = DataLoader(
+        TensorDataset(data.train_x, data.labels), options.batch_size // options.devices, shuffle=True, drop_last=True
+    )
+    validation = DataLoader(TensorDataset(data.test_x, data.test_y), 256)
+    check = LossOfAllDevices(data)
+    # A CPU backend beside NCCL: sizes and options are compared without waiting for the GPU.
+    ddp = DDPStrategy(process_group_backend="cpu:gloo,cuda:nccl" if has_gpus else "gloo")
+    with tempfile.TemporaryDirectory() as folder:
+        keep = ModelCheckpoint(folder, filename="last")
+        trainer = lightning.Trainer(
+            accelerator="gpu" if has_gpus else "cpu",
+            devices=options.devices,
+            strategy=ddp if options.devices > 1 else "auto",
+            max_epochs=options.epochs,
+            check_val_every_n_epoch=options.epochs,
+            callbacks=[keep, check, RichProgressBar()],
+            logger=False,
+            enable_model_summary=False,
+            num_sanity_val_steps=0,
+        )
+        model = ContrastiveEncoder(0.5, prototype_weight=5.0, learning_rate=LEARNING_RATE, seed=options.seed)
+
+        def measured(module: ContrastiveEncoder) -> dict[str, float]:
+            (numbers,) = trainer.validate(module, validation, verbose=False)
+            return dict(numbers)
+
+        stages: dict[str, dict[str, float]] = {"untrained": measured(model)}
+        trainer.fit(model, training, validation)
+        stages["trained"] = measured(model)
+        path: Any = trainer.strategy.broadcast(keep.best_model_path)  # that of the first process, which wrote it
+        stages["from the checkpoint"] = measured(ContrastiveEncoder.load_from_checkpoint(path))
+    if trainer.is_global_zero:
+        console = Console()
+        console.print(report(stages))
+        console.print(f"Devices: {trainer.world_size}. The loss of all, against one device's: {check.difference:.1e} apart.")
+    return stages, check.difference
+
+
+if __name__ == "__main__":
+    main()
