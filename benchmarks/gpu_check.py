@@ -41,7 +41,7 @@ SECONDS_FOR_SPEED = 150
 
 CPU_SWEEPS = (Sweep((512,), (64,), repeats=3),)
 
-GPU_TESTS = ("tests/test_gpu.py", "tests/test_native_cuda.py", "tests/test_distributed_gpu.py")
+GPU_TESTS = ("tests/test_gpu.py", "tests/test_native_cuda.py", "tests/test_distributed_gpu.py", "tests/test_training_recipes.py")
 CPU_TESTS = ("tests/test_backends.py", "-k", "test_half_precision or test_a_single_positive")
 
 

@@ -11,14 +11,17 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-import cuda_graph
-import mixed_precision
 import pytest
 import torch
 from rich.progress import Progress
-from train_digits import Run, load_data, make_encoder
 
 from clop_kernels import CLOPLoss
+
+pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
+
+import cuda_graph
+import mixed_precision
+from train_digits import Run, load_data, make_encoder
 
 
 @pytest.fixture(scope="module")
