@@ -28,6 +28,7 @@ from pathlib import Path
 import matplotlib
 import pandas as pd
 import torch
+from arguments import COUNT, number
 from collapse_figures import draw, tables, write_markdown
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -36,7 +37,7 @@ from sklearn.neighbors import KNeighborsClassifier
 from threadpoolctl import threadpool_limits
 from torch import Tensor, nn
 from torch.nn.functional import cosine_similarity, normalize
-from train_digits import EMBEDDING_DIM, N_CLASSES, N_TRAIN, Digits, load_data, noisy_view, number
+from train_digits import EMBEDDING_DIM, N_CLASSES, N_TRAIN, Digits, load_data, noisy_view
 
 from clop_kernels import CLOPLoss, collapse_report
 
@@ -254,19 +255,18 @@ def batch_sizes(text: str) -> list[int]:
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    count = number(int, lambda n: n >= 1, "an integer of at least 1")
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("--learning-rates", type=learning_rates, help="of SGD (default: 0.01,0.1,1,10,100; 0.1,10 with --short)")
     add(
         "--batch-sizes", type=batch_sizes, help="digits a step, two views of each (default: 32,64,...,1024; 256,512 with --short)"
     )
-    add("--epochs", type=count, help=f"times {N_TRAIN} digits are seen, in any run (default: 30; 1 with --short)")
-    add("--seeds", type=count, help="runs of each kind, of seeds 0, 1, ... (default: 5; 1 with --short)")
+    add("--epochs", type=COUNT, help=f"times {N_TRAIN} digits are seen, in any run (default: 30; 1 with --short)")
+    add("--seeds", type=COUNT, help="runs of each kind, of seeds 0, 1, ... (default: 5; 1 with --short)")
     changes_help = f"whether to run {CHANGED.replace('%', '%%')}, with all changes too, at batch 256 (default: %(default)s)"
     add("--changes", choices=("all", "none"), default="all", help=changes_help)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    add("--workers", type=count, default=cores, help="processes (default: one a core, %(default)s)")
+    add("--workers", type=COUNT, default=cores, help="processes (default: one a core, %(default)s)")
     add("--output", type=Path, default=Path("collapse"), help="the folder that all goes to (default: %(default)s)")
     add("--redraw", action="store_true", help="tables and figures of the collapse.csv that is there, and no run")
     add("--short", action="store_true", help="few and short runs, for CI; they show nothing but that all works")

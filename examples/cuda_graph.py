@@ -18,11 +18,13 @@ import statistics
 from collections.abc import Callable, Iterator
 
 import torch
+from arguments import COUNT, SEED
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor, nn
 from train_digits import (
+    BATCH_SIZE,
     EMBEDDING_DIM,
     LEARNING_RATE,
     N_CLASSES,
@@ -32,7 +34,6 @@ from train_digits import (
     load_data,
     make_encoder,
     noisy_view,
-    number,
 )
 
 from clop_kernels import CLOPLoss
@@ -127,14 +128,11 @@ def milliseconds(step: Callable[[], Tensor], n_steps: int) -> float:
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    count = number(int, lambda n: n >= 1, "an integer of at least 1")
-    batch_size = number(int, lambda n: 2 <= n <= N_TRAIN, f"an integer from 2 to {N_TRAIN}, the training digits")
-    seed = number(int, lambda n: 0 <= n < 2**63, "an integer from 0 to 2^63 - 1")
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
-    add("--steps", type=count, help="training steps, eager and replayed (default: 200; 20 with --short)")
-    add("--batch-size", type=batch_size, default=256, help="digits a step, two views of each (default: %(default)s)")
-    add("--seed", type=seed, default=0, help="of weights, prototypes, labels, order and views (default: %(default)s)")
+    add("--steps", type=COUNT, help="training steps, eager and replayed (default: 200; 20 with --short)")
+    add("--batch-size", type=BATCH_SIZE, default=256, help="digits a step, two views of each (default: %(default)s)")
+    add("--seed", type=SEED, default=0, help="of weights, prototypes, labels, order and views (default: %(default)s)")
     add("--short", action="store_true", help="fewer steps, for CI")
     options = parser.parse_args(arguments)
     options.steps = options.steps or (20 if options.short else 200)

@@ -24,11 +24,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from arguments import COUNT, SEED, number
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor, nn
-from train_digits import EMBEDDING_DIM, N_CLASSES, N_TRAIN, cost, load_data, noisy_view, number
+from train_digits import BATCH_SIZE, EMBEDDING_DIM, N_CLASSES, N_TRAIN, cost, load_data, noisy_view
 
 from clop_kernels import CLOPLoss, gradcache
 
@@ -167,17 +168,14 @@ def csv_file(text: str) -> Path:
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    batch_size = number(int, lambda n: 2 <= n <= N_TRAIN, f"an integer from 2 to {N_TRAIN}, the training digits")
     steps = number(int, lambda n: n >= 3, "an integer of at least 3")
-    blocks = number(int, lambda n: n >= 1, "an integer of at least 1")
-    seed = number(int, lambda n: 0 <= n < 2**63, "an integer from 0 to 2^63 - 1")
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
-    add("--batch-size", type=batch_size, help="digits a step, two views of each (default: 1024; 256 with --short)")
+    add("--batch-size", type=BATCH_SIZE, help="digits a step, two views of each (default: 1024; 256 with --short)")
     add("--sub-batches", type=sizes, help="sizes to compare with whole batches (default: 512,128,32; 32 with --short)")
-    add("--blocks", type=blocks, help="depth of the encoder, what its memory grows with (default: 32; 8 with --short)")
+    add("--blocks", type=COUNT, help="depth of the encoder, what its memory grows with (default: 32; 8 with --short)")
     add("--steps", type=steps, help="training steps of each copy (default: 20; 4 with --short)")
-    add("--seed", type=seed, default=0, help="of weights, prototypes, batches and views (default: %(default)s)")
+    add("--seed", type=SEED, default=0, help="of weights, prototypes, batches and views (default: %(default)s)")
     add("--output", type=csv_file, help="a CSV file for the table (default: none)")
     add("--short", action="store_true", help="small and few, for CI")
     options = parser.parse_args(arguments)

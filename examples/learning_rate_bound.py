@@ -36,6 +36,7 @@ from pathlib import Path
 
 import matplotlib
 import torch
+from arguments import COUNT, SEED, number, png
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -45,7 +46,6 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from rich.table import Table
 from torch import Tensor
 from torch.nn.functional import normalize
-from train_digits import number, png
 
 from clop_kernels import alignment, critical_learning_rate, effective_rank, mean_resultant_length, ntxent_loss
 
@@ -304,18 +304,16 @@ def temperatures(text: str) -> list[float]:
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     instances = number(int, lambda n: n >= 2, "an integer of at least 2")
-    steps = number(int, lambda n: n >= 1, "an integer of at least 1")
     points = number(int, lambda n: n >= 2, "an integer of at least 2")
     noise = number(float, lambda f: 0 <= f < math.inf, "a finite number of at least 0")
-    seed = number(int, lambda n: 0 <= n < 2**63, "an integer from 0 to 2^63 - 1")
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("--temperatures", type=temperatures, default="0.5,0.1", help="tau of NT-Xent (default: %(default)s)")
     add("--instances", type=instances, help=f"B, two views of each, {WIDTH} wide (default: 256; 64 with --short)")
-    add("--steps", type=steps, help="gradient steps of each simulation (default: 100; 50 with --short)")
+    add("--steps", type=COUNT, help="gradient steps of each simulation (default: 100; 50 with --short)")
     add("--points", type=points, help=f"step sizes, from {LEAST_STEP} to {MOST_STEP} tau (default: 39; 6 with --short)")
     add("--view-noise", type=noise, default=0.5, help="length of the noise in differing views (default: %(default)s)")
-    add("--seed", type=seed, default=0, help="of embeddings and views (default: %(default)s)")
+    add("--seed", type=SEED, default=0, help="of embeddings and views (default: %(default)s)")
     add("--output", type=png, default="learning_rate_bound.png", help="the figure; the CSV file beside it (default: %(default)s)")
     add("--short", action="store_true", help="few and small, for CI")
     options = parser.parse_args(arguments)

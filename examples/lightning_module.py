@@ -22,13 +22,14 @@ import torchvision_loads  # noqa: F401
 
 # isort: split
 import lightning
+from arguments import COUNT, SEED
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from lightning.pytorch.strategies import DDPStrategy
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, distributed
 from torch.utils.data import DataLoader, TensorDataset
-from train_digits import EMBEDDING_DIM, LEARNING_RATE, N_CLASSES, N_TRAIN, Digits, load_data, make_encoder, noisy_view, number
+from train_digits import BATCH_SIZE, EMBEDDING_DIM, LEARNING_RATE, N_CLASSES, Digits, load_data, make_encoder, noisy_view
 
 from clop_kernels import CLOPLoss, collapse_report
 
@@ -108,15 +109,12 @@ class LossOfAllDevices(lightning.Callback):
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    count = number(int, lambda n: n >= 1, "an integer of at least 1")
-    batch_size = number(int, lambda n: 2 <= n <= N_TRAIN, f"an integer from 2 to {N_TRAIN}, the training digits")
-    seed = number(int, lambda n: 0 <= n < 2**32, "an integer from 0 to 2^32 - 1")
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
-    add("--devices", type=count, default=1, help="GPUs, or processes where there is none (default: %(default)s)")
-    add("--epochs", type=count, help="passes over the training digits (default: 40; 8 with --short)")
-    add("--batch-size", type=batch_size, default=256, help="digits a step on all devices together (default: %(default)s)")
-    add("--seed", type=seed, default=0, help="of weights, prototypes, labels, order and views (default: %(default)s)")
+    add("--devices", type=COUNT, default=1, help="GPUs, or processes where there is none (default: %(default)s)")
+    add("--epochs", type=COUNT, help="passes over the training digits (default: 40; 8 with --short)")
+    add("--batch-size", type=BATCH_SIZE, default=256, help="digits a step on all devices together (default: %(default)s)")
+    add("--seed", type=SEED, default=0, help="of weights, prototypes, labels, order and views (default: %(default)s)")
     add("--short", action="store_true", help="fewer epochs, for CI")
     options = parser.parse_args(arguments)
     options.epochs = options.epochs or (8 if options.short else 40)

@@ -34,11 +34,11 @@ from typing import Any
 
 import torch
 import torchvision_loads  # noqa: F401
+from arguments import COUNT, SEED, number
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import Tensor, nn
-from train_digits import number
 
 from clop_kernels import clip_loss, gradcache
 
@@ -267,18 +267,15 @@ def report(before: dict[str, float], after: dict[str, float], train_pairs: Pairs
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    epochs = number(int, lambda n: n >= 1, "an integer of at least 1")
     batch_size = number(int, lambda n: n >= 2, "an integer of at least 2")
-    sub_batch = number(int, lambda n: n >= 1, "an integer of at least 1")
     scale = number(float, lambda s: 0 < s < math.inf, "a positive finite number")
-    seed = number(int, lambda n: 0 <= n < 2**32, "an integer from 0 to 2^32 - 1")
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
-    add("--epochs", type=epochs, help="passes over the training pairs (default: 20; 8 with --short)")
+    add("--epochs", type=COUNT, help="passes over the training pairs (default: 20; 8 with --short)")
     add("--batch-size", type=batch_size, default=256, help="pairs a step, each the others' negatives (default: %(default)s)")
-    add("--sub-batch", type=sub_batch, help="texts at a time through the model, with gradient caching (default: all of a batch)")
+    add("--sub-batch", type=COUNT, help="texts at a time through the model, with gradient caching (default: all of a batch)")
     add("--scale", type=scale, default=20.0, help="of cosines, the inverse of a temperature (default: %(default)s)")
-    add("--seed", type=seed, default=0, help="of weights, test pairs and batches (default: %(default)s)")
+    add("--seed", type=SEED, default=0, help="of weights, test pairs and batches (default: %(default)s)")
     add("--short", action="store_true", help="one in four modules of the standard library, for CI")
     options = parser.parse_args(arguments)
     options.epochs = options.epochs or (8 if options.short else 20)

@@ -27,6 +27,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+from arguments import COUNT, SEED, number, png
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.layout_engine import ConstrainedLayoutEngine
@@ -50,6 +51,8 @@ EMBEDDING_DIM = 64
 LARGE_BATCH_DIM = 128
 LEARNING_RATE = 3e-3
 PROTOTYPE_WEIGHT = 5.0
+
+BATCH_SIZE = number(int, lambda n: 2 <= n <= N_TRAIN, f"an integer from 2 to {N_TRAIN}, the training digits")
 
 REFERENCE, FUSED = "#9ecae1", "#08306b"
 """Light under dark: where the curves coincide, both are seen."""
@@ -323,44 +326,16 @@ def draw_bars(axes: Axes, runs: list[Run], values: list[float], unit: str, title
 # ---- command line ---------------------------------------------------------------------------------------------------
 
 
-def number(kind: type[int] | type[float], is_valid: Callable[[float], bool], expected: str) -> Callable[[str], float]:
-    """A parser of one argument; argparse puts the argument's name before the message."""
-
-    def parse(text: str) -> float:
-        try:
-            if is_valid(value := kind(text)):
-                return value
-        except ValueError:
-            pass
-        raise argparse.ArgumentTypeError(f"{text!r}: expected {expected}")
-
-    return parse
-
-
-def png(text: str) -> Path:
-    path = Path(text)
-    if path.suffix.lower() != ".png" or path.is_dir():
-        raise argparse.ArgumentTypeError(f"{text!r}: expected the path of a file that ends in .png")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a folder that can be made ({error})") from None
-    return path
-
-
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
-    epochs = number(int, lambda n: n >= 1, "an integer of at least 1")
-    batch_size = number(int, lambda n: 2 <= n <= N_TRAIN, f"an integer from 2 to {N_TRAIN}, the training digits")
-    seed = number(int, lambda n: 0 <= n < 2**63, "an integer from 0 to 2^63 - 1")
     temperature = number(float, lambda t: 0 < t < math.inf, "a positive finite number")
     fraction = number(float, lambda f: 0 <= f <= 1, "a number from 0 to 1")
     large_batch = number(int, lambda n: n >= 2 and n % 2 == 0, "an even integer of at least 2")
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
-    add("--epochs", type=epochs, help="passes over the training digits, in each run (default: 100; 6 with --short)")
-    add("--batch-size", type=batch_size, default=256, help="digits a step, two views of each (default: %(default)s)")
-    add("--seed", type=seed, default=0, help="of weights, prototypes, labels, order and views (default: %(default)s)")
+    add("--epochs", type=COUNT, help="passes over the training digits, in each run (default: 100; 6 with --short)")
+    add("--batch-size", type=BATCH_SIZE, default=256, help="digits a step, two views of each (default: %(default)s)")
+    add("--seed", type=SEED, default=0, help="of weights, prototypes, labels, order and views (default: %(default)s)")
     add("--temperature", type=temperature, default=0.5, help="tau of the loss (default: %(default)s)")
     add("--labelled-fraction", type=fraction, default=0.1, help="share of labels that are kept (default: %(default)s)")
     add("--output", type=png, default="train_digits.png", help="where the figure goes (default: %(default)s)")
