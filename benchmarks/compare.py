@@ -45,6 +45,9 @@ from .targets import verdicts
 _PRODUCT = ("N", "D", "problems", "dtypes", "temperatures", "modes")
 """The values of a sweep, which options of the command line give too."""
 
+LARGEST_WITHOUT_HOST = 16384
+"""Up to here the host's time and the GPU's own are measured apart; beyond, the GPU takes longer than the host."""
+
 
 class Comparison:
     """Runs cases one after another; what :attr:`rows` holds stays valid when a run is interrupted or fails."""
@@ -77,6 +80,9 @@ class Comparison:
             measure_rate()
             measure.alternate(steps, repeats, {row.provider: row.seconds for row in timed}, seconds, before_each=show)
             measure_rate()
+            if self.device.type == "cuda" and case.N <= LARGEST_WITHOUT_HOST:
+                for row in timed:
+                    self._separate_host(row, steps[row.provider])
         except BaseException as error:
             reason = "interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {error}"
             for row in self.rows[first:]:
@@ -86,11 +92,22 @@ class Comparison:
             self._progress.remove_task(task)
         return self.rows[first:]
 
+    @staticmethod
+    def _separate_host(row: Row, step: Step) -> None:
+        """At small N it is the host that a call waits for: its own time, and the GPU's."""
+        row.host_ms = 1e3 * measure.host_seconds(step)
+        if step.mode == "backward":
+            return
+        try:
+            row.graph_ms = 1e3 * measure.graph_seconds(step)
+        except RuntimeError as error:  # a library that synchronises, say
+            row.note = row.note or f"no CUDA graph: {str(error).splitlines()[0]}"
+
     def prepare(self, case: Case, providers: Iterable[Provider]) -> dict[str, Step]:
         """A row a provider; steps, ready to be timed, of those that can run, with their peak memory in the rows.
 
         Memory comes before time, since larger calls leave memory with the allocator. The calls whose memory was measured
-        are held to the first: a provider that computes something else, or nothing, is not timed, and its row says so.
+        are held to the first: a provider that computes something else is timed, but its row says so and counts nowhere.
         """
         torch.compiler.reset()  # its code for the cases before counts towards a limit
         default = backends.select(None, self.device, DTYPES[case.dtype]).name
@@ -112,11 +129,12 @@ class Comparison:
                 row.peak_extra_mb = measure.peak_extra_mb(step)
                 outcome = Outcome.of(provider.name, step)
                 expected = expected or outcome
+                steps[provider.name] = step
                 measure.check_equal(outcome, expected, case)
+            except AssertionError as error:
+                row.note = f"wrong: {error}"
             except Exception as error:
                 row.note = f"failed: {type(error).__name__}: {error}"
-            else:
-                steps[provider.name] = step
         return steps
 
 
@@ -285,7 +303,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except KeyboardInterrupt:
             status = 130
     for row in comparison.rows:
-        if row.note.startswith("failed"):
+        if row.note.startswith("failed") or row.is_wrong:
             console.print(f"{row.provider}: {row.note}", style="red", highlight=False)
             status = status or 1
     print_table(console, str(environment), summary(comparison.rows))

@@ -28,6 +28,7 @@ STYLES = {
     "compile": ("#E69F00", "s"),
     "metric-learning": ("#CC79A7", "^"),
     "lightly": ("#009E73", "v"),
+    "siglip-kernel": ("#F0E442", "<"),
     "cuda": ("#0072B2", "D"),
     "cpu": ("#0072B2", "D"),
     "triton": ("#D55E00", "P"),
@@ -35,7 +36,7 @@ STYLES = {
 }
 """Colours of Okabe and Ito, which the colour-blind can tell apart; cpu and cuda are never on one device."""
 
-LOSSES = {"ntxent": "NT-Xent", "supcon": "SupCon", "clip": "CLIP's loss"}
+LOSSES = {"ntxent": "NT-Xent", "supcon": "SupCon", "clip": "CLIP's loss", "sigmoid": "SigLIP's loss"}
 SHADES = {"forward": 0.35, "backward": 0.65, "forward+backward": 1.0}
 
 

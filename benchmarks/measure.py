@@ -57,11 +57,15 @@ class Step:
         synchronize(self.device)
 
     def __call__(self) -> None:
+        self.run()
+        synchronize(self.device)
+
+    def run(self) -> None:
+        """The step itself; a GPU may still be at work when it returns."""
         loss = self._forward() if self._graph is None else self._graph
         self._graph = None
         if self.mode != "forward":
             loss.backward()
-        synchronize(self.device)
         self.loss = loss.detach()  # without the graph, whose N x N arrays would stay while others are measured
 
     def _forward(self) -> Tensor:
@@ -168,10 +172,66 @@ def alternate(
         for name, timed in steps.items():
             before_each(name)
             timed.prepare()
-            start = time.perf_counter()
-            timed()
-            seconds[name].append(time.perf_counter() - start)
+            seconds[name].append(seconds_of(timed.run, timed.device))
     return seconds
+
+
+def seconds_of(run: Callable[[], None], device: torch.device) -> float:
+    """One call, begun on an idle device: by CUDA events, which leave out the synchronisation; elsewhere by the clock."""
+    if device.type == "cuda":
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        return 1e-3 * float(begin.elapsed_time(end))
+    start = time.perf_counter()
+    run()
+    return time.perf_counter() - start
+
+
+def host_seconds(measured: Step, repeats: int = 10) -> float:
+    """The median time until a call returns, whatever the GPU still does: what the host spends on it."""
+    seconds = []
+    for _ in range(repeats):
+        measured.prepare()
+        start = time.perf_counter()
+        measured.run()
+        seconds.append(time.perf_counter() - start)
+    synchronize(measured.device)
+    return statistics.median(seconds)
+
+
+def graph_seconds(measured: Step, repeats: int = 10) -> float:
+    """The median time of a replay of the step, captured as a CUDA graph: the GPU's own time, without the host's.
+
+    Not of "backward" alone, whose forward pass would have to be outside the graph.
+    """
+    leaves = [x for x in measured.inputs if x.requires_grad]
+
+    def call() -> None:
+        loss = measured.function(*measured.inputs, measured.temperature)
+        if measured.mode != "forward":
+            torch.autograd.grad(loss, leaves)  # backward() would add to leaf.grad on the stream where the leaf was made
+
+    replay = captured(call)
+    return statistics.median(seconds_of(replay, measured.device) for _ in range(repeats))
+
+
+def captured(call: Callable[[], None]) -> Callable[[], None]:
+    """``call`` as a CUDA graph, ready to be replayed; it has run three times on a stream of its own before."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            call()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    torch.cuda.synchronize()
+    replay: Callable[[], None] = graph.replay
+    return replay
 
 
 def matrix_tflops(device: torch.device, dtype: torch.dtype) -> float:

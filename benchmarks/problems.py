@@ -93,10 +93,23 @@ def _plain_clip(left: Tensor, right: Tensor, temperature: float) -> Tensor:
     return (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
 
 
+SIGMOID_BIAS = -10.0
+"""SigLIP's, where training begins."""
+
+
+def _plain_sigmoid(left: Tensor, right: Tensor, temperature: float) -> Tensor:
+    precise = torch.promote_types(left.dtype, torch.float32)
+    left, right = (F.normalize(x.to(precise), dim=1).to(x.dtype) for x in (left, right))
+    logits = (left @ right.T).to(precise) / temperature + SIGMOID_BIAS
+    signs = 2 * torch.eye(len(logits), dtype=precise, device=logits.device) - 1
+    return -F.logsigmoid(signs * logits).sum() / len(logits)
+
+
 _ALL = (
     Problem("ntxent", f"NT-Xent (SimCLR) of {N_VIEWS} views, N rows in all", _views, _plain_ntxent),
     Problem("supcon", f"SupCon of N rows with labels of {N_CLASSES} classes", _labelled, _plain_supcon),
     Problem("clip", "the two-sided loss of CLIP, N rows a side", _pairs, _plain_clip),
+    Problem("sigmoid", "SigLIP's loss, N rows a side; of other libraries, to compare with clip", _pairs, _plain_sigmoid),
 )
 
 PROBLEMS = {problem.name: problem for problem in _ALL}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import math
 import os
 import shutil
 import sysconfig
@@ -13,11 +14,12 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 import clop_kernels
 from clop_kernels.backends import BACKENDS
 
-from .problems import N_VIEWS, PROBLEMS, LossFunction
+from .problems import N_VIEWS, PROBLEMS, SIGMOID_BIAS, LossFunction
 
 Obstacle = Callable[[torch.device, torch.dtype], str | None]
 
@@ -128,6 +130,27 @@ def _import_torchvision() -> torch.library.Library | None:
     return None
 
 
+def _siglip_kernel_sigmoid(left: Tensor, right: Tensor, temperature: float) -> Tensor:
+    """It takes rows that are normalised, and the logarithm of what logits are multiplied by."""
+    left, right = (F.normalize(x.float(), dim=1).to(x.dtype) for x in (left, right))
+    scale, bias = (torch.tensor(value, device=left.device) for value in (-math.log(temperature), SIGMOID_BIAS))
+    loss: Tensor = siglip_loss()(left, right, scale, bias)
+    return loss
+
+
+@functools.cache
+def siglip_loss() -> Callable[..., Tensor]:
+    from siglip_kernel import fused_siglip_loss
+
+    return fused_siglip_loss
+
+
+def _obstacle_to_siglip_kernel(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cuda":
+        return "siglip-kernel runs on GPUs"
+    return _library("siglip-kernel", siglip_loss, "")(device, dtype)
+
+
 # ---- clop_kernels ----------------------------------------------------------------------------------------------------
 
 
@@ -178,6 +201,7 @@ _ALL = (
         _library("lightly", lightly_loss, "sum of the rows' losses in float16: infinite at N = 8192"),
         pair_arrays=5,
     ),
+    Provider("siglip-kernel", "siglip-kernel", "siglip-kernel", {"sigmoid": _siglip_kernel_sigmoid}, _obstacle_to_siglip_kernel),
     *(Provider(b.name, f"clop_kernels, {b.name}", "clop_kernels", _backend_functions(b.name), b.obstacle) for b in BACKENDS),
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import os
 import platform
 import re
 import statistics
@@ -64,7 +65,9 @@ class Row:
         is_default: the backend that ``backend=None`` takes here.
         seconds: one entry a round; entries of the same index of the rows of a case were timed one after the other.
         matrix_tflops: the rate of torch's matrix product in the same run, in 10^12 flops a second.
-        note: why it was not measured, or not all of it.
+        host_ms: until a call returns, on a GPU that is idle before it.
+        graph_ms: of a replay as a CUDA graph: the GPU's own time.
+        note: why it was not measured, or not all of it; "wrong: ..." if it computes something else.
     """
 
     provider: str
@@ -76,7 +79,14 @@ class Row:
     peak_extra_mb: float | None = None
     predicted_mb: float = 0.0
     matrix_tflops: float | None = None
+    host_ms: float | None = None
+    graph_ms: float | None = None
     note: str = ""
+
+    @property
+    def is_wrong(self) -> bool:
+        """It is timed all the same, but no ratio and no target counts it."""
+        return self.note.startswith("wrong")
 
     def quantile_ms(self, share: float) -> float | None:
         """Between the two nearest of the sorted times, linearly; None if nothing was timed."""
@@ -86,7 +96,7 @@ class Row:
 
     def share_of_matrix_rate(self) -> float | None:
         """Above 1 where symmetry saves more than all else costs."""
-        if not self.seconds or not self.matrix_tflops:
+        if not self.seconds or not self.matrix_tflops or self.is_wrong:
             return None
         flops = FLOPS_PER_PAIR[self.case.mode] * self.case.N**2 * self.case.D
         return flops / statistics.median(self.seconds) / 1e12 / self.matrix_tflops
@@ -103,6 +113,8 @@ class Row:
             "predicted_mb": _rounded(self.predicted_mb),
             "matrix_tflops": _rounded(self.matrix_tflops),
             "share_of_matrix_rate": _rounded(self.share_of_matrix_rate()),
+            "host_ms": _rounded(self.host_ms),
+            "graph_ms": _rounded(self.graph_ms),
             **asdict(self.environment),
             "note": self.note,
         }
@@ -121,6 +133,8 @@ class Row:
             peak_extra_mb=_number(columns["peak_extra_mb"]),
             predicted_mb=float(columns["predicted_mb"]),
             matrix_tflops=_number(columns["matrix_tflops"]),
+            host_ms=_number(columns.get("host_ms", "")),  # files of before November 27, 2026 have neither
+            graph_ms=_number(columns.get("graph_ms", "")),
             note=columns["note"],
         )
 
@@ -130,7 +144,7 @@ def ratio(slow: Row | None, fast: Row | None) -> float | None:
 
     On a shared machine only ratios within one run mean something, and of those the ones within a round most.
     """
-    if slow is None or fast is None or slow.environment != fast.environment:
+    if slow is None or fast is None or slow.environment != fast.environment or slow.is_wrong or fast.is_wrong:
         return None
     rounds = [a / b for a, b in zip(slow.seconds, fast.seconds, strict=False)]  # unequal after an interruption
     return statistics.median(rounds) if rounds else None
@@ -202,13 +216,17 @@ def default_directory(device: torch.device) -> Path:
 
 def summary(rows: Sequence[Row]) -> list[dict[str, str]]:
     """The rows as a person reads them, in columns that are as many for each row."""
+    of_gpus = any(row.host_ms is not None or row.graph_ms is not None for row in rows)
     return [
         {
             "case": str(row.case),
             "provider": row.provider,
-            "median ms": number(row.quantile_ms(0.5), 1),
-            "quartiles ms": " – ".join(number(row.quantile_ms(q), 1) for q in (0.25, 0.75)) if row.seconds else "",
+            "median ms": number(row.quantile_ms(0.5), 2 if of_gpus else 1),
+            "quartiles ms": " – ".join(number(row.quantile_ms(q), 2 if of_gpus else 1) for q in (0.25, 0.75))
+            if row.seconds
+            else "",
             "rounds": str(len(row.seconds) or ""),
+            **({"host ms": number(row.host_ms, 2), "graph ms": number(row.graph_ms, 3)} if of_gpus else {}),
             "time / default": number(ratio(row, default_of(rows, row.case)), 2),
             "share of matrix rate": number(row.share_of_matrix_rate(), 2),
             "extra MB": number(row.peak_extra_mb, 1),
@@ -272,7 +290,10 @@ def _driver() -> str:
 
 
 def commit_name() -> str:
-    """The short commit of this checkout, with "-dirty" if files differ from it; "unknown" outside a repository."""
+    """The short commit of this checkout, with "-dirty" if files differ from it.
+
+    Of a copy without its repository, CLOP_COMMIT in the environment tells; else it is "unknown".
+    """
 
     def git(*arguments: str) -> str:
         return subprocess.run(("git", *arguments), cwd=HERE, check=True, capture_output=True, text=True).stdout.strip()
@@ -280,4 +301,4 @@ def commit_name() -> str:
     try:
         return git("rev-parse", "--short", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("CLOP_COMMIT", "unknown")

@@ -39,6 +39,8 @@ class Sweep:
 _BFLOAT16 = ("bfloat16",)
 _NOTHING_COMPILED_PER_SHAPE = ("eager", "metric-learning", "lightly", "cuda", "triton", "cpu", "tiled")
 
+_FUSED = ("cuda", "triton")
+
 PRESETS = {
     "smoke": (
         Sweep((64, 128, 256), (32,), repeats=3, providers=_NOTHING_COMPILED_PER_SHAPE),
@@ -57,12 +59,22 @@ PRESETS = {
         Sweep((8192,), (32, 64, 256, 512, 1024), seconds=45),
     ),
     "gpu": (
-        Sweep((32768, 65536), dtypes=_BFLOAT16, repeats=10),
-        Sweep((65536,), (256,), dtypes=_BFLOAT16, repeats=10),
-        Sweep((2048,), dtypes=_BFLOAT16, repeats=10),
-        Sweep((1048576,), dtypes=_BFLOAT16, repeats=1, providers=("cuda", "triton")),
-        Sweep((8192,), dtypes=("bfloat16", "float32"), repeats=10),
-        Sweep((8192,), (1024,), dtypes=_BFLOAT16, repeats=10),
+        Sweep((65536, 32768), dtypes=_BFLOAT16, repeats=7, seconds=8),
+        Sweep((65536,), (256, 768), dtypes=_BFLOAT16, repeats=7, seconds=8, providers=_FUSED),
+        Sweep((65536,), (128, 256), dtypes=_BFLOAT16, modes=("forward",), repeats=7, seconds=5, providers=_FUSED),
+        Sweep((2048, 8192), dtypes=_BFLOAT16, repeats=20, seconds=5),
+        Sweep((65536,), (768,), ("clip",), _BFLOAT16, repeats=5, seconds=8, providers=_FUSED),
+        Sweep((1048576,), dtypes=_BFLOAT16, repeats=1, providers=_FUSED),
+        Sweep((8192,), repeats=10, seconds=5),
+        Sweep((16384,), (512,), ("clip",), _BFLOAT16, repeats=7, seconds=5),
+        Sweep((16384,), problems=("supcon",), dtypes=_BFLOAT16, repeats=7, seconds=5, providers=("eager", *_FUSED)),
+        Sweep((8192,), (100,), dtypes=_BFLOAT16, repeats=10, seconds=5, providers=_FUSED),
+    ),
+    "gpu-peers": (
+        Sweep((65536,), (768,), ("clip", "sigmoid"), _BFLOAT16, repeats=5, seconds=8, providers=("siglip-kernel", *_FUSED)),
+        Sweep((8192,), dtypes=_BFLOAT16, repeats=7, seconds=5, providers=("lightly", "metric-learning", *_FUSED)),
+        Sweep((8192,), (768,), ("sigmoid",), _BFLOAT16, repeats=5, seconds=8, providers=("eager", "siglip-kernel")),
     ),
 }
-"""By name: for continuous integration; for a first look; for benchmarks/results/cpu; for benchmarks.gpu_check, targets first."""
+"""By name: for continuous integration; for a first look; for benchmarks/results/cpu; for benchmarks.gpu_check, targets
+first, and its other libraries."""

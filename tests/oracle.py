@@ -152,6 +152,35 @@ def plain_errors(problem: Problem, expected: dict[str, Tensor], floor: float = 0
     return {name: (square / PLAIN_ORDERS) ** 0.5 for name, square in squares.items()}
 
 
+def turned(problem: Problem, seed: int) -> Problem:
+    """The problem in other coordinates, reflected: similarities are the same, and what rounding does to them is not."""
+    width = problem.embeddings.shape[1]
+    v = torch.randn(width, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+    v /= v.norm()
+
+    def reflect(x: Tensor) -> Tensor:
+        return (x - 2 * (x @ v)[:, None] * v).float().double()
+
+    prototypes = problem.prototypes
+    return replace(
+        problem, embeddings=reflect(problem.embeddings), prototypes=None if prototypes is None else reflect(prototypes)
+    )
+
+
+def errors_of_number(problem: Problem, name: str, backends: tuple[str, str], dtype: torch.dtype, device: str) -> list[float]:
+    """Relative errors of two backends in one number, the loss or the temperature's gradient: root mean squares over turns.
+
+    Large terms cancel to it, so that in a single turn either backend may meet it by chance.
+    """
+    squares = [0.0, 0.0]
+    for seed in range(PLAIN_ORDERS):
+        other = turned(problem, seed)
+        expected = other.solve("reference", torch.float64, device)[name]
+        for index, backend in enumerate(backends):
+            squares[index] += relative_error(other.solve(backend, dtype, device)[name], expected) ** 2
+    return [(square / PLAIN_ORDERS) ** 0.5 for square in squares]
+
+
 def assert_accurate(problem: Problem, backend: str, ill_conditioned: bool = False, floor: float = 0.0) -> None:
     """float32 on ``backend`` against float64 on the reference: within the tolerances above.
 

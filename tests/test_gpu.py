@@ -1,6 +1,6 @@
-"""What only a GPU can show. Not yet run on one: each test skips, with that reason, where there is none.
+"""What only a GPU can show: each test skips, with that reason, where there is none.
 
-``record_property`` puts the figures behind a verdict into ``--junitxml``, where ``python -m benchmarks.gpu_check`` reads them.
+``record_property`` keeps the figures behind a verdict, for ``python -m benchmarks.gpu_check``.
 """
 
 from __future__ import annotations
@@ -8,7 +8,9 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,7 @@ from .oracle import (
     LOSS_TOLERANCE,
     Problem,
     assert_pairs_accurate,
+    errors_of_number,
     near_duplicates,
     negatives_problem,
     random_problem,
@@ -42,6 +45,9 @@ ROOT = Path(__file__).parents[1]
 Record = Callable[[str, object], None]
 
 HALF = (torch.bfloat16, torch.float16)
+UNIT_OF_TF32 = 2.0**-10
+alone = pytest.mark.alone
+"""It needs the GPU to itself: ``python -m benchmarks.gpu_check`` runs it after all that runs side by side."""
 
 # (n_views, n_instances, width): ragged and odd, both paths of width, one row to many tiles
 SHAPES = [
@@ -71,9 +77,19 @@ def kernels(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def no_synchronisation() -> Iterator[None]:
-    torch.cuda.set_sync_debug_mode("error")
-    yield
-    torch.cuda.set_sync_debug_mode("default")
+    with synchronisation_is_an_error():
+        yield
+
+
+@contextmanager
+def synchronisation_is_an_error() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says once that this is a prototype, when it has already set it
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.fixture(params=["highest", "high"])
@@ -84,17 +100,27 @@ def matmul_precision(request: pytest.FixtureRequest) -> Iterator[str]:
 
 
 def assert_accurate(problem: Problem, backend: str, dtype: torch.dtype, record: Record, factor: float = 2.0) -> None:
-    """float32 at "highest" within the project's bounds; anything else within ``factor`` of plain PyTorch's own error."""
+    """float32 at "highest" within the project's bounds; anything else within ``factor`` of plain PyTorch's own error.
+
+    Half a unit is allowed beside that: of the operands of TF32, and in half precision of the temperature's gradient, since
+    M is rounded where plain code may round nothing.
+    """
     expected = problem.solve("reference", torch.float64, "cuda")
     plain, actual = problem.solve("reference", dtype, "cuda"), problem.solve(backend, dtype, "cuda")
     is_exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    half_unit = UNIT_OF_TF32 / 2 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
     for name, value in expected.items():
         error, of_plain = relative_error(actual[name], value), relative_error(plain[name], value)
-        record(name, f"{error:.2e} (plain PyTorch {of_plain:.2e})")
+        of_unit = half_unit if name == "temperature" or dtype == torch.float32 else 1e-4
+        slack = GRADIENT_TOLERANCE if is_exact else of_unit
         if is_exact and factor == 2.0 and name != "temperature":
             allowed = LOSS_TOLERANCE if name == "loss" else GRADIENT_TOLERANCE
         else:
-            allowed = factor * of_plain + (GRADIENT_TOLERANCE if is_exact else 1e-4)
+            allowed = factor * of_plain + slack
+            if not error <= allowed and name in ("loss", "temperature"):
+                error, of_plain = errors_of_number(problem, name, (backend, "reference"), dtype, "cuda")
+                allowed = factor * of_plain + slack
+        record(name, f"{error:.2e} (plain PyTorch {of_plain:.2e})")
         assert error <= allowed, f"{name}: relative error {error:.2e}, allowed {allowed:.2e}"
 
 
@@ -241,6 +267,7 @@ def test_classes_of_other_libraries(name: str, backend: str) -> None:
     assert relative_error(grads[1].cpu(), grads[0]) < GRADIENT_TOLERANCE
 
 
+@alone
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_131072_rows(dtype: torch.dtype, backend: str, record_property: Record) -> None:
     """Some rows of the loss against float64."""
@@ -252,6 +279,7 @@ def test_131072_rows(dtype: torch.dtype, backend: str, record_property: Record) 
     assert z.grad.isfinite().all()
 
 
+@alone
 def test_offsets_past_2_to_the_31(kernels: str, record_property: Record) -> None:
     n_rows, width = 2**20 + 128, 2048
     if torch.cuda.mem_get_info()[0] < 40e9:
@@ -285,6 +313,7 @@ def test_the_same_call_gives_the_same_bits(positives: str, width: int, kernels: 
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+@alone
 @pytest.mark.usefixtures("no_synchronisation")
 def test_no_host_synchronisation(backend: str) -> None:
     z = torch.randn(64, 16, device="cuda", requires_grad=True)
@@ -300,6 +329,7 @@ def test_no_host_synchronisation(backend: str) -> None:
     clop_kernels.negative_logsumexp(z, of_rows, backend=backend).sum().backward()
 
 
+@alone
 @pytest.mark.usefixtures("no_synchronisation")
 @pytest.mark.parametrize("width", [64, 512])
 def test_pairs_alone_do_not_synchronise(width: int, kernels: str) -> None:
@@ -313,17 +343,17 @@ def test_pairs_alone_do_not_synchronise(width: int, kernels: str) -> None:
             module.pair_gradient(zhat, groups, n_left, torch.ones(4, 300, device="cuda"), options)
 
 
-@pytest.mark.usefixtures("no_synchronisation")
+@alone
 @pytest.mark.parametrize("name", [name for name in DROP_INS if name != "metric_learning.NTXentLoss"])  # it enumerates its pairs
 def test_classes_of_other_libraries_do_not_synchronise(name: str, backend: str) -> None:
     make, arguments = DROP_INS[name]
-    torch.cuda.set_sync_debug_mode("default")
     criterion, z = make(backend=backend).cuda(), torch.randn(12, 8, device="cuda", requires_grad=True)
     given = [x.cuda() if isinstance(x, Tensor) else x for x in arguments(z)]
-    torch.cuda.set_sync_debug_mode("error")
-    criterion(*given).backward()
+    with synchronisation_is_an_error():
+        criterion(*given).backward()
 
 
+@alone
 @pytest.mark.parametrize("positives", POSITIVES)
 def test_cuda_graph_replays_on_new_input(positives: str, backend: str) -> None:
     z = torch.randn(600, 64, device="cuda", requires_grad=True)
@@ -352,6 +382,7 @@ def test_cuda_graph_replays_on_new_input(positives: str, backend: str) -> None:
             torch.testing.assert_close(actual, expected)
 
 
+@alone
 def test_runs_on_the_current_stream(backend: str) -> None:
     """The kernels must wait for what their own stream still does, and for nothing else."""
     z = torch.randn(256, 64, device="cuda")
@@ -374,6 +405,7 @@ def test_runs_on_the_device_of_the_embeddings(backend: str) -> None:
     torch.testing.assert_close(loss.cpu(), clop_kernels.ntxent_loss(z.detach().cpu()), rtol=1e-5, atol=1e-5)
 
 
+@alone
 @pytest.mark.parametrize("positives", POSITIVES)
 def test_at_most_six_launches(positives: str, kernels: str, record_property: Record) -> None:
     z = torch.randn(2048, 128, device="cuda", dtype=torch.bfloat16, requires_grad=True)
@@ -384,14 +416,17 @@ def test_at_most_six_launches(positives: str, kernels: str, record_property: Rec
 
     step()
     torch.cuda.synchronize()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        step()
-        torch.cuda.synchronize()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the profiler's own
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            step()
+            torch.cuda.synchronize()
     launched = [event.name for event in profile.events() if "CUDA" in str(event.device_type)]
     record_property("launched", ", ".join(launched))
     assert 0 < len([name for name in launched if "Memset" not in name]) <= 6 + 1  # autograd makes the upstream gradient, 1
 
 
+@alone
 @pytest.mark.parametrize("width", [128, 512])
 def test_memory_grows_with_n(width: int, backend: str, record_property: Record) -> None:
     """N x N in bfloat16 would take 8.6 GB."""
@@ -460,6 +495,8 @@ torch.cuda.synchronize()
 """
 
 
+@alone
+@pytest.mark.sanitizer
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck", "synccheck"])
 def test_compute_sanitizer(tool: str, kernels: str) -> None:
     sanitizer = shutil.which("compute-sanitizer") or shutil.which("compute-sanitizer", path="/usr/local/cuda/bin")

@@ -44,8 +44,9 @@ class Launch:
     arguments: dict[str, Any]
     options: dict[str, Any]
 
-    def run(self) -> None:
-        self.kernel[self.grid](**self.arguments, **self.options)
+    def run(self) -> Any:
+        """Returns what Triton has compiled; its interpreter compiles nothing."""
+        return self.kernel[self.grid](**self.arguments, **self.options)
 
 
 def _launch(kernel: Any, grid: tuple[int, ...], tile: Tile, arguments: Mapping[str, Any], debug: bool = False) -> Launch:

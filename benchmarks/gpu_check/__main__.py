@@ -1,0 +1,186 @@
+"""The command: ``python -m benchmarks.gpu_check --help``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from types import FrameType
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ..results import Environment, default_directory
+from . import summary
+from .journal import Journal, read
+from .plan import PLAN, Step, machine_here
+from .processes import ROOT, Runner
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    parser = _parser()
+    given = parser.parse_args(arguments)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    if given.report is not None:
+        try:
+            console.print(f"written: {summary.write(given.report)}")
+        except FileNotFoundError as error:
+            parser.error(str(error))
+        return 0
+    steps = [step for step in PLAN if given.steps is None or step.name in given.steps]
+    if given.list:
+        console.print(_table(steps))
+        return 0
+
+    environment = _environment()
+    on_gpu = environment.device_type == "cuda"
+    folder = (
+        given.output or default_directory(torch.device(environment.device_type)) / f"{environment.date[:10]}-{environment.commit}"
+    ).resolve()
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    console.print(str(environment))
+    if not on_gpu:
+        console.print("no GPU: the CPU stands in for it, which shows that this check works, and nothing about GPUs")
+
+    journal = Journal(folder / summary.JOURNAL, environment)
+    runner = Runner(journal, folder / "logs", given.budget)
+    with Follower(journal.path, console):
+        status = _run(runner, steps, on_gpu, console)
+    console.print(f"written: {summary.write(folder)}, and {folder}.tar.gz, which holds all")
+    results = [result for result, _ in read(folder / summary.JOURNAL)]
+    return status or int(not all(result.is_good for result in results))
+
+
+def _run(runner: Runner, steps: Sequence[Step], on_gpu: bool, console: Console) -> int:
+    """The steps in turn; 130 if it was interrupted, by Ctrl-C or a signal to end."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    machine = machine_here(on_gpu)
+    try:
+        for step in steps:
+            began = time.monotonic()
+            left = runner.left()
+            console.print(f"{step.name}: {step.summary}" + (f" ({left:.0f} s left)" if math.isfinite(left) else ""), style="bold")
+            if left < 5:
+                runner.add(step.name, step.name, "left out", details="the budget is spent")
+                continue
+            runner.run_all(step.name, step.jobs(machine), 1 if step.runs_apart else machine.at_once)
+            runner.add(step.name, step.name, "done", time.monotonic() - began)
+    except KeyboardInterrupt:
+        runner.kill_all()
+        console.print("interrupted; what there is so far is kept")
+        return 130
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    return 0
+
+
+def _environment() -> Environment:
+    """By a process of its own, which may hang where a driver does. Without an answer the run goes on, its rows without it."""
+    date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+    command = [sys.executable, "-m", "benchmarks.gpu_check.workers", "describe", json.dumps([date])]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
+        return Environment(**json.loads(done.stdout.splitlines()[-1]))
+    except (subprocess.SubprocessError, ValueError, IndexError):
+        return Environment("unknown", "unknown", torch.__version__, "", "", "", "", "unknown", date)
+
+
+class Follower:
+    """Shows the journal as it grows: what is not good in full, of the rest how many there are."""
+
+    def __init__(self, path: Path, console: Console) -> None:
+        self._path, self._console = path, console
+        self._n_shown = sum(1 for _ in read(path)) if path.exists() else 0
+        self._counts: Counter[str] = Counter()
+        self._status = console.status("")
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._follow, daemon=True)
+
+    def __enter__(self) -> Follower:
+        self._status.start()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+        self._status.stop()
+
+    def _follow(self) -> None:
+        while not self._end.wait(0.5):
+            self._show_new()
+        self._show_new()
+
+    def _show_new(self) -> None:
+        results = [result for result, _ in read(self._path)] if self._path.exists() else []
+        for result in results[self._n_shown :]:
+            if not result.is_good:
+                text = f"{result.step}: {result.name}: {result.outcome}: {result.details[-300:]}"
+                self._console.print(text, style="red", markup=False, highlight=False)
+            if result.step == result.name:
+                took = "" if result.seconds is None else f" in {result.seconds:.0f} s"
+                counted = ", ".join(f"{n} {outcome}" for outcome, n in self._counts.items())
+                self._console.print(f"{result.step}: {counted or result.outcome}{took}", markup=False, highlight=False)
+                self._counts.clear()
+            else:
+                self._counts[result.outcome] += 1
+                self._status.update(f"{result.step}: " + ", ".join(f"{n} {outcome}" for outcome, n in self._counts.items()))
+        self._n_shown = len(results)
+
+
+def _table(steps: Sequence[Step]) -> Table:
+    table = Table(title="the plan, most valuable first; seconds as on an H200 with 16 CPU cores")
+    for header in ("step", "what it answers", "seconds", "until then"):
+        table.add_column(header, justify="right" if header in ("seconds", "until then") else "left")
+    total = 0.0
+    for step in steps:
+        total += step.expected
+        table.add_row(step.name, step.summary, f"{step.expected:.0f}", f"{total:.0f}")
+    return table
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not value > 0:
+        raise argparse.ArgumentTypeError(f"{text}: expected a positive number of seconds")
+    return value
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.gpu_check",
+        description="All that a machine with a GPU should show, the most valuable answers first. Each result is written to "
+        "DIR/results.jsonl the moment it is known; report.md, CSV files and one archive are made of that file. Ends with 1 if "
+        "something is wrong, failed or out of time. Without a GPU it runs small, on the CPU, to be tested itself.",
+        epilog="A budget cuts from the end of the plan. Of a copy without its repository, CLOP_COMMIT in the environment names "
+        "the commit.",
+    )  # fmt: skip
+    names = [step.name for step in PLAN]
+    add = parser.add_argument
+    add("--output", type=Path, metavar="DIR", help="for all files; by default DATE-COMMIT under benchmarks/results/GPU")
+    add("--steps", nargs="+", choices=names, metavar="STEP", help=f"only these, of {', '.join(names)}")
+    add("--budget", type=_seconds, default=math.inf, metavar="SECONDS", help="ends by then, with what there is (no limit)")
+    add("--list", action="store_true", help="print the plan, and what each step takes")
+    add("--report", type=Path, metavar="DIR", help="make the report of an earlier run, of one that was cut off too")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

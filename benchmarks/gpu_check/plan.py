@@ -1,0 +1,262 @@
+"""The plan: which steps there are, in which order, and what each may take. The order is that of their value.
+
+``expected`` is what a step took on an H200 with 16 CPU cores, in seconds; ``limit`` is for each of its processes. A budget cuts
+from the end: nothing is begun that it does not cover.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from importlib.util import find_spec
+from typing import Any
+
+from ..problems import Case
+from ..sweeps import PRESETS, Sweep
+from . import tiles
+from .processes import Job
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What a plan is made for: a GPU, or the CPU as its stand-in."""
+
+    on_gpu: bool
+    cores: int
+
+    @property
+    def at_once(self) -> int:
+        """How many processes may compile at the same time."""
+        return max(1, min(14, self.cores - 2))
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        return ("cuda", "triton") if self.on_gpu else ("cpu", "tiled", "triton")
+
+    def environment_for(self, backend: str) -> dict[str, str]:
+        return {} if self.on_gpu or backend != "triton" else {"TRITON_INTERPRET": "1"}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One step.
+
+    Attributes:
+        name: what ``--steps`` takes.
+        summary: what it answers, in one line.
+        expected: seconds.
+        jobs: machine -> its processes.
+        runs_apart: one process after the other, for what is timed; else several at once.
+    """
+
+    name: str
+    summary: str
+    expected: float
+    jobs: Callable[[Machine], list[Job]]
+    runs_apart: bool = True
+
+
+# ---- versions, canaries ----------------------------------------------------------------------------------------------
+
+
+def _machine(machine: Machine) -> list[Job]:
+    jobs = [
+        Job.worker("versions", [""], 60),
+        Job("info", (sys.executable, "-m", "clop_kernels", "info"), 60),
+    ]
+    return [*jobs, Job("nvidia-smi", ("nvidia-smi",), 20)] if machine.on_gpu else jobs
+
+
+_SHAPES = (
+    (66, 64),
+    (1030, 128),
+    (66, 37),
+    (513, 256),
+    (258, 300),
+    (130, 768),
+    (90, 16),
+    (13200, 128),
+    (13200, 256),
+    (16896, 100),
+)
+"""N and D: few blocks and many, odd widths, both sides of the widths that stay on chip."""
+
+_OPTIONS: tuple[dict[str, Any], ...] = (
+    {"n_views": 2, "positives": "instance", "temperature": 0.1},
+    {"n_views": 2, "positives": "label", "temperature": 0.1, "reduction": "sum"},
+    {"n_views": 2, "positives": "instance", "temperature": 0.02, "distance": "euclidean"},
+    {"n_views": 1, "positives": "label", "temperature": 0.02, "distance": "manhattan"},
+)
+
+
+def _canary(machine: Machine) -> list[Job]:
+    """A process for each backend and dtype, several for one that compiles: a fault in one does not touch the others."""
+    jobs = []
+    for dtype in ("bfloat16", "float32", "float16"):
+        for backend in machine.backends:
+            is_interpreted = backend == "triton" and not machine.on_gpu
+            if is_interpreted and dtype == "bfloat16":
+                continue  # Triton's interpreter rounds it towards zero
+            items = [
+                {"backend": backend, "dtype": dtype, "N": n_rows, "D": width, "options": options}
+                for number, (n_rows, width) in enumerate(_SHAPES if machine.on_gpu else _SHAPES[: 1 if is_interpreted else 2])
+                for options in (_OPTIONS if number == 0 else _OPTIONS[number % 2 :: 2])
+                if n_rows % options["n_views"] == 0
+            ]
+            parts = 4 if backend == "triton" and machine.on_gpu else 1
+            environment = machine.environment_for(backend) | {"CUDA_LAUNCH_BLOCKING": "1"}
+            for part in range(parts):
+                name = f"{backend} {dtype} {part}"
+                jobs.append(Job.worker("canary", items[part::parts], 110, name, **environment))
+    return jobs
+
+
+# ---- timings ---------------------------------------------------------------------------------------------------------
+
+
+def _cases(machine: Machine, preset: str) -> Iterator[dict[str, Any]]:
+    sweeps: Sequence[Sweep] = PRESETS[preset]
+    if not machine.on_gpu:
+        providers = ("eager", "cpu", "tiled", "lightly", "metric-learning")
+        sweeps = (
+            Sweep((256,), (32,), repeats=2, providers=providers),
+            Sweep((64,), (32,), ("clip",), repeats=2, providers=providers),
+        )
+    for sweep in sweeps:
+        for case in sweep.cases():
+            names = sweep.providers or ("eager", "compile", *machine.backends)
+            yield {"case": asdict(case), "providers": names, "repeats": sweep.repeats, "seconds": sweep.seconds}
+
+
+LARGEST_TO_FILL = 65536
+"""Beyond, nothing else is compiled, and side by side the calls would take all memory."""
+
+
+def _fill(machine: Machine) -> list[Job]:
+    cases = [*_cases(machine, "gpu"), *_cases(machine, "gpu-peers")]
+    items: list[Any] = [
+        case | {"providers": [name]}
+        for case in cases
+        for name in case["providers"]
+        if name in ("compile", "triton", "siglip-kernel") and case["case"]["N"] <= LARGEST_TO_FILL
+    ]
+    if machine.on_gpu:
+        items += [asdict(trial) for group in tiles.trials() for trial in group if trial.tile is not None]
+    n_jobs = min(machine.at_once, len(items)) or 1
+    jobs = [Job.worker("fill", items[part::n_jobs], 100, f"fill {part}") for part in range(n_jobs)]
+    return [job for job in jobs if job.items]
+
+
+def _speed(preset: str) -> Callable[[Machine], list[Job]]:
+    return lambda machine: [Job.worker("speed", list(_cases(machine, preset)), 180, preset)]
+
+
+def _host(machine: Machine) -> list[Job]:
+    case = Case(2048, dtype="bfloat16") if machine.on_gpu else Case(16, 16)
+    providers = ("eager", "compile", *machine.backends) if machine.on_gpu else ("eager", "tiled")
+    return [Job.worker("host", [{"case": asdict(case), "providers": providers}], 60)]
+
+
+def _tiles(machine: Machine) -> list[Job]:
+    groups = list(tiles.trials())
+    if not machine.on_gpu:  # Triton's interpreter has no bfloat16
+        groups = [[replace(trial, dtype="float16") for trial in group[:2]] for group in groups[::2]]
+    environment = machine.environment_for("triton")
+    return [
+        Job.worker("tile", [asdict(t) for t in group], 90, f"{group[0].kernel} {group[0].D}", **environment) for group in groups
+    ]
+
+
+# ---- tests -----------------------------------------------------------------------------------------------------------
+
+_TESTS = ("tests/test_gpu.py", "tests/test_native_cuda.py", "tests/test_training_recipes.py")
+_OF_A_STAND_IN = ("tests/test_prototypes.py", "tests/test_gpu.py::test_at_most_six_launches")
+
+
+def _pytest(name: str, limit: float, *arguments: str) -> Job:
+    # Warnings of torch's own are no errors here, and a time limit for each test keeps one from costing all.
+    command = (
+        sys.executable, "-m", "pytest", "-q", "-W", "default", "-p", "no:cacheprovider", "-p", "benchmarks.gpu_check.pytest_rows",
+        *(("--timeout", "120") if find_spec("pytest_timeout") else ()), *arguments,
+    )  # fmt: skip
+    return Job(name, command, limit, allowed=(0, 1, 5))
+
+
+def _tests(machine: Machine) -> list[Job]:
+    """Many at a time, where pytest-xdist is installed: each worker compiles what its tests need, into one cache for all."""
+    workers = ("-n", str(machine.at_once)) if find_spec("xdist") else ()
+    chosen = (*_TESTS, "-m", "not alone") if machine.on_gpu else _OF_A_STAND_IN
+    return [_pytest("numbers", 240, *workers, *chosen)]
+
+
+def _serial(machine: Machine) -> list[Job]:
+    return [_pytest("alone", 150, *((*_TESTS, "-m", "alone and not sanitizer") if machine.on_gpu else _OF_A_STAND_IN))]
+
+
+def _distributed(machine: Machine) -> list[Job]:
+    return [_pytest("one rank a GPU", 120, *(("tests/test_distributed_gpu.py",) if machine.on_gpu else _OF_A_STAND_IN))]
+
+
+# ---- tools -----------------------------------------------------------------------------------------------------------
+
+
+def _tool(name: str) -> str | None:
+    return shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
+
+
+_ONCE = (sys.executable, "-m", "benchmarks.gpu_check.workers", "once")
+
+
+def _sanitizer(machine: Machine) -> list[Job]:
+    tool = _tool("compute-sanitizer") or ("true" if not machine.on_gpu else "compute-sanitizer")
+    jobs = []
+    for check in ("memcheck", "racecheck"):
+        for backend in ("cuda", "triton"):
+            item = {"backend": backend if machine.on_gpu else "tiled", "N": 512, "D": 100, "dtype": "bfloat16"}
+            command = (tool, "--tool", check, "--error-exitcode", "9", *_ONCE)
+            jobs.append(Job(f"{check} {backend}", command, 90, items=(item,)))
+    return jobs
+
+
+METRICS = ("Duration", "Registers Per Thread", "Achieved Occupancy", "Compute (SM) Throughput", "L1/TEX Cache Throughput",
+           "L2 Cache Throughput", "DRAM Throughput", "Executed Ipc Active", "Local Memory Spilling Requests")  # fmt: skip
+"""What of a profile goes into the journal; all of it is in the logs."""
+
+
+def _profile(machine: Machine) -> list[Job]:
+    tool = _tool("ncu") or ("true" if not machine.on_gpu else "ncu")
+    options = ("--set", "full", "--clock-control", "none", "-k", "regex:softmax|gradient", "-s", "2", "-c", "2")
+    jobs = []
+    for backend in ("cuda", "triton"):
+        for width in (128, 256):
+            item = {
+                "backend": backend if machine.on_gpu else "tiled",
+                "N": 32768 if machine.on_gpu else 64,
+                "D": width,
+                "dtype": "bfloat16",
+            }
+            jobs.append(Job(f"{backend} D={width}", (tool, *options, *_ONCE), 60, items=(item,)))
+    return jobs
+
+
+PLAN = (
+    Step("machine", "the GPU, the versions, which backends run, the rate of a matrix product", 15, _machine),
+    Step("canary", "is it right at all? each backend, dtype and width against float64", 30, _canary, False),
+    Step("fill", "compiles what is timed later, so that no timing waits for a compiler", 30, _fill, False),
+    Step("speed", "time and memory beside the plain loss and torch.compile of it", 90, _speed("gpu")),
+    Step("tests", "the tests that need a GPU, many at a time: every option against float64", 95, _tests),
+    Step("alone", "the tests that need the GPU to themselves: launches, synchronisation, streams, graphs, memory", 45, _serial),
+    Step("tiles", "which of Triton's tiles is fastest", 60, _tiles),
+    Step("host", "the host's time of a small call", 10, _host),
+    Step("peers", "other libraries, where they are installed: lightly, metric-learning, siglip-kernel", 40, _speed("gpu-peers")),
+    Step("profile", "Nsight Compute on the two passes over pairs, where ncu is installed", 60, _profile),
+    Step("distributed", "the loss over a process group, one rank a GPU", 40, _distributed),
+    Step("sanitizer", "compute-sanitizer on both backends, where it is installed", 120, _sanitizer, False),
+)  # fmt: skip
+
+
+def machine_here(on_gpu: bool) -> Machine:
+    return Machine(on_gpu, len(os.sched_getaffinity(0)))

@@ -1,0 +1,133 @@
+"""What is made of a journal, during a run, after it, or after one that was cut off: report.md, CSV files and one archive."""
+
+from __future__ import annotations
+
+import tarfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from .. import report
+from ..results import Row, markdown_table, write_csv
+from .journal import Result, read
+from .plan import PLAN
+
+JOURNAL = "results.jsonl"
+CSV_FILES = ("checks.csv", "speed.csv", "tiles.csv")
+
+
+def write(folder: Path) -> Path:
+    """Makes the report and the CSV files of ``folder`` from its journal, and the archive beside it. Returns the report.
+
+    Raises:
+        FileNotFoundError: if there is no journal.
+    """
+    path = folder / JOURNAL
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: expected the journal of a run; --output DIR leaves one in DIR")
+    found = list(read(path))
+    results = [result for result, _ in found]
+    for name in CSV_FILES:
+        (folder / name).unlink(missing_ok=True)
+    rows = [Row.of(as_text(result.figures)) for result in results if "rounds_ms" in result.figures]
+    write_csv([row.columns() for row in rows], folder / "speed.csv")
+    tiles = [result.figures | _where(environment) for result, environment in found if "block_m" in result.figures]
+    write_csv(tiles, folder / "tiles.csv")
+    checks = [
+        vars(r) | {"figures": _words(r.figures)} | _where(environment)
+        for r, environment in found
+        if "rounds_ms" not in r.figures and "block_m" not in r.figures
+    ]
+    write_csv(checks, folder / "checks.csv")
+    written = report.write(rows, folder, "\n\n".join(_sections(results)))
+    archive(folder)
+    return written
+
+
+def archive(folder: Path) -> Path:
+    """One file that holds the folder, logs and all, beside it."""
+    path = folder.with_name(folder.name + ".tar.gz")
+    with tarfile.open(path, "w:gz") as file:
+        file.add(folder, arcname=folder.name)
+    return path
+
+
+def as_text(figures: dict[str, Any]) -> dict[str, str]:
+    """Columns as a CSV file has them."""
+    return {name: "" if value is None else str(value) for name, value in figures.items()}
+
+
+def _where(environment: Any) -> dict[str, Any]:
+    return {name: value for name, value in vars(environment).items() if name not in ("device_type",)}
+
+
+def _words(figures: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value}" for name, value in figures.items())
+
+
+# ---- sections of the report ------------------------------------------------------------------------------------------
+
+
+def _sections(results: Sequence[Result]) -> Iterator[str]:
+    """What the report of the speed does not say."""
+    yield "## Steps"
+    yield markdown_table(
+        [_of_step(name, results) for name in dict.fromkeys([*(step.name for step in PLAN), *(r.step for r in results)])]
+    )
+    bad = [result for result in results if not result.is_good]
+    yield "## What is not as it should be"
+    yield (
+        markdown_table([{"step": r.step, "what": r.name, "outcome": r.outcome, "why": _end(r.details)} for r in bad])
+        if bad
+        else "Nothing."
+    )
+    machine = [result for result in results if result.step in ("machine", "host") and result.figures]
+    if machine:
+        yield "## The machine"
+        yield markdown_table([{"what": r.name, "figures": _words(r.figures)} for r in machine])
+    if canaries := [result for result in results if result.step == "canary" and result.figures]:
+        yield "## Canaries: relative errors against float64, the largest of each backend and dtype"
+        yield markdown_table(list(_largest_errors(canaries)))
+    if tiles := [result for result in results if "block_m" in result.figures]:
+        yield "## Tiles: the fastest beside the one that is shipped"
+        yield markdown_table(list(_fastest_tiles(tiles)))
+
+
+def _of_step(name: str, results: Sequence[Result]) -> dict[str, str]:
+    own = [result for result in results if result.step == name]
+    outcomes = Counter(result.outcome for result in own if result.name != name)
+    took = next((f"{r.seconds:.0f}" for r in reversed(own) if r.name == name and r.seconds is not None), "")
+    return {"step": name, "results": ", ".join(f"{n} {outcome}" for outcome, n in outcomes.items()) or "none", "seconds": took}
+
+
+def _end(text: str, most: int = 300) -> str:
+    """The last words of a message, where a traceback says what happened."""
+    return text if len(text) <= most else "... " + text[-most:]
+
+
+def _largest_errors(canaries: Sequence[Result]) -> Iterator[dict[str, str]]:
+    for group in dict.fromkeys(" ".join(result.name.split()[:2]) for result in canaries):
+        own = [result for result in canaries if result.name.startswith(group + " ")]
+        names = [name for name in own[0].figures if name != "same_bits"]
+        largest = {name: f"{max(float(result.figures[name]) for result in own):.1e}" for name in names}
+        yield {"backend and dtype": group, "calls": str(len(own)), **largest}
+
+
+def _fastest_tiles(tiles: Sequence[Result]) -> Iterator[dict[str, str]]:
+    groups: dict[tuple[Any, ...], list[Result]] = {}
+    for result in tiles:
+        groups.setdefault(tuple(result.figures[name] for name in ("kernel", "dtype", "D", "N")), []).append(result)
+    for (kernel, dtype, width, n_rows), own in groups.items():
+        timed = [r for r in own if r.outcome == "measured" and "microseconds" in r.figures]
+        shipped = [r.figures["microseconds"] for r in timed if r.figures["is_shipped"]]
+        if not shipped:
+            continue
+        best = min(timed, key=lambda r: float(r.figures["microseconds"]))
+        yield {
+            "kernel": kernel, "dtype": dtype, "D": str(width), "N": str(n_rows),
+            "shipped, us": " and ".join(f"{value:,.1f}" for value in shipped),
+            "fastest, us": f"{best.figures['microseconds']:,.1f}", "its tile": best.name.partition(f"N={n_rows} ")[2],
+            "shipped / fastest": f"{min(shipped) / best.figures['microseconds']:.3f}",
+            "share of matrix rate": str(best.figures["share_of_matrix_rate"]),
+        }  # fmt: skip

@@ -1,0 +1,231 @@
+"""What runs in the processes of a step: ``python -m benchmarks.gpu_check.workers FUNCTION ITEMS``, ITEMS a JSON array.
+
+Each function takes one item and writes results into the journal. An exception is a result too; where it has left the GPU in an
+error, the process ends, and another goes on with the next item.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import clop_kernels
+
+from .. import measure
+from ..compare import Comparison, progress_bar
+from ..problems import DTYPES, Case
+from ..providers import PROVIDERS
+from ..results import environment_of, version
+from . import tiles
+from .journal import Journal, Result
+from .processes import end_with_parent
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+POISONED = 3
+"""The exit code where the GPU is lost to the process."""
+
+Add = Callable[..., None]
+
+
+# ---- versions --------------------------------------------------------------------------------------------------------
+
+
+def describe(item: str, add: Add) -> None:
+    """Prints the environment of the run, with ``item`` as its date: a driver that hangs must not hang the check itself."""
+    print(json.dumps(asdict(environment_of(DEVICE, item))))
+
+
+def versions(item: str, add: Add) -> None:
+    packages = ("numpy", "triton", "pytest", "pytest-xdist", "lightly", "pytorch-metric-learning", "siglip-kernel")
+    figures: dict[str, Any] = {name: version(name) or "not installed" for name in packages}
+    figures |= {"platform": platform.platform()}
+    if DEVICE.type == "cuda":
+        gpu = torch.cuda.get_device_properties(DEVICE)
+        figures |= {"sm": f"{gpu.major}{gpu.minor}", "processors": gpu.multi_processor_count}
+        figures |= {"memory_gb": round(gpu.total_memory / 1e9, 1)}
+    for dtype in ("bfloat16", "float32") if DEVICE.type == "cuda" else ("float32",):
+        figures[f"{dtype}_tflops"] = round(measure.matrix_tflops(DEVICE, DTYPES[dtype]), 1)
+    add("machine", "done", figures=figures)
+
+
+# ---- canaries: is it right at all? -----------------------------------------------------------------------------------
+
+
+def canary(item: dict[str, Any], add: Add) -> None:
+    """Loss and gradients of one call against float64, and the same bits twice.
+
+    Held to the bounds of the project: float32 1e-6 and 1e-5; half precision twice the error of the plain loss on the same
+    rounded rows, or a unit of the dtype where the plain loss is right by luck. The temperature's gradient and the loss are one
+    number each, to which large terms cancel.
+    """
+    backend, dtype = item["backend"], DTYPES[item["dtype"]]
+    n_rows, width, options = item["N"], item["D"], dict(item["options"])
+    n_instances = n_rows // options["n_views"]
+    generator = torch.Generator().manual_seed(n_rows + width)
+    z = torch.randn(n_rows, width, generator=generator).to(DEVICE, dtype)
+    labels = torch.randint(-1, 7, (n_instances,), generator=generator).to(DEVICE)
+    prototypes = torch.nn.functional.normalize(torch.randn(7, width, generator=generator), dim=1).to(DEVICE)
+
+    def solve(precise: torch.dtype | None, name: str) -> dict[str, Tensor]:
+        leaves = {
+            "embeddings": z.to(precise or z.dtype), "prototypes": prototypes.to(precise or torch.float32),
+            "temperature": torch.tensor(options["temperature"], device=DEVICE, dtype=precise or torch.float32),
+        }  # fmt: skip
+        leaves = {key: leaf.clone().requires_grad_() for key, leaf in leaves.items()}
+        loss = clop_kernels.clop_loss(
+            leaves["embeddings"], labels, leaves["prototypes"], backend=name, **{**options, "temperature": leaves["temperature"]}
+        )
+        grads = torch.autograd.grad(loss, list(leaves.values()))
+        return {"loss": loss.detach().double()} | {key: g.double() for key, g in zip(leaves, grads, strict=True)}
+
+    plain_backend = "reference" if n_rows <= 4096 else "tiled"
+    expected, plain = solve(torch.float64, plain_backend), solve(None, plain_backend)
+    actual, again = solve(None, backend), solve(None, backend)
+    unit = torch.finfo(dtype).eps
+    figures: dict[str, Any] = {"same_bits": all(torch.equal(actual[key], again[key]) for key in actual)}
+    worst = ""
+    for key, value in expected.items():
+        error, of_plain = (float((x[key] - value).norm() / value.norm()) for x in (actual, plain))
+        if dtype == torch.float32:
+            bound = {"loss": 1e-6, "temperature": 1e-4}.get(key, 1e-5)
+        else:
+            bound = max(2 * of_plain, {"loss": unit / 8, "temperature": 2 * unit}.get(key, unit / 4))
+        figures |= {key: f"{error:.1e}", f"plain {key}": f"{of_plain:.1e}"}
+        if not error <= bound:
+            worst = worst or f"{key}: relative error {error:.2g}, expected at most {bound:.2g}"
+    if not figures["same_bits"]:
+        worst = worst or "the same call gave other bits the second time"
+    name = f"{backend} {item['dtype']} N={n_rows} D={width} {options}"
+    add(name, "wrong" if worst else "right", figures=figures, details=worst)
+
+
+# ---- timings ---------------------------------------------------------------------------------------------------------
+
+
+def speed(item: dict[str, Any], add: Add) -> None:
+    """One case of benchmarks.compare: figures are the columns of its CSV file."""
+    case, journal = Case(**item["case"]), Journal.of_process()
+    providers = [provider for name, provider in PROVIDERS.items() if name in item["providers"]]
+    with progress_bar_to_nowhere() as progress:
+        comparison = Comparison(DEVICE, journal.environment, progress)
+        try:
+            comparison.run(case, providers, item["repeats"], item["seconds"])
+        finally:
+            for row in comparison.rows:
+                outcome = "measured" if row.seconds else row.note.partition(":")[0] or "failed"
+                add(f"{row.provider}: {case}", "wrong" if row.is_wrong else outcome, figures=row.columns(), details=row.note)
+
+
+def progress_bar_to_nowhere() -> Any:
+    from io import StringIO
+
+    from rich.console import Console
+
+    return progress_bar(Console(file=StringIO()))
+
+
+def fill(item: dict[str, Any], add: Add) -> None:
+    """Compiles what a later step times, into the caches that Triton and torch.compile keep on disk; nothing is timed."""
+    if "tile" in item:
+        trial = tiles.Trial(**item)
+        tiles.run(trial, tiles.ROWS[-1] if DEVICE.type == "cuda" else 64, DEVICE, time_it=False)
+        return
+    case = Case(**item["case"])
+    inputs = case.make_inputs(DEVICE)
+    for name in item["providers"]:
+        provider = PROVIDERS[name]
+        if case.problem in provider.functions and measure.obstacle(provider, case, DEVICE) is None:
+            measure.step(provider, case, inputs)()
+
+
+# ---- tiles -----------------------------------------------------------------------------------------------------------
+
+
+def tile(item: dict[str, Any], add: Add) -> None:
+    trial = tiles.Trial(**item)
+    rate = measure.matrix_tflops(DEVICE, DTYPES[trial.dtype]) if DEVICE.type == "cuda" else None
+    for n_rows in tiles.ROWS if DEVICE.type == "cuda" else (64,):
+        figures = tiles.run(trial, n_rows, DEVICE, time_it=True)
+        figures["share_of_matrix_rate"] = None if rate is None else round(figures["tflops"] / rate, 4)
+        is_right = figures["error"] <= 4 * torch.finfo(DTYPES[trial.dtype]).eps and figures["same_bits"]
+        name = "{kernel} D={D} N={N} {block_m}x{block_n}, {num_warps} warps, {num_stages} stages".format(**figures)
+        add(name, "measured" if is_right else "wrong", figures=figures)
+
+
+# ---- one call, for a profiler or a checker ---------------------------------------------------------------------------
+
+
+def once(item: dict[str, Any], add: Add) -> None:
+    """NT-Xent of one shape, forward and backward, twice: the first call compiles."""
+    z = torch.randn(item["N"], item["D"], device=DEVICE).to(DTYPES[item["dtype"]]).requires_grad_()
+    for _ in range(2):
+        clop_kernels.ntxent_loss(z, backend=item["backend"]).backward()
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def host(item: dict[str, Any], add: Add) -> None:
+    """Where the host's time of a small call goes: forward and backward of each backend, and of the plain loss."""
+    case = Case(**item["case"])
+    figures: dict[str, int] = {}
+    for name in item["providers"]:
+        step = measure.step(PROVIDERS[name], case, case.make_inputs(DEVICE))
+        step.prepare()
+        step()
+        begins, ends = [], []
+        for _ in range(30):
+            step.prepare()
+            start = time.perf_counter()
+            loss = step.function(*step.inputs, step.temperature)
+            middle = time.perf_counter()
+            loss.backward()
+            begins.append(1e6 * (middle - start))
+            ends.append(1e6 * (time.perf_counter() - middle))
+        figures |= {f"{name} forward us": round(statistics.median(begins)), f"{name} backward us": round(statistics.median(ends))}
+    add(f"host time: {case}", "measured", figures=figures)
+
+
+# ---- the process -----------------------------------------------------------------------------------------------------
+
+FUNCTIONS: dict[str, Callable[[Any, Add], None]] = {f.__name__: f for f in (versions, canary, speed, fill, tile, once, host)}
+
+
+def main(arguments: list[str]) -> int:
+    end_with_parent()
+    function, items = arguments[0], json.loads(arguments[1])
+    if function == "describe":
+        describe(items[0], lambda *_, **__: None)
+        return 0
+    journal = Journal.of_process()
+    for index, item in enumerate(items):
+        print(f"begin {index}", flush=True)
+        began = time.perf_counter()
+
+        def add(name: str, outcome: str, began: float = began, **named: Any) -> None:
+            result = journal.add(Result(journal.step, name, outcome, round(time.perf_counter() - began, 3), **named))
+            print(result, flush=True)
+
+        try:
+            FUNCTIONS[function](item, add)
+        except Exception as error:
+            add(str(item), "failed", details=f"{type(error).__name__}: {error}"[:2000])
+        if DEVICE.type == "cuda":
+            try:
+                torch.cuda.synchronize()
+            except Exception as error:
+                add(str(item), "crashed", details=f"the GPU is in an error: {error}"[:2000])
+                return POISONED
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
