@@ -72,7 +72,9 @@ CUstream_st* current_stream(int32_t device) {
   if (aoti_torch_get_current_cuda_stream == nullptr)
     throw std::runtime_error("clop_native: this build of torch has no CUDA; its CUDA builds are at https://pytorch.org");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  // torch's macros for this will not do: 2.11 lacks STABLE_TORCH_ERROR_CODE_CHECK, and TORCH_ERROR_CODE_CHECK names no GPU.
+  if (aoti_torch_get_current_cuda_stream(device, &stream) != 0)
+    throw std::runtime_error("clop_native: torch cannot say which stream of " + device_text(device) + " is the current one");
   return static_cast<CUstream_st*>(stream);
 }
 
