@@ -25,6 +25,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.parallel import DistributedDataParallel
 
+from .ops import DEVICES_WITH_AUTOCAST
+
 Inputs: TypeAlias = Tensor | Sequence[Any] | Mapping[str, Any]
 """What an encoder is called with: ``encoder(x)``, ``encoder(*x)`` for a sequence, ``encoder(**x)`` for a mapping."""
 
@@ -328,7 +330,7 @@ class _Plan:
         self._autocast = [
             (kind, torch.get_autocast_dtype(kind), torch.is_autocast_enabled(kind))
             for kind in kinds
-            if torch.amp.is_autocast_available(kind)
+            if kind in DEVICES_WITH_AUTOCAST
         ]
 
     def sub_batches(self) -> list[tuple[_Call, slice]]:

@@ -96,19 +96,20 @@ def option_arguments(
     )
 
 
+_DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu", "xla", "mtia", "maia", "ipu", torch._C._get_privateuse1_backend_name())
+DEVICES_WITH_AUTOCAST = frozenset(device_type for device_type in _DEVICES if torch.amp.is_autocast_available(device_type))
+"""Types of device; "meta" has none. Asked here and not at each call, which torch.compile of torch 2.11 cannot trace."""
+
+
 def _compute_dtype(embeddings: Tensor) -> torch.dtype:
     device_type = embeddings.device.type
-    if embeddings.dtype != torch.float64 and _has_autocast(device_type) and torch.is_autocast_enabled(device_type):
+    if embeddings.dtype != torch.float64 and device_type in DEVICES_WITH_AUTOCAST and torch.is_autocast_enabled(device_type):
         return torch.get_autocast_dtype(device_type)
     return embeddings.dtype
 
 
-def _has_autocast(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type)  # not for the meta device, say
-
-
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    return torch.autocast(device_type, enabled=False) if _has_autocast(device_type) else nullcontext()
+    return torch.autocast(device_type, enabled=False) if device_type in DEVICES_WITH_AUTOCAST else nullcontext()
 
 
 def check_values(labels: Tensor | None, prototypes: Tensor | None, temperature: Tensor | None) -> None:

@@ -543,12 +543,20 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     assert "8.0 or more, and this GPU has 7.5" in str(TRITON.obstacle(gpu, torch.float32))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    for version, works in (("3.5.1", False), ("3.6.0", True), ("3.10.0+git1", True)):
-        monkeypatch.setattr(importlib, "import_module", lambda name, v=version: type("Triton", (), {"__version__": v}))
-        backends._obstacle_of_version.cache_clear()
-        obstacle = TRITON.obstacle(gpu, torch.float32)
-        assert (obstacle is None) == works, obstacle
-    backends._obstacle_of_version.cache_clear()
+    versions: dict[str, str] = {}
+    monkeypatch.setattr(importlib, "import_module", lambda name: SimpleNamespace(__version__=versions[name]))
+    for triton, numpy, device, expected in (
+        ("3.5.1", "2.3.5", gpu, "it needs Triton 3.6 or newer, and 3.5 is installed"),
+        ("3.6.0", "2.5.2", gpu, None),
+        ("3.10.0+git1", "2.5.2", gpu, None),
+        ("3.6.0", "2.3.5", cpu, None),
+        ("3.6.0", "2.4.0", cpu, "Triton's interpreter takes NumPy 2.4 or newer from Triton 3.7 on: `pip install 'numpy<2.4'`"),
+        ("3.7.0", "2.4.0", cpu, None),
+    ):
+        versions |= {"triton": triton, "numpy": numpy}
+        backends._version_of.cache_clear()
+        assert TRITON.obstacle(device, torch.float32) == expected
+    backends._version_of.cache_clear()
 
 
 @interpreted

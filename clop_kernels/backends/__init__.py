@@ -63,21 +63,23 @@ def _obstacle_to_triton(device: torch.device, dtype: torch.dtype) -> str | None:
             return "Triton kernels run on GPUs; TRITON_INTERPRET=1 in the environment runs them on a CPU, slowly, for debugging"
         if dtype == torch.bfloat16:
             return "Triton's interpreter rounds bfloat16 towards zero"
+        if _version_of("triton") < (3, 7) and _version_of("numpy") >= (2, 4):  # Triton's issue 9171
+            return "Triton's interpreter takes NumPy 2.4 or newer from Triton 3.7 on: `pip install 'numpy<2.4'`"
     elif device.type not in _GPUS:
         return f"Triton compiles for {' and '.join(_GPUS)} devices"
     elif device.type == "cuda" and torch.version.hip is None:
         capability = torch.cuda.get_device_capability(device)
         if capability < _OLDEST_CAPABILITY:
             return "Triton needs compute capability 8.0 or more, and this GPU has {}.{}".format(*capability)
-    return _obstacle_of_version()
+    if _version_of("triton") < _OLDEST_TRITON:
+        return "it needs Triton 3.6 or newer, and {}.{} is installed".format(*_version_of("triton"))
+    return None
 
 
 @functools.cache  # a loss asks twice a step
-def _obstacle_of_version() -> str | None:
-    version = importlib.import_module("triton").__version__
-    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < _OLDEST_TRITON:
-        return f"it needs Triton 3.6 or newer, and {version} is installed"
-    return None
+def _version_of(package: str) -> tuple[int, int]:
+    major, minor = re.findall(r"\d+", importlib.import_module(package).__version__)[:2]
+    return int(major), int(minor)
 
 
 def _obstacle_to_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
