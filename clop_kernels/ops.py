@@ -166,6 +166,7 @@ def options_of(
 def _forward(embeddings: Tensor, labels: Tensor | None, prototypes: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
     *option_args, backend = args
     options = options_of(*option_args)
+    labels, prototypes = _contiguous(labels), _contiguous(prototypes)
     module = backends.select(backend, embeddings.device, options.compute_dtype).load()
     if embeddings.device.type == "cpu" or not module.CHECKS_VALUES:
         check_values(labels, prototypes, option_args[1])
@@ -193,9 +194,15 @@ def _backward(
     options = options_of(*option_args)
     chosen = backends.select(backend, embeddings.device, options.compute_dtype)
     residuals = Residuals(normalized, norms, shift, total, negative, groups, counts)
+    grad_loss, labels, prototypes = grad_loss.contiguous(), _contiguous(labels), _contiguous(prototypes)
     with without_autocast(embeddings.device.type):
         grads = chosen.load().backward(grad_loss, embeddings, residuals, labels, prototypes, options, Needs(*needs))
     return filled_gradients(grads, embeddings, option_args[1], prototypes, needs)
+
+
+def _contiguous(x: Tensor | None) -> Tensor | None:
+    """As the contract promises backends, whose kernels read one number after the other."""
+    return None if x is None else x.contiguous()
 
 
 def filled_gradients(

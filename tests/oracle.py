@@ -224,22 +224,65 @@ def shaped_problem(shape: tuple[int, int], width: int, temperature: float = 0.1)
     return random_problem(*shape, width, temperature=temperature, **options)
 
 
-def assert_strides_and_dtypes_do_not_matter(backend: str) -> None:
-    """Neither copies nor contiguous tensors are asked of the user."""
-    problem = random_problem(2, 9, 6)
+def _every_other_number(x: Tensor) -> Tensor:
+    return torch.stack([x, x + 1], -1)[..., 0]
+
+
+def _transposed_and_misaligned(x: Tensor) -> Tensor:
+    columns = x.t()
+    return torch.cat([x.flatten()[:1], columns.flatten()])[1:].view(columns.shape).t()
+
+
+def _one_row_repeated(x: Tensor) -> Tensor:
+    return x[:1].expand_as(x) if x.dim() else x
+
+
+LOSSES: dict[str, Callable[..., Tensor]] = {
+    "clop": lambda z, labels, prototypes, **options: clop_kernels.clop_loss(
+        z, labels, prototypes, distance="euclidean", reduction="none", **options
+    ),
+    "supcon": lambda z, labels, _, **options: clop_kernels.supcon_loss(z, labels, n_views=2, reduction="none", **options),
+    "clip": lambda z, labels, _, **options: clop_kernels.clip_loss(
+        z[: len(labels)], z[len(labels) :], labels, labels.flip(0), reduction="none", **options
+    ),
+    "negatives": lambda z, labels, _, **options: clop_kernels.negative_logsumexp(z[: len(labels)], labels, **options),
+}
+
+
+def assert_layouts_do_not_matter(loss_name: str, backend: str, device: str = "cpu") -> None:
+    """Tensors of any strides, anywhere in memory, have the loss and the gradients of contiguous copies, to the bit.
+
+    The width is odd: rows that a kernel may load 16 bytes at a time are summed in another order than others.
+    """
+    problem = random_problem(2, 9, 7)
+    assert problem.labels is not None
     assert problem.prototypes is not None
-    expected = problem.solve(backend, torch.float32)
-    z = problem.embeddings.float()
-    prototypes = problem.prototypes.T.contiguous().T
-    for strided in (z.T.contiguous().T, torch.stack([z, z], dim=1).flatten(1)[:, :6]):
-        assert not strided.is_contiguous()
-        leaf = strided.detach().requires_grad_()
-        loss = clop_kernels.clop_loss(
-            leaf, problem.labels, prototypes, temperature=problem.temperature, backend=backend, **problem.options
-        )
-        (grad,) = torch.autograd.grad(loss, leaf)
-        assert torch.equal(loss.detach().double(), expected["loss"])
-        assert torch.equal(grad.double(), expected["embeddings"])
+    tau, upstream = torch.tensor(problem.temperature), torch.linspace(-1, 1, 18)
+    rows, *others = (x.to(device) for x in (problem.embeddings.float(), problem.labels, problem.prototypes, tau, upstream))
+
+    def solve(rows: Tensor, labels: Tensor, prototypes: Tensor, tau: Tensor, upstream: Tensor) -> list[Tensor]:
+        inputs = [x.detach().requires_grad_() for x in (rows, prototypes, tau)]
+        loss = LOSSES[loss_name](inputs[0], labels, inputs[1], temperature=inputs[2], backend=backend)
+        grads = torch.autograd.grad(loss, inputs, upstream[: len(loss)], allow_unused=True, materialize_grads=True)
+        return [loss.detach(), *grads]
+
+    def copies(*inputs: Tensor) -> list[Tensor]:
+        rows, labels, prototypes, *rest = (x.clone(memory_format=torch.contiguous_format) for x in inputs)
+        return [rows, labels, prototypes.float(), *rest]  # nor does the dtype of prototypes matter, which float32 holds
+
+    views = {
+        "every other number": map(_every_other_number, (rows, *others)),
+        "transposed and misaligned": map(_transposed_and_misaligned, (rows, *others)),
+        # Apart: rows that are all equal have nothing for labels to tell apart.
+        "one row repeated": (_one_row_repeated(rows), *others),
+        "one label repeated": (rows, *map(_one_row_repeated, others)),
+    }
+    for layout, given in views.items():
+        inputs = list(given)
+        for name, actual, expected in zip(
+            ("loss", "embeddings", "prototypes", "temperature"), solve(*inputs), solve(*copies(*inputs)), strict=True
+        ):
+            assert torch.equal(actual, expected.to(actual.dtype)), f"{name}: {layout}"
 
 
 def assert_float16_saturates_and_overflow_shows(backend: str) -> None:

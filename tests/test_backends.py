@@ -16,9 +16,11 @@ from clop_kernels.backends.contract import DISTANCES, POSITIVES, REDUCTIONS, Los
 
 from .oracle import (
     GRADIENT_TOLERANCE,
+    LOSSES,
     Problem,
     assert_accurate,
     assert_float16_saturates_and_overflow_shows,
+    assert_layouts_do_not_matter,
     assert_pairs_accurate,
     near_duplicates,
     negatives_problem,
@@ -326,17 +328,9 @@ def test_nan_and_inf_come_out_as_nan(bad: float, options: dict[str, object], tem
         assert loss[5].isnan() if loss.dim() else loss.isnan(), name
 
 
-def test_input_layout_does_not_matter(backend: str) -> None:
-    problem = random_problem()
-    z, c = problem.embeddings, problem.prototypes
-    assert c is not None
-    expected = problem.solve(backend, torch.float64)
-    strided = torch.stack([z, z + 1], dim=2)[:, :, 0]
-    for layout in (z.T.contiguous().T, strided, torch.cat([z, z])[:66]):
-        inputs = layout.detach().requires_grad_()
-        loss = clop_kernels.clop_loss(inputs, problem.labels, c.T.contiguous().T, backend=backend, **problem.options)
-        torch.testing.assert_close(loss, expected["loss"])
-        torch.testing.assert_close(torch.autograd.grad(loss, inputs)[0], expected["embeddings"])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_layouts_do_not_matter(loss: str, backend: str) -> None:
+    assert_layouts_do_not_matter(loss, backend)
 
 
 def test_upstream_gradient_and_row_weights(backend: str) -> None:

@@ -303,7 +303,7 @@ def test_equal_ranks_need_no_header(ranks: World) -> None:
 
 
 def loss_of_a_subgroup(group: distributed.ProcessGroup, z: Tensor) -> Any:
-    """Ranks of the world that are others in the group; twice backward, and rows that are not contiguous."""
+    """Ranks of the world that are others in the group; twice backward, and neither rows nor labels are contiguous."""
     members = distributed.new_group([1, 3])
     if distributed.get_rank() not in (1, 3):
         return None
@@ -312,7 +312,7 @@ def loss_of_a_subgroup(group: distributed.ProcessGroup, z: Tensor) -> Any:
     prototypes = clop_kernels.CLOPLoss(3, z.shape[1], group=members).prototypes
     results = []
     for strategy in ("gather", "ring"):
-        loss = clop_kernels.supcon_loss(mine, torch.tensor([0, 0, 1, -1]), group=members, strategy=strategy)
+        loss = clop_kernels.supcon_loss(mine, torch.tensor([0, 2, 0, 3, 1, 4, -1, 5])[::2], group=members, strategy=strategy)
         grads = [torch.autograd.grad(loss, mine, retain_graph=True)[0] for _ in range(2)]
         results.append([loss.detach(), *grads])
     return prototypes, results

@@ -28,7 +28,9 @@ from .oracle import (
     DROP_INS,
     GRADIENT_TOLERANCE,
     LOSS_TOLERANCE,
+    LOSSES,
     Problem,
+    assert_layouts_do_not_matter,
     assert_pairs_accurate,
     errors_of_number,
     near_duplicates,
@@ -277,6 +279,11 @@ def test_131072_rows(dtype: torch.dtype, backend: str, record_property: Record) 
     assert_rows_agree(loss, z, [0, 1, 65535, 65536, 131071], record_property)
     assert z.grad is not None
     assert z.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_layouts_do_not_matter(loss: str, kernels: str) -> None:
+    assert_layouts_do_not_matter(loss, kernels, "cuda")
 
 
 @alone

@@ -19,12 +19,13 @@ from clop_kernels.groups import label_groups
 
 from . import host
 from .oracle import (
+    LOSSES,
     Problem,
     assert_accurate,
     assert_as_good_as_plain,
     assert_float16_saturates_and_overflow_shows,
+    assert_layouts_do_not_matter,
     assert_pairs_accurate,
-    assert_strides_and_dtypes_do_not_matter,
     near_duplicates,
     negatives_problem,
     random_problem,
@@ -179,8 +180,9 @@ def test_float16_rows_of_zeros_saturate_and_overflow_shows(kernels: host.Kernels
     assert_float16_saturates_and_overflow_shows("cuda")
 
 
-def test_strides_and_prototype_dtypes(kernels: host.Kernels) -> None:
-    assert_strides_and_dtypes_do_not_matter("cuda")
+@pytest.mark.parametrize("loss", LOSSES)
+def test_layouts_do_not_matter(loss: str, kernels: host.Kernels) -> None:
+    assert_layouts_do_not_matter(loss, "cuda")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

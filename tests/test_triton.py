@@ -26,12 +26,13 @@ from clop_kernels import backends
 from clop_kernels.backends.contract import DISTANCES, POSITIVES, REDUCTIONS, LossOptions, Needs, Residuals
 
 from .oracle import (
+    LOSSES,
     OPTIONS,
     Problem,
     assert_accurate,
     assert_as_good_as_plain,
     assert_float16_saturates_and_overflow_shows,
-    assert_strides_and_dtypes_do_not_matter,
+    assert_layouts_do_not_matter,
     near_duplicates,
     random_problem,
     relative_error,
@@ -166,8 +167,9 @@ def test_float16_rows_of_zeros_saturate_and_overflow_shows() -> None:
 
 
 @interpreted
-def test_strides_and_prototype_dtypes() -> None:
-    assert_strides_and_dtypes_do_not_matter("triton")
+@pytest.mark.parametrize("loss", LOSSES)
+def test_layouts_do_not_matter(loss: str) -> None:
+    assert_layouts_do_not_matter(loss, "triton")
 
 
 @interpreted

@@ -17,6 +17,12 @@ def pytest_configure() -> None:
     end_with_parent()
 
 
+def pytest_collectreport(report: pytest.CollectReport) -> None:
+    if report.outcome == "failed" and "PYTEST_XDIST_WORKER" not in os.environ:
+        journal = Journal.of_process()
+        journal.add(Result(journal.step, report.nodeid, "failed", details=str(report.longrepr)[-1500:]))
+
+
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ or (report.when != "call" and report.outcome == "passed"):
         return

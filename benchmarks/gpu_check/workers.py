@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 import clop_kernels
+from clop_kernels import backends
+from clop_kernels.backends import BackendUnavailableError
 
 from .. import measure
 from ..compare import Comparison, progress_bar
@@ -152,6 +154,7 @@ def fill(item: dict[str, Any], add: Add) -> None:
 
 def tile(item: dict[str, Any], add: Add) -> None:
     trial = tiles.Trial(**item)
+    backends.select("triton", DEVICE, DTYPES[trial.dtype])
     rate = measure.matrix_tflops(DEVICE, DTYPES[trial.dtype]) if DEVICE.type == "cuda" else None
     for n_rows in tiles.ROWS if DEVICE.type == "cuda" else (64,):
         figures = tiles.run(trial, n_rows, DEVICE, time_it=True)
@@ -216,6 +219,8 @@ def main(arguments: list[str]) -> int:
 
         try:
             FUNCTIONS[function](item, add)
+        except BackendUnavailableError as error:
+            add(str(item), "skipped", details=str(error))
         except Exception as error:
             add(str(item), "failed", details=f"{type(error).__name__}: {error}"[:2000])
         if DEVICE.type == "cuda":

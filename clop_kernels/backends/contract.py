@@ -12,7 +12,8 @@ the same kernels::
     pair_gradient(zhat, groups, n_left, coefficients, options) -> Tensor
 
 All run below autograd and autocast, on validated input, and must neither synchronise with the host on a GPU nor
-allocate anything that grows with N^2. The definition they compute is :mod:`clop_kernels.reference`.
+allocate anything that grows with N^2. The definition they compute is :mod:`clop_kernels.reference`. ``embeddings`` have any
+strides; ``labels``, int64, ``prototypes``, of any floating dtype, and ``grad_loss`` are contiguous, which the operators see to.
 
 The passes over pairs take rows that are normalised, rounded and in the order of their positive groups already. They compare
 ``zhat``, (M, D) contiguous in the compute dtype, with itself if ``n_left`` is None; else its first ``n_left`` rows with the other

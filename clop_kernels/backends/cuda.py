@@ -59,7 +59,7 @@ def forward(
     if options.positives == "label":
         assert labels is not None
         if labels.shape[0] <= RANKED_INSTANCES:
-            groups = kernels.cuda_groups(labels.contiguous(), options.n_views, _n_left(options))
+            groups = kernels.cuda_groups(labels, options.n_views, _n_left(options))
         else:
             groups = label_groups(labels, options.n_views, options.n_left).table()
     else:
@@ -249,7 +249,7 @@ def _arguments(groups: Tensor, labels: Tensor | None, prototypes: Tensor | None,
     used = used_prototypes(prototypes, labels)
     return (
         groups,
-        None if labels is None else labels.contiguous(),
+        labels,
         None if used is None else used.to(torch.float32),
         *_scale(options),
         options.n_views,

@@ -57,7 +57,7 @@ def forward(
     else:
         groups = embeddings.new_empty((3, 0), dtype=torch.int32)
     loss, normalized, norms, shift, total, negative, counts = torch.ops.clop_native.cpu_forward(
-        embeddings, groups, *_inputs(labels, prototypes, options), *_options(options)
+        embeddings, groups, labels, _precise(prototypes, options), *_options(options)
     )
     return loss, Residuals(normalized, norms, shift, total, negative, groups, counts)
 
@@ -73,10 +73,11 @@ def backward(
 ) -> Gradients:
     """See :mod:`clop_kernels.backends.contract`."""
     grads = torch.ops.clop_native.cpu_backward(
-        grad_loss.to(options.accumulate_dtype).contiguous(),
+        grad_loss.to(options.accumulate_dtype),
         embeddings,
         *residuals,
-        *_inputs(labels, prototypes, options),
+        labels,
+        _precise(prototypes, options),
         *needs,
         *_options(options),
     )
@@ -94,11 +95,8 @@ def pair_gradient(zhat: Tensor, groups: Tensor, n_left: int | None, coefficients
     return grad
 
 
-def _inputs(labels: Tensor | None, prototypes: Tensor | None, options: LossOptions) -> tuple[Tensor | None, Tensor | None]:
-    return (
-        None if labels is None else labels.contiguous(),
-        None if prototypes is None else prototypes.to(options.accumulate_dtype).contiguous(),
-    )
+def _precise(prototypes: Tensor | None, options: LossOptions) -> Tensor | None:
+    return None if prototypes is None else prototypes.to(options.accumulate_dtype)
 
 
 def _options(options: LossOptions) -> tuple[Any, ...]:
