@@ -6,7 +6,7 @@ half nvcc with its static runtime. What is missing is named, and the package is 
 Environment:
     CLOP_NATIVE: auto (build if it can be built; the default), 1 (fail, with the reason, if it cannot), 0 (do not).
     CLOP_CUDA: the same for the CUDA half.
-    CLOP_CUDA_ARCHS: what nvcc compiles for, ``80;90a;100a;120+PTX`` by default.
+    CLOP_CUDA_ARCHS: what nvcc compiles for, ``80;90;100;120+PTX`` by default.
     CLOP_SANITIZE: ``address,undefined`` instruments the host code.
     CLOP_LOCAL_VERSION: ``cu130`` makes the version 0.1.0+cu130; tools/build_wheels.py sets it.
     CUDA_HOME or CUDA_PATH, CXX, MAX_JOBS: as everywhere.
@@ -44,7 +44,9 @@ OLDEST_TORCH = (2, 11)
 
 OLDEST_SETUPTOOLS = 77  # as in pyproject.toml, which only an isolated build heeds
 
-DEFAULT_ARCHS = "80;90a;100a;120+PTX"
+DEFAULT_ARCHS = "80;90;100;120+PTX"
+"""Code for 80 runs on all of 8.x, that for 100 on 10.3 too. No "a": it would run on one of them alone, and nothing needs it yet."""
+
 OLDEST_ARCH = 80
 
 LEVELS = {
@@ -71,7 +73,7 @@ class Cuda:
     Attributes:
         nvcc: the compiler.
         version: of the toolkit, "13.0".
-        archs: as in CLOP_CUDA_ARCHS, ("80", "90a", "120+PTX").
+        archs: as in CLOP_CUDA_ARCHS, ("80", "90", "120+PTX").
         include: its headers.
         libraries: where libcudart_static.a is.
     """
