@@ -45,6 +45,9 @@ from .targets import verdicts
 _PRODUCT = ("N", "D", "problems", "dtypes", "temperatures", "modes")
 """The values of a sweep, which options of the command line give too."""
 
+NO_GRAPH = "no CUDA graph"
+"""How the note of a row begins whose step cannot be captured."""
+
 LARGEST_WITHOUT_HOST = 16384
 """Up to here the host's time and the GPU's own are measured apart; beyond, the GPU takes longer than the host."""
 
@@ -101,7 +104,7 @@ class Comparison:
         try:
             row.graph_ms = 1e3 * measure.graph_seconds(step)
         except RuntimeError as error:  # a library that synchronises, say
-            row.note = row.note or f"no CUDA graph: {str(error).splitlines()[0]}"
+            row.note = row.note or f"{NO_GRAPH}: {str(error).splitlines()[0]}"
 
     def prepare(self, case: Case, providers: Iterable[Provider]) -> dict[str, Step]:
         """A row a provider; steps, ready to be timed, of those that can run, with their peak memory in the rows.

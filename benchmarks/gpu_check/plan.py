@@ -65,9 +65,9 @@ class Step:
 def _machine(machine: Machine) -> list[Job]:
     jobs = [
         Job.worker("versions", [""], 60),
-        Job("info", (sys.executable, "-m", "clop_kernels", "info"), 60),
+        Job("info", (sys.executable, "-m", "clop_kernels", "info"), 60, is_result=True),
     ]
-    return [*jobs, Job("nvidia-smi", ("nvidia-smi",), 20)] if machine.on_gpu else jobs
+    return [*jobs, Job("nvidia-smi", ("nvidia-smi",), 20, is_result=True)] if machine.on_gpu else jobs
 
 
 _SHAPES = (
@@ -203,7 +203,7 @@ def _distributed(machine: Machine) -> list[Job]:
 # ---- tools -----------------------------------------------------------------------------------------------------------
 
 
-def _tool(name: str) -> str | None:
+def tool(name: str) -> str | None:
     return shutil.which(name) or shutil.which(name, path="/usr/local/cuda/bin")
 
 
@@ -211,35 +211,26 @@ _ONCE = (sys.executable, "-m", "benchmarks.gpu_check.workers", "once")
 
 
 def _sanitizer(machine: Machine) -> list[Job]:
-    tool = _tool("compute-sanitizer") or ("true" if not machine.on_gpu else "compute-sanitizer")
+    sanitizer = tool("compute-sanitizer") if machine.on_gpu else "env"  # which only runs what comes after it
+    if sanitizer is None:
+        return []
     jobs = []
     for check in ("memcheck", "racecheck"):
         for backend in ("cuda", "triton"):
             item = {"backend": backend if machine.on_gpu else "tiled", "N": 512, "D": 100, "dtype": "bfloat16"}
-            command = (tool, "--tool", check, "--error-exitcode", "9", *_ONCE)
-            jobs.append(Job(f"{check} {backend}", command, 90, items=(item,)))
+            options = ("--tool", check, "--error-exitcode", "9") if machine.on_gpu else ()
+            command = (sanitizer, *options, *_ONCE)
+            jobs.append(Job(f"{check} {backend}", command, 90, items=(item,), is_result=True))
     return jobs
-
-
-METRICS = ("Duration", "Registers Per Thread", "Achieved Occupancy", "Compute (SM) Throughput", "L1/TEX Cache Throughput",
-           "L2 Cache Throughput", "DRAM Throughput", "Executed Ipc Active", "Local Memory Spilling Requests")  # fmt: skip
-"""What of a profile goes into the journal; all of it is in the logs."""
 
 
 def _profile(machine: Machine) -> list[Job]:
-    tool = _tool("ncu") or ("true" if not machine.on_gpu else "ncu")
-    options = ("--set", "full", "--clock-control", "none", "-k", "regex:softmax|gradient", "-s", "2", "-c", "2")
-    jobs = []
-    for backend in ("cuda", "triton"):
-        for width in (128, 256):
-            item = {
-                "backend": backend if machine.on_gpu else "tiled",
-                "N": 32768 if machine.on_gpu else 64,
-                "D": width,
-                "dtype": "bfloat16",
-            }
-            jobs.append(Job(f"{backend} D={width}", (tool, *options, *_ONCE), 60, items=(item,)))
-    return jobs
+    items = [
+        {"backend": backend if machine.on_gpu else "tiled", "N": 32768 if machine.on_gpu else 64, "D": width, "dtype": "bfloat16"}
+        for width in (128, 256)
+        for backend in ("cuda", "triton")
+    ]
+    return [Job.worker("profile", [item | {"tool": tool("ncu")} for item in items], 180)]
 
 
 PLAN = (

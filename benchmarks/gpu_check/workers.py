@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -23,17 +25,15 @@ from clop_kernels import backends
 from clop_kernels.backends import BackendUnavailableError
 
 from .. import measure
-from ..compare import Comparison, progress_bar
+from ..compare import NO_GRAPH, Comparison, progress_bar
 from ..problems import DTYPES, Case
 from ..providers import PROVIDERS
 from ..results import environment_of, version
 from . import tiles
 from .journal import Journal, Result
-from .processes import end_with_parent
+from .processes import RENEW, end_with_parent
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-POISONED = 3
-"""The exit code where the GPU is lost to the process."""
 
 Add = Callable[..., None]
 
@@ -125,6 +125,8 @@ def speed(item: dict[str, Any], add: Add) -> None:
             for row in comparison.rows:
                 outcome = "measured" if row.seconds else row.note.partition(":")[0] or "failed"
                 add(f"{row.provider}: {case}", "wrong" if row.is_wrong else outcome, figures=row.columns(), details=row.note)
+        if any(row.note.startswith(NO_GRAPH) for row in comparison.rows):
+            sys.exit(RENEW)  # a capture that fails leaves torch in a state that is not to be trusted
 
 
 def progress_bar_to_nowhere() -> Any:
@@ -176,6 +178,35 @@ def once(item: dict[str, Any], add: Add) -> None:
         torch.cuda.synchronize()
 
 
+METRICS = (
+    "Duration", "Registers Per Thread", "Achieved Occupancy", "Compute (SM) Throughput", "L1/TEX Cache Throughput",
+    "L2 Cache Throughput", "DRAM Throughput", "Executed Ipc Active", "No Eligible", "Local Memory Spilling Requests",
+)  # fmt: skip
+"""What of a profile goes into the journal; all of it is in the log."""
+
+
+def profile(item: dict[str, Any], add: Add) -> None:
+    """Nsight Compute on the two passes over pairs of :func:`once`, the second call's."""
+    name = "{backend} N={N} D={D} {dtype}".format(**item)
+    if item["tool"] is None:
+        add(name, "skipped", details="ncu, Nsight Compute, is not on the PATH")
+        return
+    options = ("--set", "full", "--clock-control", "none", "-k", "regex:softmax|gradient", "-s", "2", "-c", "2")
+    command = [item["tool"], *options, sys.executable, "-m", "benchmarks.gpu_check.workers", "once", json.dumps([item])]
+    printed = subprocess.run(command, capture_output=True, text=True, check=False, timeout=90).stdout
+    print(printed)
+    kernels = re.split(r"^  (?=[\w:<>, ]*(?:softmax|gradient)_kernel)", printed, flags=re.MULTILINE)[1:]
+    for kernel in kernels:
+        figures = {}
+        for metric in METRICS:
+            found = re.search(rf"^ +{re.escape(metric)} +(\S+)? +([\d.,]+)$", kernel, re.MULTILINE)
+            if found is not None:
+                figures[f"{metric} ({found[1]})" if found[1] else metric] = found[2]
+        add(f"{name} {kernel.split('(')[0][:60]}", "measured" if figures else "failed", figures=figures)
+    if not kernels:
+        add(name, "failed", details=printed[-1000:])
+
+
 def host(item: dict[str, Any], add: Add) -> None:
     """Where the host's time of a small call goes: forward and backward of each backend, and of the plain loss."""
     case = Case(**item["case"])
@@ -199,7 +230,9 @@ def host(item: dict[str, Any], add: Add) -> None:
 
 # ---- the process -----------------------------------------------------------------------------------------------------
 
-FUNCTIONS: dict[str, Callable[[Any, Add], None]] = {f.__name__: f for f in (versions, canary, speed, fill, tile, once, host)}
+FUNCTIONS: dict[str, Callable[[Any, Add], None]] = {
+    f.__name__: f for f in (versions, canary, speed, fill, tile, once, profile, host)
+}
 
 
 def main(arguments: list[str]) -> int:
@@ -228,7 +261,7 @@ def main(arguments: list[str]) -> int:
                 torch.cuda.synchronize()
             except Exception as error:
                 add(str(item), "crashed", details=f"the GPU is in an error: {error}"[:2000])
-                return POISONED
+                return RENEW
     return 0
 
 
