@@ -22,7 +22,7 @@ from rich.table import Table
 
 from ..results import Environment, default_directory
 from . import summary
-from .journal import Journal, read
+from .journal import WHOLE, Journal, read
 from .plan import PLAN, Step, machine_here
 from .processes import ROOT, Runner
 
@@ -75,10 +75,10 @@ def _run(runner: Runner, steps: Sequence[Step], on_gpu: bool, console: Console) 
             left = runner.left()
             console.print(f"{step.name}: {step.summary}" + (f" ({left:.0f} s left)" if math.isfinite(left) else ""), style="bold")
             if left < 5:
-                runner.add(step.name, step.name, "left out", details="the budget is spent")
+                runner.add(step.name, WHOLE, "left out", details="the budget is spent")
                 continue
             runner.run_all(step.name, step.jobs(machine), 1 if step.runs_apart else machine.at_once)
-            runner.add(step.name, step.name, "done", time.monotonic() - began)
+            runner.add(step.name, WHOLE, "done", time.monotonic() - began)
     except KeyboardInterrupt:
         runner.kill_all()
         console.print("interrupted; what there is so far is kept")
@@ -131,7 +131,7 @@ class Follower:
             if not result.is_good:
                 text = f"{result.step}: {result.name}: {result.outcome}: {result.details[-300:]}"
                 self._console.print(text, style="red", markup=False, highlight=False)
-            if result.step == result.name:
+            if result.name == WHOLE:
                 took = "" if result.seconds is None else f" in {result.seconds:.0f} s"
                 counted = ", ".join(f"{n} {outcome}" for outcome, n in self._counts.items())
                 self._console.print(f"{result.step}: {counted or result.outcome}{took}", markup=False, highlight=False)

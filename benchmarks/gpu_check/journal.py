@@ -18,6 +18,10 @@ GOOD = ("done", "right", "measured", "passed", "skipped", "left out")
 """The outcomes that are no reason to look; the others are "wrong", "failed", "crashed" and "out of time"."""
 
 
+WHOLE = "whole step"
+"""The name of the result that ends a step, and says what it took."""
+
+
 @dataclass
 class Result:
     """One result of a step.

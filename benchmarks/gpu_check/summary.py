@@ -10,7 +10,7 @@ from typing import Any
 
 from .. import report
 from ..results import Row, markdown_table, write_csv
-from .journal import Result, read
+from .journal import WHOLE, Result, read
 from .plan import PLAN
 
 JOURNAL = "results.jsonl"
@@ -96,8 +96,8 @@ def _sections(results: Sequence[Result]) -> Iterator[str]:
 
 def _of_step(name: str, results: Sequence[Result]) -> dict[str, str]:
     own = [result for result in results if result.step == name]
-    outcomes = Counter(result.outcome for result in own if result.name != name)
-    took = next((f"{r.seconds:.0f}" for r in reversed(own) if r.name == name and r.seconds is not None), "")
+    outcomes = Counter(result.outcome for result in own if result.name != WHOLE)
+    took = next((f"{r.seconds:.0f}" for r in reversed(own) if r.name == WHOLE and r.seconds is not None), "")
     return {"step": name, "results": ", ".join(f"{n} {outcome}" for outcome, n in outcomes.items()) or "none", "seconds": took}
 
 
