@@ -48,8 +48,8 @@ _PRODUCT = ("N", "D", "problems", "dtypes", "temperatures", "modes")
 NO_GRAPH = "no CUDA graph"
 """How the note of a row begins whose step cannot be captured."""
 
-LARGEST_WITHOUT_HOST = 16384
-"""Up to here the host's time and the GPU's own are measured apart; beyond, the GPU takes longer than the host."""
+LARGEST_IN_A_GRAPH = 65536
+"""Up to here the host's time and the GPU's own are measured apart."""
 
 
 class Comparison:
@@ -83,7 +83,7 @@ class Comparison:
             measure_rate()
             measure.alternate(steps, repeats, {row.provider: row.seconds for row in timed}, seconds, before_each=show)
             measure_rate()
-            if self.device.type == "cuda" and case.N <= LARGEST_WITHOUT_HOST:
+            if self.device.type == "cuda" and case.N <= LARGEST_IN_A_GRAPH:
                 for row in timed:
                     self._separate_host(row, steps[row.provider])
         except BaseException as error:
@@ -97,7 +97,7 @@ class Comparison:
 
     @staticmethod
     def _separate_host(row: Row, step: Step) -> None:
-        """At small N it is the host that a call waits for: its own time, and the GPU's."""
+        """A call on an idle GPU waits for the host too: its time, and the GPU's own."""
         row.host_ms = 1e3 * measure.host_seconds(step)
         if step.mode == "backward":
             return

@@ -95,11 +95,12 @@ class Row:
         return 1e3 * float(torch.tensor(self.seconds, dtype=torch.float64).quantile(share))
 
     def share_of_matrix_rate(self) -> float | None:
-        """Above 1 where symmetry saves more than all else costs."""
+        """Of the GPU's own time where that is known. Above 1 where symmetry saves more than all else costs."""
         if not self.seconds or not self.matrix_tflops or self.is_wrong:
             return None
         flops = FLOPS_PER_PAIR[self.case.mode] * self.case.N**2 * self.case.D
-        return flops / statistics.median(self.seconds) / 1e12 / self.matrix_tflops
+        seconds = statistics.median(self.seconds) if self.graph_ms is None else 1e-3 * self.graph_ms
+        return flops / seconds / 1e12 / self.matrix_tflops
 
     def columns(self) -> dict[str, object]:
         return {
@@ -292,8 +293,10 @@ def _driver() -> str:
 def commit_name() -> str:
     """The short commit of this checkout, with "-dirty" if files differ from it.
 
-    Of a copy without its repository, CLOP_COMMIT in the environment tells; else it is "unknown".
+    CLOP_COMMIT in the environment names it for a copy that has no repository, or another one's.
     """
+    if given := os.environ.get("CLOP_COMMIT"):
+        return given
 
     def git(*arguments: str) -> str:
         return subprocess.run(("git", *arguments), cwd=HERE, check=True, capture_output=True, text=True).stdout.strip()
@@ -301,4 +304,4 @@ def commit_name() -> str:
     try:
         return git("rev-parse", "--short", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("CLOP_COMMIT", "unknown")
+        return "unknown"

@@ -142,6 +142,13 @@ def test_float32(shape: tuple[int, int, int], temperature: float, backend: str, 
     assert_accurate(varied(shape, temperature), backend, torch.float32, record_property)
 
 
+@alone
+@pytest.mark.parametrize("width", [64, 100, 128])
+def test_float32_of_many_rows(width: int, kernels: str, record_property: Record) -> None:
+    """A sum over thousands of columns on matrix units, which cut off where others round, must not drift."""
+    assert_accurate(random_problem(2, 6600, width, positives="label"), kernels, torch.float32, record_property)
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", HALF, ids=str)
 def test_half_precision(shape: tuple[int, int, int], dtype: torch.dtype, backend: str, record_property: Record) -> None:
@@ -320,7 +327,6 @@ def test_the_same_call_gives_the_same_bits(positives: str, width: int, kernels: 
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-@alone
 @pytest.mark.usefixtures("no_synchronisation")
 def test_no_host_synchronisation(backend: str) -> None:
     z = torch.randn(64, 16, device="cuda", requires_grad=True)
@@ -336,7 +342,6 @@ def test_no_host_synchronisation(backend: str) -> None:
     clop_kernels.negative_logsumexp(z, of_rows, backend=backend).sum().backward()
 
 
-@alone
 @pytest.mark.usefixtures("no_synchronisation")
 @pytest.mark.parametrize("width", [64, 512])
 def test_pairs_alone_do_not_synchronise(width: int, kernels: str) -> None:
@@ -350,7 +355,6 @@ def test_pairs_alone_do_not_synchronise(width: int, kernels: str) -> None:
             module.pair_gradient(zhat, groups, n_left, torch.ones(4, 300, device="cuda"), options)
 
 
-@alone
 @pytest.mark.parametrize("name", [name for name in DROP_INS if name != "metric_learning.NTXentLoss"])  # it enumerates its pairs
 def test_classes_of_other_libraries_do_not_synchronise(name: str, backend: str) -> None:
     make, arguments = DROP_INS[name]
@@ -360,7 +364,6 @@ def test_classes_of_other_libraries_do_not_synchronise(name: str, backend: str) 
         criterion(*given).backward()
 
 
-@alone
 @pytest.mark.parametrize("positives", POSITIVES)
 def test_cuda_graph_replays_on_new_input(positives: str, backend: str) -> None:
     z = torch.randn(600, 64, device="cuda", requires_grad=True)
@@ -446,7 +449,7 @@ def test_memory_grows_with_n(width: int, backend: str, record_property: Record) 
     clop_kernels.ntxent_loss(z, backend=backend).backward()
     extra = torch.cuda.max_memory_allocated() - before
     record_property("extra MB", round(extra / 1e6, 1))
-    constant = {"triton": 33.6e6, "cuda": 2 * 4096**2 * 4}.get(backend, 4 * 4096**2 * 4)
+    constant = {"triton": 33.6e6, "cuda": 2 * 4096**2 * 4}.get(backend, 5 * 4096**2 * 4)  # tiles, or panels
     assert extra <= constant + 3 * z.numel() * 4 + 20 * z.shape[0] * 4
 
 

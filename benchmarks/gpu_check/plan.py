@@ -137,15 +137,25 @@ LARGEST_TO_FILL = 65536
 
 def _fill(machine: Machine) -> list[Job]:
     cases = [*_cases(machine, "gpu"), *_cases(machine, "gpu-peers")]
-    items: list[Any] = [
-        case | {"providers": [name]}
-        for case in cases
-        for name in case["providers"]
-        if name in ("compile", "triton", "siglip-kernel") and case["case"]["N"] <= LARGEST_TO_FILL
-    ]
-    if machine.on_gpu:
-        items += [asdict(trial) for group in tiles.trials() for trial in group if trial.tile is not None]
-    n_jobs = min(machine.at_once, len(items)) or 1
+    return _filling(
+        machine,
+        [
+            case | {"providers": [name]}
+            for case in cases
+            for name in case["providers"]
+            if name in ("compile", "triton", "siglip-kernel") and case["case"]["N"] <= LARGEST_TO_FILL
+        ],
+    )
+
+
+def _fill_tiles(machine: Machine) -> list[Job]:
+    trials = [asdict(trial) for group in tiles.trials() for trial in group if trial.tile is not None]
+    return _filling(machine, trials if machine.on_gpu else [])
+
+
+def _filling(machine: Machine, items: list[dict[str, Any]]) -> list[Job]:
+    """The items, spread over as many processes as may compile at once."""
+    n_jobs = machine.at_once
     jobs = [Job.worker("fill", items[part::n_jobs], 100, f"fill {part}") for part in range(n_jobs)]
     return [job for job in jobs if job.items]
 
@@ -164,10 +174,8 @@ def _tiles(machine: Machine) -> list[Job]:
     groups = list(tiles.trials())
     if not machine.on_gpu:  # Triton's interpreter has no bfloat16
         groups = [[replace(trial, dtype="float16") for trial in group[:2]] for group in groups[::2]]
-    environment = machine.environment_for("triton")
-    return [
-        Job.worker("tile", [asdict(t) for t in group], 90, f"{group[0].kernel} {group[0].D}", **environment) for group in groups
-    ]
+    trials = [asdict(trial) for group in groups for trial in group]
+    return [Job.worker("tile", trials, 150, **machine.environment_for("triton"))]
 
 
 # ---- tests -----------------------------------------------------------------------------------------------------------
@@ -234,13 +242,14 @@ def _profile(machine: Machine) -> list[Job]:
 
 
 PLAN = (
-    Step("machine", "the GPU, the versions, which backends run, the rate of a matrix product", 15, _machine),
-    Step("canary", "is it right at all? each backend, dtype and width against float64", 30, _canary, False),
-    Step("fill", "compiles what is timed later, so that no timing waits for a compiler", 30, _fill, False),
+    Step("machine", "the GPU, the versions, which backends run, the rate of a matrix product", 11, _machine),
+    Step("canary", "is it right at all? each backend, dtype and width against float64", 50, _canary, False),
+    Step("fill", "compiles what is timed later, so that no timing waits for a compiler", 40, _fill, False),
     Step("speed", "time and memory beside the plain loss and torch.compile of it", 90, _speed("gpu")),
     Step("tests", "the tests that need a GPU, many at a time: every option against float64", 95, _tests),
-    Step("alone", "the tests that need the GPU to themselves: launches, synchronisation, streams, graphs, memory", 45, _serial),
-    Step("tiles", "which of Triton's tiles is fastest", 60, _tiles),
+    Step("alone", "the tests that need the GPU to themselves: launches, streams, memory, the largest sizes", 60, _serial),
+    Step("fill-tiles", "compiles the candidates for Triton's tiles", 20, _fill_tiles, False),
+    Step("tiles", "which of Triton's tiles is fastest", 45, _tiles),
     Step("host", "the host's time of a small call", 10, _host),
     Step("peers", "other libraries, where they are installed: lightly, metric-learning, siglip-kernel", 40, _speed("gpu-peers")),
     Step("profile", "Nsight Compute on the two passes over pairs, where ncu is installed", 60, _profile),

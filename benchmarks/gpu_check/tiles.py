@@ -18,10 +18,12 @@ import torch
 from .. import measure
 from ..problems import DTYPES
 
-ROWS = (65536, 32768, 18432, 16384, 8192, 2048)
+ROWS = (65536, 18432, 16384, 8192, 2048)
 """Numbers of rows that each candidate is timed at: full waves of blocks and not, and too few for all processors."""
 
-LAUNCHES = 20
+MOST_LAUNCHES = 20
+PAIRS_OF_A_GRAPH = 5e9
+"""A graph has as many launches as make up so many pairs, a few milliseconds, at least one and at most MOST_LAUNCHES."""
 
 HEIGHTS_AND_COLUMNS = ("block_m", "block_n", "num_warps", "num_stages", "max_registers")
 
@@ -92,7 +94,7 @@ def run(trial: Trial, n_rows: int, device: torch.device, time_it: bool) -> dict[
     metadata = getattr(compiled, "metadata", None)
     figures["shared_kb"] = None if metadata is None else round(metadata.shared / 1024, 1)
     if time_it:
-        seconds = _seconds(launch.run, device)
+        seconds = _seconds(launch.run, n_rows, device)
         flops = {"softmax": 2, "gradient": 4}[trial.kernel] * n_rows**2 * trial.D
         figures |= {"microseconds": round(1e6 * seconds, 2), "tflops": round(flops / seconds / 1e12, 1)}
     return figures
@@ -132,14 +134,13 @@ def _launch(trial: Trial, tile: Any, n_rows: int, device: torch.device) -> tuple
         return next(c for c in chosen if c.kernel.__name__ == f"{trial.kernel}_kernel"), result
 
 
-def _seconds(run: Callable[[], object], device: torch.device) -> float:
-    """Of one launch: the median of several graphs of launches."""
+def _seconds(run: Callable[[], object], n_rows: int, device: torch.device) -> float:
+    """Of one launch: the median of several replays of a graph of launches."""
+    n_launches = max(1, min(MOST_LAUNCHES, int(PAIRS_OF_A_GRAPH / n_rows**2))) if device.type == "cuda" else 1
 
     def launches() -> None:
-        for _ in range(LAUNCHES if device.type == "cuda" else 1):
+        for _ in range(n_launches):
             run()
 
-    if device.type != "cuda":
-        return measure.seconds_of(launches, device)
-    replay = measure.captured(launches)
-    return statistics.median(measure.seconds_of(replay, device) for _ in range(5)) / LAUNCHES
+    replay = measure.captured(launches) if device.type == "cuda" else launches
+    return statistics.median(measure.seconds_of(replay, device) for _ in range(5)) / n_launches
