@@ -80,7 +80,6 @@ def _run(runner: Runner, steps: Sequence[Step], on_gpu: bool, console: Console) 
             runner.run_all(step.name, step.jobs(machine), 1 if step.runs_apart else machine.at_once)
             runner.add(step.name, WHOLE, "done", time.monotonic() - began)
     except KeyboardInterrupt:
-        runner.kill_all()
         console.print("interrupted; what there is so far is kept")
         return 130
     finally:

@@ -69,6 +69,7 @@ class Runner:
     def __init__(self, journal: Journal, folder: Path, budget: float) -> None:
         self.journal, self.folder = journal, folder
         self._end = time.monotonic() + budget
+        self._is_killed = False
         self._running: set[subprocess.Popen[bytes]] = set()
         self._lock = threading.Lock()
 
@@ -79,9 +80,15 @@ class Runner:
         self.journal.add(Result(*arguments, **named))
 
     def run_all(self, step: str, jobs: Sequence[Job], at_once: int) -> None:
+        """The jobs of a step, ``at_once`` side by side. An exception, such as an interruption, ends those that run."""
         with ThreadPoolExecutor(at_once) as pool:
-            for done in [pool.submit(self.run, step, job) for job in jobs]:
-                done.result()
+            try:
+                for done in [pool.submit(self.run, step, job) for job in jobs]:
+                    done.result()
+            except BaseException:
+                self.kill_all()
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
 
     def run(self, step: str, job: Job) -> None:
         """Runs the job to its end, its limit, or the end of the budget, and writes how it ended unless that is as it should."""
@@ -95,6 +102,8 @@ class Runner:
                 )
                 return
             code, printed = self._run_process(step, job, log, limit)
+            if self._is_killed:
+                return
             if code in job.allowed:
                 if job.is_result:
                     self.add(step, job.name, "passed", time.monotonic() - began)
@@ -139,9 +148,10 @@ class Runner:
         return code, log.read_bytes()[start:].decode(errors="replace")
 
     def kill_all(self) -> None:
-        """Ends every process that still runs; for an interruption."""
+        """Ends every process that still runs, and begins no other; for an interruption."""
         self._end = time.monotonic()
         with self._lock:
+            self._is_killed = True
             for process in self._running:
                 _kill_group(process)
 

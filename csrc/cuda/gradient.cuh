@@ -220,7 +220,6 @@ constexpr int kGradientBlocks = !S::kIsShort      ? 1
 
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, kGradientBlocks<S>) gradient_kernel(const Backward p) {
-  using Product = typename S::Product;
   constexpr bool kHold = false;
   constexpr int kWidthTiles = S::kWidth / 8;
   const Place<S> place;
