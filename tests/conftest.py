@@ -44,6 +44,14 @@ def tile_rows(request: pytest.FixtureRequest) -> Iterator[int | None]:
     clop_kernels.set_tile_rows(None)
 
 
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    """Products of float32 may be rounded to TF32, by one of the switches after which torch's older ones cannot be read."""
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    yield
+    torch.backends.cuda.matmul.fp32_precision = "none"
+
+
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[World]:
     """Up to four ranks of process groups on this CPU."""

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import clop_kernels
-from clop_kernels.backends import tiled
+from clop_kernels.backends import positions, tiled
 from clop_kernels.backends.contract import DISTANCES, POSITIVES, REDUCTIONS, LossOptions
 
 from .oracle import (
@@ -361,6 +363,41 @@ def test_tiles_are_chosen_and_overridden(monkeypatch: pytest.MonkeyPatch) -> Non
     for bad in (0, -1, 2.0, True):
         with pytest.raises(ValueError, match=r"rows=.*expected an int of at least 1"):
             clop_kernels.set_tile_rows(bad)  # type: ignore[arg-type]
+
+
+SWITCHES: dict[str, Callable[[Any], None]] = {
+    "old": torch.set_float32_matmul_precision,
+    "allow_tf32": lambda value: setattr(torch.backends.cuda.matmul, "allow_tf32", value),
+    "matmul": lambda value: setattr(torch.backends.cuda.matmul, "fp32_precision", value),
+    "all": lambda value: setattr(torch.backends, "fp32_precision", value),
+}
+
+
+@pytest.mark.parametrize(
+    ("switches", "expected"),
+    [
+        ([], False),
+        ([("old", "high")], True),
+        ([("old", "medium")], True),
+        ([("allow_tf32", True)], True),
+        ([("matmul", "tf32")], True),
+        ([("matmul", "none"), ("all", "tf32")], True),
+        ([("old", "high"), ("matmul", "ieee")], False),
+        ([("all", "tf32"), ("matmul", "ieee")], False),
+        ([("all", "ieee"), ("old", "high")], True),
+        ([("matmul", "tf32"), ("old", "highest")], False),
+    ],
+    ids=str,
+)
+def test_tf32_is_allowed_where_torch_allows_it(switches: list[tuple[str, Any]], expected: bool) -> None:
+    try:
+        for name, value in switches:
+            SWITCHES[name](value)
+        assert positions.allows_tf32() == expected
+    finally:
+        SWITCHES["old"]("highest")
+        SWITCHES["matmul"]("none")
+        SWITCHES["all"]("none")
 
 
 @pytest.mark.parametrize("threads", [1, 2, 7])

@@ -506,6 +506,16 @@ def test_tiles_fill_the_processors() -> None:
 
 
 @interpreted
+def test_float32_takes_one_product_for_three_where_torch_would(request: pytest.FixtureRequest) -> None:
+    from clop_kernels.backends.triton import launches, tiles
+
+    target = tiles.Target(90, 132)
+    assert launches.precision(torch.float32, target) == "tf32x3"
+    request.getfixturevalue("tf32")
+    assert launches.precision(torch.float32, target) == "tf32"
+
+
+@interpreted
 @pytest.mark.parametrize(
     "arguments",
     [

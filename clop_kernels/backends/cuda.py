@@ -23,7 +23,7 @@ from torch import Tensor
 from ..groups import label_groups
 from . import native
 from .contract import DISTANCES, REDUCTIONS, Gradients, LossOptions, Needs, Residuals, Softmax
-from .positions import logit_scale, sorted_by_class, upstream_of, used_prototypes
+from .positions import allows_tf32, logit_scale, sorted_by_class, upstream_of, used_prototypes
 
 CHECKS_VALUES = True
 """The kernels look at every label anyway, and assert on the device."""
@@ -136,8 +136,7 @@ def pair_gradient(zhat: Tensor, groups: Tensor, n_left: int | None, coefficients
 
 def _pair_arguments(groups: Tensor, options: LossOptions) -> tuple[Any, ...]:
     """What describes pairs alone to every operator."""
-    is_tf32 = torch.get_float32_matmul_precision() != "highest"
-    return groups, _n_left(options), *_scale(options), is_tf32, options.normalize
+    return groups, _n_left(options), *_scale(options), allows_tf32(), options.normalize
 
 
 def _aligned(zhat: Tensor) -> Tensor:
@@ -257,7 +256,7 @@ def _arguments(groups: Tensor, labels: Tensor | None, prototypes: Tensor | None,
         DISTANCES.index(options.distance),
         REDUCTIONS.index(options.reduction),
         options.compute_dtype,
-        torch.get_float32_matmul_precision() != "highest",
+        allows_tf32(),
         options.normalize,
         _n_left(options),
         options.negatives_only,

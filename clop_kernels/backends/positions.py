@@ -1,4 +1,4 @@
-"""What GPU backends make of a loss's tensors before their kernels run: numbers by position, and a temperature as two floats.
+"""What GPU backends find out before their kernels run: numbers by position, a temperature as two floats, how float32 multiplies.
 
 A position is an index into the rows as sorted by positive group (:mod:`clop_kernels.groups`).
 """
@@ -55,6 +55,14 @@ def logit_scale(temperature: float | Tensor) -> tuple[float, float]:
     scale = _LOG2_E / temperature
     rounded = ctypes.c_float(scale).value
     return rounded, scale - rounded
+
+
+def allows_tf32() -> bool:
+    """Whether products of float32 may be rounded to TF32: where torch's own on a GPU are, whichever of its switches says so.
+
+    torch.get_float32_matmul_precision() knows the older switches alone, and raises once one of the newer is used.
+    """
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
 
 
 def _by_position(of_rows: Tensor, groups: Tensor, options: LossOptions) -> Tensor:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..contract import LossOptions, Residuals
-from ..positions import Upstream, logit_scale
+from ..positions import Upstream, allows_tf32, logit_scale
 from . import tiles
 from .device import LARGEST_UNSHIFTED_LOGIT
 from .finish import finish_kernel
@@ -91,14 +91,14 @@ def m_scale(dtype: torch.dtype) -> float:
 
 
 def precision(dtype: torch.dtype, target: Target) -> str:
-    """tl.dot's input_precision for operands of ``dtype``; float32 follows torch.get_float32_matmul_precision().
+    """tl.dot's input_precision for operands of ``dtype``.
 
-    "highest" takes three TF32 products where the matrix units have TF32. Emulated on a CPU they are as accurate as float32
+    Exact float32 takes three TF32 products where the matrix units have TF32. Emulated on a CPU they are as accurate as float32
     products: gradient errors of 2.6e-7 to 9e-7 at D of 32 to 512 and temperatures of 0.1 and 0.02, float32's own to 10%.
     """
     if dtype != torch.float32 or target.capability < 80:
         return "ieee"
-    return "tf32x3" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+    return "tf32" if allows_tf32() else "tf32x3"
 
 
 def forward(
