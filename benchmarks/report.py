@@ -25,6 +25,13 @@ the backend of clop_kernels that a user gets who asks for none. Absolute times a
 ratios."""
 
 
+ON_A_GPU = """
+
+A call is timed on a GPU that is idle before it, so that a small one waits for the host, Python and PyTorch, as much as for the
+GPU. *host ms* is the time until such a call returns; *graph ms* is that of a replay as a CUDA graph, the GPU's own time. Shares of
+the matrix rate are of the GPU's own time where it was measured."""
+
+
 def write(rows: Sequence[Row], folder: Path, more: str = "") -> Path:
     """Writes report.md, with figures beside it where matplotlib is installed; ``more`` is Markdown to put before the tables.
 
@@ -37,7 +44,7 @@ def write(rows: Sequence[Row], folder: Path, more: str = "") -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     sections = [
         f"# clop_kernels beside other implementations: {', '.join(devices) or 'nothing measured'}",
-        HOW,
+        HOW + (ON_A_GPU if any(row.environment.device_type == "cuda" for row in rows) else ""),
         "\n".join(f"- {line}" for line in dict.fromkeys([*(str(row.environment) for row in rows), *_versions(rows)])),
         *_findings(rows),
         *_growth(rows),

@@ -13,7 +13,7 @@ from .problems import Case
 from .results import Row
 
 FIT_FROM_N = 2048
-"""Times are fitted from here on: below, calls and threads cost as much as the loss does."""
+"""Times are fitted from here on: below, calls and threads cost as much as the loss does. Of a GPU its own are, if known."""
 
 FIT_FROM_MB = 20.0
 """Memory is fitted from here on: below, buffers of fixed size count as much, and the noise of some MB."""
@@ -46,7 +46,7 @@ class PowerLaw:
 
 def time_law(rows: Iterable[Row]) -> PowerLaw | None:
     """Of one provider's rows over N."""
-    medians = [(row.case.N, row.quantile_ms(0.5)) for row in rows if row.case.N >= FIT_FROM_N]
+    medians = [(row.case.N, row.graph_ms or row.quantile_ms(0.5)) for row in rows if row.case.N >= FIT_FROM_N]
     return PowerLaw.fit((n, ms) for n, ms in medians if ms is not None)
 
 
