@@ -45,7 +45,7 @@ OLDEST_TORCH = (2, 11)
 OLDEST_SETUPTOOLS = 77  # as in pyproject.toml, which only an isolated build heeds
 
 DEFAULT_ARCHS = "80;90;100;120+PTX"
-"""Code for 80 runs on all of 8.x, that for 100 on 10.3 too. No "a": it would run on one of them alone, and nothing needs it yet."""
+"""Code for 80 runs on all of 8.x, and that for 100 on 10.3 too; with an "a" it would not, and no kernel needs one yet."""
 
 OLDEST_ARCH = 80
 
