@@ -26,7 +26,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from clop_kernels.backends.contract import LossOptions, Residuals
+from clop_kernels.backends.contract import LossOptions, Residuals, unit_rows
 from clop_kernels.backends.positions import Upstream
 
 SHARED_MEMORY_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
@@ -183,7 +183,8 @@ def launches_of(options: LossOptions, n: int, width: int, capability: int) -> It
     from clop_kernels.backends.triton import tiles
 
     dtype, n_classes, is_per_row = options.compute_dtype, 10, options.reduction == "none"
-    z, zhat, grad_z = (_empty(n, width, dtype=dtype) for _ in range(3))
+    z, grad_z = (_empty(n, width, dtype=dtype) for _ in range(2))
+    zhat = unit_rows(z, dtype)
     labels, prototypes = _empty(n // options.n_views, dtype=torch.int64), _empty(n_classes, width)
     groups = _empty(3, n if options.positives == "label" else 0, dtype=torch.int32)
     residuals = Residuals(zhat, _empty(n), _empty(n), _empty(n), _empty(n), groups, _empty(2))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .backends.contract import Gradients, LossOptions, Needs, Residuals, accumulate_dtype
+from .backends.contract import Gradients, LossOptions, Needs, Residuals, accumulate_dtype, unit_rows
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -231,7 +231,7 @@ def _forward_fake(embeddings: Tensor, labels: Tensor | None, prototypes: Tensor 
     value = embeddings.new_empty((n_rows,) if reduction == "none" else (), dtype=precise)
     groups = embeddings.new_empty((3, n_rows if positives == "label" else 0), dtype=torch.int32)
     counts = embeddings.new_empty(2, dtype=precise)
-    return value, embeddings.new_empty(embeddings.shape, dtype=compute_dtype), *per_row, groups, counts
+    return value, unit_rows(embeddings, compute_dtype), *per_row, groups, counts
 
 
 def _backward_fake(

@@ -68,10 +68,11 @@ STABLE_TORCH_LIBRARY(clop_native, m) {
 #ifdef CLOP_CUDA_VERSION
   m.def("cuda_obstacle(int device) -> str?");
   // (N, D) embeddings, (N,) int32 order of the rows or None for groups of instances (with sides: as they are), (B,) int64 labels,
-  // (K, D) float32 prototypes -> by position: (N, D) zhat, (N,) norms, (N,) distances to the prototypes.
+  // (K, D) float32 prototypes -> by position: (N, D) zhat, which is written where the caller has laid it out (unit_rows of
+  // clop_kernels/backends/contract.py, here and below), (N,) norms, (N,) distances to the prototypes.
   m.def(
-      "cuda_prologue(Tensor embeddings, Tensor? order, Tensor? labels, Tensor? prototypes, int n_views, int distance, "
-      "ScalarType compute_dtype, bool normalize, bool has_sides) -> (Tensor normalized, Tensor norms, Tensor distances)");
+      "cuda_prologue(Tensor embeddings, Tensor(a!) normalized, Tensor? order, Tensor? labels, Tensor? prototypes, int n_views, "
+      "int distance, bool normalize, bool has_sides) -> (Tensor norms, Tensor distances)");
 
   // The two passes; the residuals of clop_kernels/backends/contract.py, upstream gradients of clop_kernels/backends/positions.py.
   // n_left -1: no sides.
@@ -85,7 +86,7 @@ STABLE_TORCH_LIBRARY(clop_native, m) {
   // (B,) int64 -> (3, N) int32, as clop_kernels/groups.py has it
   m.def("cuda_groups(Tensor labels, int n_views, int n_left) -> Tensor");
   m.def(
-      "cuda_forward(Tensor embeddings, " CLOP_LOSS ") -> (Tensor loss, Tensor normalized, Tensor norms, Tensor shift, "
+      "cuda_forward(Tensor embeddings, Tensor(a!) normalized, " CLOP_LOSS ") -> (Tensor loss, Tensor norms, Tensor shift, "
       "Tensor total, Tensor negative, Tensor counts)");
   m.def("cuda_backward(" CLOP_BACKWARD ") -> (Tensor grad_embeddings, Tensor grad_temperature)");
   // (N,) positions sorted by label, (K + 1,) bounds of the classes among them -> (parts, K, D), whose sum is the gradient.

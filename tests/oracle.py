@@ -127,6 +127,14 @@ def near_duplicates(n_views: int, n_instances: int, width: int, noise: float, te
     return Problem(torch.cat(views).float().double(), temperature=temperature, options={"n_views": n_views})
 
 
+def with_nan_between_rows(zhat: Tensor) -> Tensor:
+    """``zhat`` itself; where its rows are apart, what lies between them must not matter. Autograd takes no notice."""
+    (n_rows, width), (pitch, _) = zhat.shape, zhat.stride()
+    if n_rows > 1 and pitch > width:
+        zhat.data.as_strided((n_rows - 1, pitch - width), (pitch, 1), zhat.storage_offset() + width).fill_(torch.nan)
+    return zhat
+
+
 def relative_error(actual: Tensor, expected: Tensor, floor: float = 0.0) -> float:
     """Frobenius norm of the error over that of the expected value, or over ``floor`` if that is larger. NaN stays NaN."""
     return float((actual.double() - expected.double()).norm() / max(float(expected.norm()), floor, 1e-300))

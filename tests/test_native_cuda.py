@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from clop_kernels.backends import cuda, native
-from clop_kernels.backends.contract import DISTANCES, EPS, LossOptions
+from clop_kernels.backends.contract import DISTANCES, EPS, LossOptions, unit_rows
 from clop_kernels.groups import instance_groups, label_groups
 
 INFO = native.build_info()
@@ -64,9 +64,9 @@ def prologue(
     normalize: bool = True,
     has_sides: bool = False,
 ) -> Prologue:
-    return torch.ops.clop_native.cuda_prologue(
-        z, order, labels, prototypes, n_views, distance, compute_dtype, normalize, has_sides
-    )
+    normalized = unit_rows(z, compute_dtype)
+    arguments = order, labels, prototypes, n_views, distance, normalize, has_sides
+    return normalized, *torch.ops.clop_native.cuda_prologue(z, normalized, *arguments)
 
 
 def assert_right(
@@ -81,7 +81,6 @@ def assert_right(
     """The definition in float64. ``order`` is (N,) int64; distances are held to those of the rows as they were rounded."""
     normalized, norms, distances = (result.cpu() for result in actual)
     assert normalized.dtype == compute_dtype
-    assert normalized.is_contiguous()
     assert norms.dtype == distances.dtype == torch.float32
     rows = z.cpu().double()[order.cpu()]
     expected_norms = rows.norm(dim=1)
@@ -252,19 +251,25 @@ def test_bad_input() -> None:
     z = random_rows(6, 4)
     labels, prototypes = torch.zeros(3, dtype=torch.int64, device="cuda"), torch.ones(2, 4, device="cuda")
     order = torch.arange(6, dtype=torch.int32, device="cuda")
+    zhat = torch.empty_like(z)
     wrong: list[tuple[str, tuple[object, ...]]] = [
-        ("embeddings", (z[0], None, None, None, 1, 0, z.dtype)),
-        ("embeddings", (z, None, None, None, 4, 0, z.dtype)),
-        ("embeddings", (z.double(), None, None, None, 2, 0, z.dtype)),
-        ("n_views", (z, None, None, None, 0, 0, z.dtype)),
-        ("compute_dtype", (z, None, None, None, 2, 0, torch.float64)),
-        ("distance", (z, None, None, None, 2, 3, z.dtype)),
-        ("order", (z, order.long(), None, None, 2, 0, z.dtype)),
-        ("order", (z, order.cpu(), None, None, 2, 0, z.dtype)),
-        ("labels", (z, None, labels[:2], prototypes, 2, 0, z.dtype)),
-        ("labels", (z, None, None, prototypes, 2, 0, z.dtype)),
-        ("prototypes", (z, None, labels, prototypes.T.contiguous().T, 2, 0, z.dtype)),
-        ("prototypes", (z, None, labels, prototypes[:0], 2, 0, z.dtype)),
+        ("embeddings", (z[0], zhat, None, None, None, 1, 0)),
+        ("embeddings", (z, zhat, None, None, None, 4, 0)),
+        ("embeddings", (z.double(), zhat, None, None, None, 2, 0)),
+        ("normalized", (z, zhat.double(), None, None, None, 2, 0)),
+        ("normalized", (z, zhat.cpu(), None, None, None, 2, 0)),
+        ("normalized", (z, zhat[1:], None, None, None, 2, 0)),
+        ("normalized", (z, LAYOUTS["rows apart by one"](zhat), None, None, None, 2, 0)),
+        ("normalized", (z, LAYOUTS["transposed"](zhat), None, None, None, 2, 0)),
+        ("normalized", (z, LAYOUTS["misaligned"](zhat), None, None, None, 2, 0)),
+        ("n_views", (z, zhat, None, None, None, 0, 0)),
+        ("distance", (z, zhat, None, None, None, 2, 3)),
+        ("order", (z, zhat, order.long(), None, None, 2, 0)),
+        ("order", (z, zhat, order.cpu(), None, None, 2, 0)),
+        ("labels", (z, zhat, None, labels[:2], prototypes, 2, 0)),
+        ("labels", (z, zhat, None, None, prototypes, 2, 0)),
+        ("prototypes", (z, zhat, None, labels, prototypes.T.contiguous().T, 2, 0)),
+        ("prototypes", (z, zhat, None, labels, prototypes[:0], 2, 0)),
     ]
     for name, arguments in wrong:
         with pytest.raises(RuntimeError, match=f"clop_native: {name}: expected"):
@@ -292,7 +297,7 @@ def test_bad_sides() -> None:
     for groups, n_views, n_left in ((none, 2, 2), (none, 1, 3), (none, 2, 7), (table, 2, 2), (table, 1, -2), (table, 1, 7)):
         loss = (groups, None, None, None, 1.0, 0.0, n_views, 1.0, 0, 0, z.dtype, False, True, n_left, False)
         with pytest.raises(RuntimeError, match="clop_native: n_left: expected"):
-            torch.ops.clop_native.cuda_forward(z, *loss)
+            torch.ops.clop_native.cuda_forward(z, unit_rows(z, z.dtype), *loss)
     for n_views, n_left in ((1, 7), (1, -2), (2, 3)):
         with pytest.raises(RuntimeError, match="clop_native: n_left: expected"):
             torch.ops.clop_native.cuda_groups(labels, n_views, n_left)

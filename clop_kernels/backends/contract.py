@@ -88,6 +88,31 @@ class LossOptions:
         return accumulate_dtype(self.compute_dtype)
 
 
+DENSE_DEVICES = ("cpu",)
+"""Where rows of zhat lie side by side. Elsewhere each begins at a multiple of 16 bytes, which is what a GPU copies at a time."""
+
+
+def unit_rows(embeddings: Tensor, dtype: torch.dtype) -> Tensor:
+    """Memory for zhat, (N, D) like the embeddings, as every backend lays it out on their device.
+
+    What lies between two rows is written and read by no one.
+    """
+    return embeddings.new_empty_strided(embeddings.shape, (_pitch(embeddings, dtype), 1), dtype=dtype)
+
+
+def as_unit_rows(zhat: Tensor) -> Tensor:
+    """``zhat`` as :func:`unit_rows` lays it out, itself or a copy: rows that were saved or sent may come otherwise."""
+    if zhat.stride() == (_pitch(zhat, zhat.dtype), 1) and zhat.data_ptr() % 16 == 0:
+        return zhat
+    return unit_rows(zhat, zhat.dtype).copy_(zhat)
+
+
+def _pitch(rows: Tensor, dtype: torch.dtype) -> int:
+    """How many numbers a row of zhat is from the next."""
+    numbers = 1 if rows.device.type in DENSE_DEVICES else 16 // dtype.itemsize
+    return (rows.shape[1] + numbers - 1) // numbers * numbers
+
+
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 for float64, float32 for everything narrower."""
     return torch.promote_types(dtype, torch.float32)
@@ -101,7 +126,8 @@ class Residuals(NamedTuple):
     2^shift_i * negative_i.
 
     Attributes:
-        normalized: (N, D) in the compute dtype, the rows zhat as all products see them, z itself without ``options.normalize``.
+        normalized: (N, D) in the compute dtype, the rows zhat as all products see them, z itself without ``options.normalize``;
+            laid out as :func:`unit_rows` says.
         norms: (N,) in the accumulate dtype, the norms |z_i| of the raw rows, not clamped.
         shift: (N,) in the accumulate dtype.
         total: (N,) in the accumulate dtype; of a row that is no anchor what the backend likes best: 0, or infinity.

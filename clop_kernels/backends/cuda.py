@@ -22,7 +22,7 @@ from torch import Tensor
 
 from ..groups import label_groups
 from . import native
-from .contract import DISTANCES, REDUCTIONS, Gradients, LossOptions, Needs, Residuals, Softmax
+from .contract import DISTANCES, REDUCTIONS, Gradients, LossOptions, Needs, Residuals, Softmax, as_unit_rows, unit_rows
 from .positions import allows_tf32, logit_scale, sorted_by_class, upstream_of, used_prototypes
 
 CHECKS_VALUES = True
@@ -65,11 +65,12 @@ def forward(
     else:
         groups = embeddings.new_empty((3, 0), dtype=torch.int32)
     arguments = _arguments(groups, labels, prototypes, options)
+    normalized = unit_rows(embeddings, options.compute_dtype)
     if is_wide(embeddings.shape[1], options.compute_dtype):
-        results = _wide_forward(embeddings, options, *arguments)
+        results = _wide_forward(embeddings, normalized, options, *arguments)
     else:
-        results = kernels.cuda_forward(embeddings, *arguments)
-    loss, normalized, norms, shift, total, negative, counts = results
+        results = kernels.cuda_forward(embeddings, normalized, *arguments)
+    loss, norms, shift, total, negative, counts = results
     return loss, Residuals(normalized, norms, shift, total, negative, groups, counts)
 
 
@@ -86,6 +87,7 @@ def backward(
     if embeddings.shape[0] == 0:
         zero = embeddings.new_zeros((), dtype=torch.float32)
         return Gradients(torch.zeros_like(embeddings), zero, None if prototypes is None else torch.zeros_like(prototypes))
+    residuals = residuals._replace(normalized=as_unit_rows(residuals.normalized))
     arguments = _arguments(residuals.groups, labels, prototypes, options)
     upstream = upstream_of(grad_loss, residuals, options)
     grad_embeddings = grad_temperature = grad_prototypes = None
@@ -114,7 +116,7 @@ def backward(
 
 def pair_softmax(zhat: Tensor, groups: Tensor, n_left: int | None, options: LossOptions) -> Softmax:
     """See :mod:`clop_kernels.backends.contract`."""
-    zhat, options = _aligned(zhat), replace(options, n_views=1, n_left=n_left)
+    zhat, options = as_unit_rows(zhat), replace(options, n_views=1, n_left=n_left)
     if is_wide(zhat.shape[1], options.compute_dtype):
         statistics = _panel_statistics(zhat, options, _arguments(groups, None, None, options), pairs_alone=True)
     else:
@@ -124,7 +126,7 @@ def pair_softmax(zhat: Tensor, groups: Tensor, n_left: int | None, options: Loss
 
 def pair_gradient(zhat: Tensor, groups: Tensor, n_left: int | None, coefficients: Tensor, options: LossOptions) -> Tensor:
     """See :mod:`clop_kernels.backends.contract`. M is rounded to the type of the rows; float16 has room for w_i of up to 1."""
-    zhat, options = _aligned(zhat), replace(options, n_views=1, n_left=n_left)
+    zhat, options = as_unit_rows(zhat), replace(options, n_views=1, n_left=n_left)
     inputs = zhat, coefficients, *_pair_arguments(groups, options)
     if is_wide(zhat.shape[1], options.compute_dtype):
         laid_out, loss = kernels.cuda_pair_coefficients(*inputs), _arguments(groups, None, None, options)
@@ -137,11 +139,6 @@ def pair_gradient(zhat: Tensor, groups: Tensor, n_left: int | None, coefficients
 def _pair_arguments(groups: Tensor, options: LossOptions) -> tuple[Any, ...]:
     """What describes pairs alone to every operator."""
     return groups, _n_left(options), *_scale(options), allows_tf32(), options.normalize
-
-
-def _aligned(zhat: Tensor) -> Tensor:
-    """The kernels copy 16 bytes at a time; rows may be a part of a tensor that begins anywhere."""
-    return zhat if zhat.data_ptr() % 16 == 0 else zhat.clone()
 
 
 # ---- wide rows, csrc/cuda/wide.cuh -------------------------------------------------------------------------------------
@@ -173,22 +170,23 @@ def _panels(n_rows: int, options: LossOptions, *, once: bool) -> Iterable[tuple[
     return itertools.chain(itertools.product(left, right), () if once else itertools.product(right, left))
 
 
-def _wide_forward(embeddings: Tensor, options: LossOptions, *loss: Any) -> tuple[Tensor, ...]:
+def _wide_forward(embeddings: Tensor, normalized: Tensor, options: LossOptions, *loss: Any) -> tuple[Tensor, ...]:
+    """``normalized`` is written."""
     groups, labels, prototypes, *_ = loss
-    normalized, norms, distances = kernels.cuda_prologue(
+    norms, distances = kernels.cuda_prologue(
         embeddings,
+        normalized,
         groups[0] if options.positives == "label" else None,
         labels,
         prototypes,
         options.n_views,
         DISTANCES.index(options.distance),
-        options.compute_dtype,
         options.normalize,
         options.n_left is not None,
     )
     statistics = _panel_statistics(normalized, options, loss)
     value, shift, total, negative, counts = kernels.cuda_panel_loss(statistics, distances, normalized, *loss)
-    return value, normalized, norms, shift, total, negative, counts
+    return value, norms, shift, total, negative, counts
 
 
 def _wide_backward(inputs: tuple[Any, ...], options: LossOptions, *loss: Any) -> tuple[Tensor, Tensor | None]:
@@ -234,7 +232,9 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
 def _loss_of_no_rows(embeddings: Tensor, options: LossOptions) -> tuple[Tensor, Residuals]:
     of_rows = embeddings.new_zeros(0, dtype=torch.float32)
     groups = embeddings.new_empty((3, 0), dtype=torch.int32)
-    residuals = Residuals(embeddings.to(options.compute_dtype), of_rows, of_rows, of_rows, of_rows, groups, of_rows.new_zeros(2))
+    residuals = Residuals(
+        unit_rows(embeddings, options.compute_dtype), of_rows, of_rows, of_rows, of_rows, groups, of_rows.new_zeros(2)
+    )
     return of_rows if options.reduction == "none" else of_rows.new_zeros(()), residuals
 
 

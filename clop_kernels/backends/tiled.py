@@ -50,7 +50,7 @@ from torch import Tensor
 
 from ..groups import Groups
 from . import rowwise
-from .contract import Gradients, LossOptions, Needs, Residuals, Softmax
+from .contract import Gradients, LossOptions, Needs, Residuals, Softmax, as_unit_rows
 
 CHECKS_VALUES = False
 
@@ -137,7 +137,7 @@ def forward(
         per_row = contrastive + options.prototype_weight * prototype
         loss = per_row.sum() if options.reduction == "sum" else torch.empty_like(per_row).index_copy_(0, groups.order, per_row)
     table = groups.table() if groups.size is None else groups.order.new_empty((3, 0), dtype=torch.int32)
-    return loss, Residuals(normalized, norms, softmax.shift, softmax.total, softmax.negative, table, counts)
+    return loss, Residuals(as_unit_rows(normalized), norms, softmax.shift, softmax.total, softmax.negative, table, counts)
 
 
 def backward(

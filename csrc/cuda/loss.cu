@@ -90,7 +90,7 @@ int forward(const Forward& p, int64_t n_processors, CUstream_st* stream) {
   if (!is_valid(p) || is_wide(p.width, p.compute_dtype)) return cudaErrorInvalidValue;
   const Prologue prologue = {p.embeddings, p.stride_z_row,  p.stride_z_column, p.groups,    p.labels,     p.prototypes, p.zhat,
                              p.norms,      p.distances,     p.n_finished,      p.n_rows,    p.n_views,    p.n_classes,  p.width,
-                             p.dtype,      p.compute_dtype, p.distance,        p.normalize, p.n_left >= 0};
+                             p.pitch,      p.dtype,         p.compute_dtype,   p.distance,  p.normalize,  p.n_left >= 0};
   if (const int error = launch_prologue(prologue, stream); error != cudaSuccess) return error;
   return pair_softmax(p, n_processors, stream);
 }

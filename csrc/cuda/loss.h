@@ -2,7 +2,7 @@
 //
 // Tensors come as pointers to the memory of one GPU, contiguous where nothing else is said. N rows, D wide; B = N / n_views
 // instances; K prototypes. A position is an index into the rows as sorted by group, and before that by side; see
-// clop_kernels/groups.py.
+// clop_kernels/groups.py. Rows of zhat are `pitch` numbers apart: unit_rows in clop_kernels/backends/contract.py.
 #pragma once
 
 #include <cstdint>
@@ -21,6 +21,7 @@ struct Loss {
   int64_t n_rows, width, n_views, n_classes;
   Dtype dtype;              // of the embeddings and of their gradient
   Dtype compute_dtype;      // what the rows zhat are rounded to
+  int64_t pitch;            // numbers from a row of zhat to the next, a multiple of 16 bytes; past D none is read
   bool is_tf32;             // float32 zhat: products of operands rounded to TF32, else as accurate as float32's
   const int32_t* groups;    // (3, N): order, starts, ends. Null: the views of an instance are a group, with sides one view a side
   const int64_t* labels;    // (B,), or null

@@ -119,6 +119,22 @@ const T* data(const char* name, const std::optional<Tensor>& tensor, ScalarType 
   return static_cast<const T*>(tensor->const_data_ptr());
 }
 
+// The rows zhat of a pass, which its kernels copy 16 bytes at a time.
+template <class Pass>
+void set_zhat(Pass& p, const Tensor& normalized, ScalarType dtype, int32_t device) {
+  if (!normalized.is_cuda() || normalized.get_device_index() != device || normalized.scalar_type() != dtype ||
+      normalized.dim() != 2 || normalized.size(0) != p.n_rows || normalized.size(1) != p.width)
+    refuse("normalized",
+           "a compute_dtype tensor of shape " + shape_text({p.n_rows, p.width}) + " on the GPU of the embeddings");
+  const int64_t pitch = normalized.stride(0), row_bytes = pitch * int64_t(normalized.element_size());
+  const void* const zhat = normalized.const_data_ptr();
+  if (normalized.stride(1) != 1 || pitch < p.width || pitch > INT32_MAX || row_bytes % 16 != 0 ||
+      reinterpret_cast<uintptr_t>(zhat) % 16 != 0)
+    refuse("normalized", "rows that begin at multiples of 16 bytes, as unit_rows in clop_kernels/backends/contract.py lays them");
+  p.zhat = const_cast<void*>(zhat);  // a result of the forward pass, and else only read
+  p.pitch = pitch;
+}
+
 // On the embeddings' device. Why torch has no memory does not come through its C interface; how much was asked for is said here.
 Tensor allocate(const char* name, const Tensor& embeddings, std::initializer_list<int64_t> sizes, ScalarType dtype) {
   try {
@@ -144,9 +160,9 @@ std::optional<std::string> obstacle(int64_t device) {
   return explain(error, static_cast<int>(device));
 }
 
-std::tuple<Tensor, Tensor, Tensor> prologue(Tensor embeddings, std::optional<Tensor> order, std::optional<Tensor> labels,
-                                            std::optional<Tensor> prototypes, int64_t n_views, int64_t distance,
-                                            ScalarType compute_dtype, bool normalize, bool has_sides) {
+std::tuple<Tensor, Tensor> prologue(Tensor embeddings, Tensor normalized, std::optional<Tensor> order,
+                                    std::optional<Tensor> labels, std::optional<Tensor> prototypes, int64_t n_views,
+                                    int64_t distance, bool normalize, bool has_sides) {
   if (n_views < 1) refuse("n_views", "1 or more");
   if (!embeddings.is_cuda() || embeddings.dim() != 2 || embeddings.size(1) < 1 || embeddings.size(0) % n_views != 0)
     refuse("embeddings", "(n_views * B, D) on a GPU");
@@ -154,13 +170,14 @@ std::tuple<Tensor, Tensor, Tensor> prologue(Tensor embeddings, std::optional<Ten
   if (distance < 0 || distance > 2) refuse("distance", "0, 1 or 2");
   const int32_t device = embeddings.get_device_index();
 
-  Prologue p;
+  Prologue p = {};
   p.n_rows = embeddings.size(0);
   p.width = embeddings.size(1);
   p.n_views = n_views;
   p.n_classes = prototypes && prototypes->dim() == 2 ? prototypes->size(0) : 0;
   p.dtype = dtype_of("embeddings", embeddings.scalar_type());
-  p.compute_dtype = dtype_of("compute_dtype", compute_dtype);
+  p.compute_dtype = dtype_of("normalized", normalized.scalar_type());
+  set_zhat(p, normalized, normalized.scalar_type(), device);
   p.distance = Distance(distance);
   p.normalize = normalize;
   p.has_sides = has_sides;
@@ -174,15 +191,13 @@ std::tuple<Tensor, Tensor, Tensor> prologue(Tensor embeddings, std::optional<Ten
   if (prototypes && !labels) refuse("labels", "a tensor, since there are prototypes");
 
   const Device current(device);
-  Tensor normalized = allocate("normalized", embeddings, {p.n_rows, p.width}, compute_dtype);
   Tensor norms = allocate("norms", embeddings, {p.n_rows}, ScalarType::Float);
   Tensor distances = allocate("distances", embeddings, {p.n_rows}, ScalarType::Float);
-  p.zhat = normalized.mutable_data_ptr();
   p.norms = static_cast<float*>(norms.mutable_data_ptr());
   p.distances = static_cast<float*>(distances.mutable_data_ptr());
   p.n_finished = nullptr;
   check("cannot launch the kernel 'prologue'", launch_prologue(p, current_stream(device)), device);
-  return {normalized, norms, distances};
+  return {norms, distances};
 }
 
 // ---- the passes --------------------------------------------------------------------------------------------------------
@@ -250,13 +265,6 @@ Pass pass_of(const Tensor& rows, int32_t device, CLOP_LOSS_PARAMETERS) {
   groups, labels, prototypes, temperature, scale, scale_rest, n_views, prototype_weight, distance, reduction, compute_dtype, \
       is_tf32, normalize, n_left, negatives_only
 
-const void* zhat_of(const Tensor& normalized, const Loss& p, ScalarType compute_dtype, int32_t device) {
-  const void* const zhat = data<char>("normalized", normalized, compute_dtype, "compute_dtype", device, {p.n_rows, p.width});
-  if (reinterpret_cast<uintptr_t>(zhat) % 16 != 0)
-    refuse("normalized", "memory aligned to 16 bytes, as the forward pass leaves it");
-  return zhat;
-}
-
 // The same where pairs are alone.
 template <class Pass>
 Pass pairs_of(const Tensor& zhat, int32_t device, CLOP_PAIRS_PARAMETERS) {
@@ -310,7 +318,7 @@ struct GradientTensors {
         coefficients(allocate("coefficients", embeddings, {6, padded_rows(p.n_rows)}, kFloat)) {
     p.upstream = floats("upstream", upstream, device, {});
     p.weights = data<float>("weights", weights, kFloat, "float32", device, {p.n_rows});
-    p.zhat = zhat_of(normalized, p, compute_dtype, device);
+    set_zhat(p, normalized, compute_dtype, device);
     p.norms = floats("norms", norms, device, {p.n_rows});
     p.shift = floats("shift", shift, device, {p.n_rows});
     p.total = floats("total", total, device, {p.n_rows});
@@ -336,7 +344,7 @@ struct PairGradient {
   PairGradient(const Tensor& zhat, const Tensor& given, int32_t device, CLOP_PAIRS_PARAMETERS)
       : p(pairs_of<Backward>(zhat, device, CLOP_PAIRS_ARGUMENTS)),
         coefficients(allocate("coefficients", zhat, {6, padded_rows(p.n_rows)}, kFloat)) {
-    p.zhat = zhat_of(zhat, p, zhat.scalar_type(), device);
+    set_zhat(p, zhat, zhat.scalar_type(), device);
     p.given = floats("given", given, device, {4, p.n_rows});
     p.coefficients = mutable_floats(coefficients);
     p.n_padded = padded_rows(p.n_rows);
@@ -377,22 +385,21 @@ Tensor groups(Tensor labels, int64_t n_views, int64_t n_left) {
   return table;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor embeddings, CLOP_LOSS_PARAMETERS) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor embeddings, Tensor normalized, CLOP_LOSS_PARAMETERS) {
   const int32_t device = device_of("embeddings", embeddings);
   const Device current(device);
   Forward p = pass_of<Forward>(embeddings, device, CLOP_LOSS_ARGUMENTS);
   p.embeddings = embeddings.const_data_ptr();
   p.stride_z_row = embeddings.stride(0);
   p.stride_z_column = embeddings.stride(1);
+  set_zhat(p, normalized, compute_dtype, device);
   const LossTensors of(p, embeddings);
-  const Tensor normalized = allocate("normalized", embeddings, {p.n_rows, p.width}, compute_dtype);
   const Tensor norms = allocate("norms", embeddings, {p.n_rows}, kFloat),
                distances = allocate("distances", embeddings, {p.n_rows}, kFloat);
-  p.zhat = normalized.mutable_data_ptr();
   p.norms = mutable_floats(norms);
   p.distances = mutable_floats(distances);
   check("cannot launch the forward pass", forward(p, n_processors_of(device), current_stream(device)), device);
-  return {of.loss, normalized, norms, of.shift, of.total, of.negative, of.counts};
+  return {of.loss, norms, of.shift, of.total, of.negative, of.counts};
 }
 
 std::tuple<Tensor, Tensor> backward(CLOP_BACKWARD_PARAMETERS) {
@@ -410,7 +417,7 @@ Tensor prototype_gradient(Tensor upstream, std::optional<Tensor> weights, Tensor
   if (p.prototypes == nullptr) refuse("prototypes", "a tensor");
   p.upstream = floats("upstream", upstream, device, {});
   p.weights = data<float>("weights", weights, kFloat, "float32", device, {p.n_rows});
-  p.zhat = zhat_of(normalized, p, compute_dtype, device);
+  set_zhat(p, normalized, compute_dtype, device);
   p.counts = floats("counts", counts, device, {2});
   p.by_class = data<int64_t>("by_class", by_class, ScalarType::Long, "int64", device, {p.n_rows});
   p.bounds = data<int64_t>("bounds", bounds, ScalarType::Long, "int64", device, {p.n_classes + 1});
@@ -426,7 +433,7 @@ Tensor pair_softmax(Tensor zhat, CLOP_PAIRS_PARAMETERS) {
   const int32_t device = device_of("zhat", zhat);
   const Device current(device);
   Forward p = pairs_of<Forward>(zhat, device, CLOP_PAIRS_ARGUMENTS);
-  p.zhat = const_cast<void*>(zhat_of(zhat, p, zhat.scalar_type(), device));  // a result of the loss, here only read
+  set_zhat(p, zhat, zhat.scalar_type(), device);
   const Tensor statistics = allocate("statistics", zhat, {4, p.n_rows}, kFloat);
   p.statistics = mutable_floats(statistics);
   check("cannot launch the sums over pairs", pair_softmax(p, n_processors_of(device), current_stream(device)), device);

@@ -17,9 +17,10 @@ using torch::stable::Tensor;
 // Why the kernels cannot run on this device, or nothing if they can.
 std::optional<std::string> obstacle(int64_t device);
 
-std::tuple<Tensor, Tensor, Tensor> prologue(Tensor embeddings, std::optional<Tensor> order, std::optional<Tensor> labels,
-                                            std::optional<Tensor> prototypes, int64_t n_views, int64_t distance,
-                                            ScalarType compute_dtype, bool normalize, bool has_sides);
+// `normalized`, here and below, is laid out as unit_rows of clop_kernels/backends/contract.py says; written.
+std::tuple<Tensor, Tensor> prologue(Tensor embeddings, Tensor normalized, std::optional<Tensor> order,
+                                    std::optional<Tensor> labels, std::optional<Tensor> prototypes, int64_t n_views,
+                                    int64_t distance, bool normalize, bool has_sides);
 
 // What describes a loss to every operator below.
 #define CLOP_LOSS_PARAMETERS                                                                                          \
@@ -33,7 +34,7 @@ std::tuple<Tensor, Tensor, Tensor> prologue(Tensor embeddings, std::optional<Ten
       Tensor total, Tensor negative, Tensor counts, bool needs_temperature, CLOP_LOSS_PARAMETERS
 
 Tensor groups(Tensor labels, int64_t n_views, int64_t n_left);
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor embeddings, CLOP_LOSS_PARAMETERS);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor embeddings, Tensor normalized, CLOP_LOSS_PARAMETERS);
 std::tuple<Tensor, Tensor> backward(CLOP_BACKWARD_PARAMETERS);
 Tensor prototype_gradient(Tensor upstream, std::optional<Tensor> weights, Tensor normalized, Tensor counts, Tensor by_class,
                           Tensor bounds, CLOP_LOSS_PARAMETERS);

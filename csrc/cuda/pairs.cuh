@@ -221,13 +221,14 @@ __device__ void walk(const Loss& p, const Span<S>& span, const void* zhat_pointe
   using Product = typename S::Product;
   const auto* const zhat = static_cast<const typename S::Element*>(zhat_pointer);
   const Memory<S> memory;
-  const int width = int(p.width), n_tiles = (span.columns.end - span.first_column() + S::kColumns - 1) / S::kColumns;
+  const int width = int(p.width), pitch = int(p.pitch);
+  const int n_tiles = (span.columns.end - span.first_column() + S::kColumns - 1) / S::kColumns;
 
   const auto load = [&](int tile) {
     if (tile < n_tiles) {
       const int stage = tile % S::kStages;
       const int first = span.first_column() + tile * S::kColumns;
-      load_tile<typename S::Element, S::kColumns, S::kThreads>(memory.columns(stage), zhat, first, span.columns.end, width);
+      load_tile<typename S::Element, S::kColumns, S::kThreads>(memory.columns(stage), zhat, first, span.columns.end, width, pitch);
 #pragma unroll
       for (int which = 0; which < kNumbers; ++which)
         if (which < n_numbers && threadIdx.x < S::kColumns / 4)
@@ -236,7 +237,7 @@ __device__ void walk(const Loss& p, const Span<S>& span, const void* zhat_pointe
     }
     commit_copies();
   };
-  load_tile<typename S::Element, S::kRows, S::kThreads>(memory.rows(), zhat, span.first_row, span.row_end, width);
+  load_tile<typename S::Element, S::kRows, S::kThreads>(memory.rows(), zhat, span.first_row, span.row_end, width, pitch);
 #pragma unroll
   for (int tile = 0; tile < S::kStages - 1; ++tile) load(tile);
 

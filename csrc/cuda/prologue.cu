@@ -9,25 +9,26 @@ constexpr int64_t kLargestInt = 0x7fffffff;  // positions are int32 in `order`, 
 
 bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-template <class In, class Out, int kVec, int kThreads>
+template <class In, class Out, bool kIsAligned, int kThreads>
 cudaError_t launch_as(const Prologue& p, cudaStream_t stream) {
   constexpr int kRows = kBlockThreads<kThreads> / kThreads;
   const auto n_blocks = static_cast<unsigned>((p.n_rows + kRows - 1) / kRows);
-  return launch(prologue_kernel<In, Out, kVec, kThreads>, n_blocks, kBlockThreads<kThreads>, kSharedBytes<kThreads>, stream, p);
+  return launch(prologue_kernel<In, Out, kIsAligned, kThreads>, n_blocks, kBlockThreads<kThreads>, kSharedBytes<kThreads>, stream,
+                p);
 }
 
 template <class In, class Out>
 cudaError_t launch_as(const Prologue& p, cudaStream_t stream) {
-  constexpr int kVec = 16 / sizeof(In);
+  constexpr int kVec = kVecOf<In>;
   const bool has_aligned_rows = p.stride_z_column == 1 && p.stride_z_row % kVec == 0 && p.width % kVec == 0 &&
-                                is_aligned(p.embeddings) && is_aligned(p.zhat) && is_aligned(p.prototypes);
+                                is_aligned(p.embeddings) && is_aligned(p.prototypes);
   if (!has_aligned_rows) {
-    if (p.width <= 32 * kHeld) return launch_as<In, Out, 1, 32>(p, stream);
-    return launch_as<In, Out, 1, 256>(p, stream);
+    if (p.width <= 32 * kHeld * kVec) return launch_as<In, Out, false, 32>(p, stream);
+    return launch_as<In, Out, false, 256>(p, stream);
   }
-  if (p.width <= 8 * kHeld * kVec) return launch_as<In, Out, kVec, 8>(p, stream);
-  if (p.width <= 32 * kHeld * kVec) return launch_as<In, Out, kVec, 32>(p, stream);
-  return launch_as<In, Out, kVec, 256>(p, stream);
+  if (p.width <= 8 * kHeld * kVec) return launch_as<In, Out, true, 8>(p, stream);
+  if (p.width <= 32 * kHeld * kVec) return launch_as<In, Out, true, 32>(p, stream);
+  return launch_as<In, Out, true, 256>(p, stream);
 }
 
 template <class In>
@@ -61,6 +62,6 @@ int launch_prologue(const Prologue& p, CUstream_st* stream) {
   return cudaErrorInvalidValue;
 }
 
-int find_prologue() { return find(prologue_kernel<float, float, 1, 32>); }
+int find_prologue() { return find(prologue_kernel<float, float, false, 32>); }
 
 }  // namespace clop::cuda

@@ -4,11 +4,14 @@
 // For every row, zhat = z / max(|z|, kEps), or z as it is, rounded to the compute dtype, the norm |z|, and the distance of zhat
 // (as rounded, which is what all later products see) to the prototype of its label.
 //
-// Tile picture: a team of kThreads = 8, 32 or 256 neighbouring threads takes a row, thread t its chunks of kVec columns
-// t, t + kThreads, t + 2 kThreads, ...; a chunk is one 16-byte load where rows are aligned, else one element:
+// Tile picture: a team of kThreads = 8, 32 or 256 neighbouring threads takes a row, thread t its chunks t, t + kThreads,
+// t + 2 kThreads, ... of 16 bytes of input:
 //
-//     row:      | chunk 0 | chunk 1 |  ...  | chunk kThreads-1 | chunk kThreads |  ...
-//     thread:        0         1                kThreads-1            0                   the first kHeld stay in registers
+//     row:      | chunk 0 | chunk 1 |  ...  | chunk kThreads-1 | chunk kThreads |  ...  | rest
+//     thread:        0         1                kThreads-1            0                        the first kHeld stay in registers
+//
+// A chunk is one load where rows are aligned and whole chunks, else one a number. It is one store of zhat, whose rows are aligned
+// whatever D is, but for the rest of a row that is no whole number of chunks.
 //
 // The launcher gives a row the smallest team whose registers hold it, so that it is read once; what is beyond 256 threads'
 // registers is read three times, twice of them from cache. Sums have one order: the same bits from run to run.
@@ -20,7 +23,9 @@
 
 namespace clop::cuda {
 
-constexpr int kHeld = 2;        // chunks a thread keeps in registers
+constexpr int kHeld = 2;  // chunks a thread keeps in registers
+template <class In>
+constexpr int kVecOf = 16 / sizeof(In);  // numbers of a chunk
 
 // A team is a block, or a part of a warp.
 template <int kThreads>
@@ -31,6 +36,19 @@ template <class T, int kVec>
 struct alignas(sizeof(T) * kVec < 16 ? sizeof(T) * kVec : 16) Pack {
   T at[kVec];
 };
+
+// kVec numbers of a row from a column on, by one load if kIsAligned, else each by itself; zeros past the row's end.
+template <bool kIsAligned, int kVec, class T>
+__device__ void load_chunk(float (&x)[kVec], const T* row, int64_t stride, int64_t column, int64_t width) {
+  if constexpr (kIsAligned) {
+    const auto pack = *reinterpret_cast<const Pack<T, kVec>*>(row + column);
+#pragma unroll
+    for (int v = 0; v < kVec; ++v) x[v] = to_float(pack.at[v]);
+  } else {
+#pragma unroll
+    for (int v = 0; v < kVec; ++v) x[v] = column + v < width ? to_float(row[(column + v) * stride]) : 0.0f;
+  }
+}
 
 struct Sum {
   __device__ float operator()(float a, float b) const { return a + b; }
@@ -86,8 +104,10 @@ __device__ inline float distance_of_terms(Distance distance, float sum) {
 template <int kThreads>
 constexpr int kSharedBytes = kThreads > 32 ? kThreads / 32 * int(sizeof(float)) : 0;
 
-template <class In, class Out, int kVec, int kThreads>
+// kIsAligned: rows of the embeddings and of the prototypes are whole chunks, each a single load.
+template <class In, class Out, bool kIsAligned, int kThreads>
 __global__ void __launch_bounds__(kBlockThreads<kThreads>, 1) prologue_kernel(const Prologue p) {
+  constexpr int kVec = kVecOf<In>;
   // Positions and rows are below 2^31, and 32-bit divisions take a fraction of the registers; what they address is not.
   const unsigned index = blockIdx.x * (kBlockThreads<kThreads> / kThreads) + threadIdx.x / kThreads;
   const bool is_row = index < p.n_rows;
@@ -98,20 +118,11 @@ __global__ void __launch_bounds__(kBlockThreads<kThreads>, 1) prologue_kernel(co
                        : p.has_sides      ? position
                                           : position % n_views * n_instances + position / n_views;
   const In* const z = static_cast<const In*>(p.embeddings) + int64_t(row) * p.stride_z_row;
-  Out* const zhat = static_cast<Out*>(p.zhat) + int64_t(position) * p.width;
+  Out* const zhat = static_cast<Out*>(p.zhat) + int64_t(position) * p.pitch;
 
   const int thread = threadIdx.x % kThreads;
   const int64_t first_column = int64_t(thread) * kVec;
   constexpr int kStep = kThreads * kVec;
-  const auto load = [&](int64_t column, float(&x)[kVec]) {
-    if constexpr (kVec > 1) {
-      const auto pack = *reinterpret_cast<const Pack<In, kVec>*>(z + column);
-#pragma unroll
-      for (int v = 0; v < kVec; ++v) x[v] = to_float(pack.at[v]);
-    } else {
-      x[0] = to_float(z[column * p.stride_z_column]);
-    }
-  };
   // Calls visit(column, x) for each chunk of this thread, x being the row's entries times `shrink`.
   float held[kHeld][kVec] = {};
   float shrink = 1.0f;
@@ -122,7 +133,7 @@ __global__ void __launch_bounds__(kBlockThreads<kThreads>, 1) prologue_kernel(co
 #pragma unroll 1  // unrolled, it takes registers from the rows that do not need it
     for (int64_t column = first_column + kHeld * kStep; column < width; column += kStep) {
       float again[kVec];
-      load(column, again);
+      load_chunk<kIsAligned>(again, z, p.stride_z_column, column, width);
 #pragma unroll
       for (int v = 0; v < kVec; ++v) again[v] *= shrink;
       visit(column, again);
@@ -131,7 +142,8 @@ __global__ void __launch_bounds__(kBlockThreads<kThreads>, 1) prologue_kernel(co
 
 #pragma unroll
   for (int h = 0; h < kHeld; ++h)
-    if (first_column + h * kStep < width) load(first_column + h * kStep, held[h]);
+    if (first_column + h * kStep < width)
+      load_chunk<kIsAligned>(held[h], z, p.stride_z_column, first_column + h * kStep, width);
 
   // Scaled first, so that no square overflows: any finite row has a finite direction. The scale is the power of two at its
   // largest entry, not the entry itself, for that is exact, and one division serves the whole row; 2^126 at most, so that
@@ -164,8 +176,8 @@ __global__ void __launch_bounds__(kBlockThreads<kThreads>, 1) prologue_kernel(co
   const float* const target = label < 0 ? nullptr : p.prototypes + (label < p.n_classes ? label : p.n_classes - 1) * p.width;
   float terms = 0.0f;
   for_each_chunk([&](int64_t column, const float(&x)[kVec]) {
-    Pack<float, kVec> c = {};
-    if (target != nullptr) c = *reinterpret_cast<const Pack<float, kVec>*>(target + column);
+    float c[kVec] = {};
+    if (target != nullptr) load_chunk<kIsAligned>(c, target, 1, column, width);
     Pack<Out, kVec> rounded;
 #pragma unroll
     for (int v = 0; v < kVec; ++v) {
@@ -173,9 +185,15 @@ __global__ void __launch_bounds__(kBlockThreads<kThreads>, 1) prologue_kernel(co
       const float quotient = x[v] * inverse;
       round_to(rounded.at[v], fmaf(fmaf(-quotient, divisor, x[v]), inverse, quotient));
       const float unit = to_float(rounded.at[v]);
-      terms += target != nullptr ? distance_term(p.distance, unit, c.at[v]) : 0.0f * unit;
+      terms += target != nullptr ? distance_term(p.distance, unit, c[v]) : 0.0f * unit;
     }
-    *reinterpret_cast<Pack<Out, kVec>*>(zhat + column) = rounded;
+    if (kIsAligned || column + kVec <= width) {
+      *reinterpret_cast<Pack<Out, kVec>*>(zhat + column) = rounded;
+    } else {
+#pragma unroll
+      for (int v = 0; v < kVec; ++v)
+        if (column + v < width) zhat[column + v] = rounded.at[v];
+    }
   });
   terms = combine<kThreads>(terms, Sum());
   if (is_row && thread == 0) {

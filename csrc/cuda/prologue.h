@@ -14,11 +14,11 @@ struct Prologue {
                                           // or with sides position k row k
   const int64_t* labels;                  // (B,), negative: unlabelled. Not read without prototypes
   const float* prototypes;                // (K, D) contiguous, or null
-  void* zhat;                             // (N, D) compute_dtype, contiguous, by position
+  void* zhat;                             // (N, D) compute_dtype, by position, rows `pitch` numbers apart, as in Loss
   float* norms;                           // (N,), by position, not clamped
   float* distances;                       // (N,), by position: 0 for a row without label, NaN for one that is not finite
   unsigned* n_finished;                   // set to zero, for the launch that follows; or null
-  int64_t n_rows, n_views, n_classes, width;
+  int64_t n_rows, n_views, n_classes, width, pitch;
   Dtype dtype, compute_dtype;
   Distance distance;
   bool normalize;  // else zhat is z, rounded

@@ -31,7 +31,7 @@ __global__ void __launch_bounds__(kPrototypeThreads) prototype_kernel(const Prot
     if (p.distance == Distance::euclidean) {
       __syncthreads();  // the lengths before are read
       for (int i = threadIdx.x / 32; i < count; i += kPrototypeThreads / 32) {
-        const T* const row = zhat + p.by_class[first + i] * p.width;
+        const T* const row = zhat + p.by_class[first + i] * p.pitch;
         float square = 0.0f;
         for (int64_t d = threadIdx.x % 32; d < p.width; d += 32)
           square += (to_float(row[d]) - target[d]) * (to_float(row[d]) - target[d]);
@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(kPrototypeThreads) prototype_kernel(const Prot
     if (!is_column) continue;
     for (int i = 0; i < count; ++i) {
       const int64_t position = p.by_class[first + i];
-      const float unit = to_float(zhat[position * p.width + column]), w = p.weights != nullptr ? p.weights[position] : 1.0f;
+      const float unit = to_float(zhat[position * p.pitch + column]), w = p.weights != nullptr ? p.weights[position] : 1.0f;
       // The distances depend on zhat - c, all but the cosine, whose derivative with respect to c is -zhat.
       switch (p.distance) {
         case Distance::cosine:

@@ -116,7 +116,7 @@ __global__ void __launch_bounds__(kPanelThreads) panel_finish_kernel(const Backw
   const int position = int(blockIdx.x) * kPanelWarps + int(threadIdx.x / 32), lane = threadIdx.x % 32;
   float share = 0.0f;
   if (position < p.n_rows) {
-    MemoryRow<T> row{p.sums + position * p.width, static_cast<const T*>(p.zhat) + position * p.width, lane, int(p.width)};
+    MemoryRow<T> row{p.sums + position * p.width, static_cast<const T*>(p.zhat) + position * p.pitch, lane, int(p.width)};
     share = finish_row(p, Scale(p), position, row);
   }
   finish_temperature<kPanelThreads>(p, share, reinterpret_cast<float*>(shared_memory()));

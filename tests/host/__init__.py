@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..oracle import with_nan_between_rows
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
@@ -118,6 +120,11 @@ class Kernels:
         self.module = load()
 
     @staticmethod
+    def _zhat(zhat: Tensor) -> dict[str, Any]:
+        """The rows that a pass reads or writes. No kernel reads what is between them."""
+        return {"zhat": with_nan_between_rows(zhat), "pitch": zhat.stride(0)}
+
+    @staticmethod
     def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.full(shape, torch.nan, dtype=dtype)
 
@@ -175,21 +182,17 @@ class Kernels:
     def cuda_prologue(
         self,
         embeddings: Tensor,
+        normalized: Tensor,
         order: Tensor | None,
         labels: Tensor | None,
         prototypes: Tensor | None,
         n_views: int,
         distance: int,
-        compute_dtype: torch.dtype,
         normalize: bool,
         has_sides: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor]:
         n_rows, width = embeddings.shape
-        results = {
-            "zhat": self._empty(n_rows, width, dtype=compute_dtype),
-            "norms": self._empty(n_rows),
-            "distances": self._empty(n_rows),
-        }
+        results = {"norms": self._empty(n_rows), "distances": self._empty(n_rows)}
         fields = {
             "embeddings": embeddings,
             "stride_z_row": embeddings.stride(0),
@@ -202,13 +205,13 @@ class Kernels:
             "n_classes": 0 if prototypes is None else prototypes.shape[0],
             "width": width,
             "dtype": DTYPES.index(embeddings.dtype),
-            "compute_dtype": DTYPES.index(compute_dtype),
+            "compute_dtype": DTYPES.index(normalized.dtype),
             "distance": distance,
             "normalize": normalize,
             "has_sides": has_sides,
         }
-        self._check(self.module.prologue(_addresses(fields | results)))
-        return results["zhat"], results["norms"], results["distances"]
+        self._check(self.module.prologue(_addresses(fields | results | self._zhat(normalized.fill_(torch.nan)))))
+        return results["norms"], results["distances"]
 
     def _losses(self, fields: dict[str, Any]) -> dict[str, Tensor]:
         """What a forward pass writes beside zhat and the norms."""
@@ -225,23 +228,22 @@ class Kernels:
             "n_finished": torch.full((1,), 77, dtype=torch.int32),
         }
 
-    def cuda_forward(self, embeddings: Tensor, *loss: Any) -> tuple[Tensor, ...]:
+    def cuda_forward(self, embeddings: Tensor, normalized: Tensor, *loss: Any) -> tuple[Tensor, ...]:
         fields = self._loss(embeddings, *loss)
-        n_rows, width = embeddings.shape
+        n_rows = embeddings.shape[0]
         losses = self._losses(fields)
-        zhat, norms = self._empty(n_rows, width, dtype=DTYPES[fields["compute_dtype"]]), self._empty(n_rows)
-        fields |= losses | self._partial_sums(fields)
+        norms = self._empty(n_rows)
+        fields |= losses | self._partial_sums(fields) | self._zhat(normalized.fill_(torch.nan))
         fields |= {
             "embeddings": embeddings,
             "stride_z_row": embeddings.stride(0),
             "stride_z_column": embeddings.stride(1),
-            "zhat": zhat,
             "norms": norms,
             "distances": self._empty(n_rows),
         }
         self._check(self.module.forward(_addresses(fields), self.n_processors))
         loss_value, *softmax, counts = losses.values()
-        return loss_value, zhat, norms, *softmax, counts
+        return loss_value, norms, *softmax, counts
 
     def cuda_panel_softmax(
         self,
@@ -296,10 +298,10 @@ class Kernels:
         return (
             fields
             | self._partial_sums(fields)
+            | self._zhat(zhat)
             | {
                 "upstream": upstream,
                 "weights": weights,
-                "zhat": zhat,
                 "norms": norms,
                 "shift": shift,
                 "total": total,
@@ -335,7 +337,7 @@ class Kernels:
     ) -> dict[str, Any]:
         scales = temperature, scale, scale_rest
         loss = self._loss(zhat, groups, None, None, *scales, 1, 0.0, 0, 0, zhat.dtype, is_tf32, normalize, n_left, False)
-        return loss | {"zhat": zhat, "pairs_alone": True}
+        return loss | self._zhat(zhat) | {"pairs_alone": True}
 
     def cuda_pair_softmax(self, zhat: Tensor, *pairs: Any) -> Tensor:
         statistics = self._empty(4, zhat.shape[0])
@@ -382,10 +384,9 @@ class Kernels:
     ) -> Tensor:
         fields = self._loss(zhat, *loss)
         parts = self._empty(3, fields["n_classes"], zhat.shape[1])
-        fields |= {
+        fields |= self._zhat(zhat) | {
             "upstream": upstream,
             "weights": weights,
-            "zhat": zhat,
             "counts": counts,
             "by_class": by_class,
             "bounds": bounds,

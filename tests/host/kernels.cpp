@@ -30,7 +30,7 @@ void set(T& field, const py::handle& value) {
   if (fields.contains(#name)) set(p.name, fields[#name]);
 
 void set_loss(Loss& p, const py::dict& fields){FIELD(n_rows) FIELD(width) FIELD(n_views) FIELD(n_classes) FIELD(dtype)
-                                                   FIELD(compute_dtype) FIELD(is_tf32) FIELD(groups) FIELD(labels)
+                                                   FIELD(compute_dtype) FIELD(pitch) FIELD(is_tf32) FIELD(groups) FIELD(labels)
                                                        FIELD(prototypes) FIELD(temperature) FIELD(scale) FIELD(scale_rest)
                                                            FIELD(prototype_weight) FIELD(distance) FIELD(reduction)
                                                                FIELD(normalize) FIELD(n_left) FIELD(negatives_only)
@@ -75,7 +75,7 @@ Prologue prologue_of(const py::dict& fields) {
   FIELD(embeddings)
   FIELD(stride_z_row)
   FIELD(stride_z_column) FIELD(order) FIELD(labels) FIELD(prototypes) FIELD(zhat) FIELD(norms) FIELD(distances) FIELD(n_finished)
-      FIELD(n_rows) FIELD(n_views) FIELD(n_classes) FIELD(width) FIELD(dtype) FIELD(compute_dtype) FIELD(distance)
+      FIELD(n_rows) FIELD(n_views) FIELD(n_classes) FIELD(width) FIELD(pitch) FIELD(dtype) FIELD(compute_dtype) FIELD(distance)
           FIELD(normalize) FIELD(has_sides) return p;
 }
 

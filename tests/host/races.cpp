@@ -36,8 +36,9 @@ void step(int64_t n_rows, int64_t width, Dtype dtype, bool by_label, float tempe
   std::vector<int64_t> labels(n_instances);
   for (int64_t b = 0; b < n_instances; ++b) labels[b] = b % n_classes;
   std::vector<int32_t> groups(3 * n_rows);
-  // 16 bytes past each row of zhat are never read, so its vector needs no more than N D numbers of at most 4 bytes.
-  std::vector<float> zhat(n_rows * width), norms(n_rows), shift(n_rows), total(n_rows), negative(n_rows), counts(2), loss(n_rows);
+  // Rows of zhat begin at multiples of 16 bytes, of numbers of at most 4.
+  const int64_t pitch = (width + 7) / 8 * 8;
+  std::vector<float> zhat(n_rows * pitch), norms(n_rows), shift(n_rows), total(n_rows), negative(n_rows), counts(2), loss(n_rows);
   std::vector<float> distances(n_rows), partial_sums(kPartialSums * n_blocks), coefficients_memory(6 * n_padded),
       statistics(4 * n_rows);
   std::vector<float> grad(n_rows * width), sums = normal(n_rows * width), products = normal(n_rows * n_rows),
@@ -47,7 +48,7 @@ void step(int64_t n_rows, int64_t width, Dtype dtype, bool by_label, float tempe
   float grad_temperature = 0.0f;
 
   Loss of = {};
-  of.n_rows = n_rows, of.width = width, of.n_views = n_views, of.n_left = n_left, of.n_classes = n_classes;
+  of.n_rows = n_rows, of.width = width, of.pitch = pitch, of.n_views = n_views, of.n_left = n_left, of.n_classes = n_classes;
   of.dtype = Dtype::float32, of.compute_dtype = dtype;
   of.groups = by_label ? groups.data() : nullptr;
   of.labels = labels.data(), of.prototypes = prototypes.data();

@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from ...groups import label_groups
-from ..contract import Gradients, LossOptions, Needs, Residuals, Softmax
+from ..contract import Gradients, LossOptions, Needs, Residuals, Softmax, unit_rows
 from ..positions import sorted_by_class, upstream_of, used_prototypes
 from . import launches, tiles
 
@@ -40,7 +40,7 @@ def forward(
     embeddings: Tensor, labels: Tensor | None, prototypes: Tensor | None, options: LossOptions
 ) -> tuple[Tensor, Residuals]:
     """(N, D) embeddings, (B,) int64 labels, (K, D) prototypes -> the loss, and what the backward pass needs."""
-    n_rows, width = embeddings.shape
+    n_rows = embeddings.shape[0]
 
     def per_row() -> Tensor:
         return embeddings.new_empty(n_rows, dtype=torch.float32)
@@ -52,7 +52,7 @@ def forward(
     else:
         assert labels is not None
         groups = label_groups(labels, options.n_views, options.n_left).table()
-    zhat = embeddings.new_empty((n_rows, width), dtype=options.compute_dtype)
+    zhat = unit_rows(embeddings, options.compute_dtype)
     counts = embeddings.new_zeros(2, dtype=torch.float32) if n_rows == 0 else embeddings.new_empty(2, dtype=torch.float32)
     residuals = Residuals(zhat, per_row(), per_row(), per_row(), per_row(), groups, counts)
     if n_rows == 0:

@@ -14,6 +14,8 @@ the same names everywhere::
               pairs, of two sides, but only rows on the left have programs.
     groups    (3, n_rows) int32, by position: row, start, end. None: positives are the views of an instance, and arithmetic.
 
+Rows of zhat are WIDTH numbers, and PITCH numbers apart (:func:`clop_kernels.backends.contract.unit_rows`).
+
 Where a temperature is a tensor, ``temperature`` is a pointer to it and the host never reads it; where it is None, a float,
 ``scale`` and ``scale_rest`` hold log2(e) / tau in two float32 numbers. One alone would be off by its rounding in every
 similarity alike, as if the temperature were another.
@@ -157,28 +159,30 @@ def far_columns(index, span, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def from_position(zhat, position, WIDTH: tl.constexpr):
+def from_position(zhat, position, PITCH: tl.constexpr):
     """zhat from a position on, for rows counted from there.
 
     The compiler knows how such a count is made, and that the rows of a tile share an address but for constants. A position that
     it knows nothing of, such as where a side begins, would cost it 64 bits a row: wide rows' softmax spilled them on sm_90.
     """
-    return zhat + tl.cast(position, tl.int64) * WIDTH
+    return zhat + tl.cast(position, tl.int64) * PITCH
 
 
 @triton.jit
-def own_rows(zhat, rows, span, n_left, WIDTH: tl.constexpr):
+def own_rows(zhat, rows, span, n_left, PITCH: tl.constexpr):
     """The program's rows for loads in a loop: zhat from where they are counted, their count, and its end."""
     if n_left is None:
         return zhat, rows, span.row_end
     else:
-        return from_position(zhat, span.first, WIDTH), tl.arange(0, rows.shape[0]), span.row_end - span.first
+        return from_position(zhat, span.first, PITCH), tl.arange(0, rows.shape[0]), span.row_end - span.first
 
 
 @triton.jit
-def load_rows(zhat, positions, end, columns, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, ALL_ROWS: tl.constexpr):
-    """zhat at positions (M,) and columns (BLOCK_D,), zero from position ``end`` on; a position times the width may pass 2^31."""
-    pointers = zhat + positions.to(tl.int64)[:, None] * WIDTH + columns[None, :]
+def load_rows(
+    zhat, positions, end, columns, PITCH: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr, ALL_ROWS: tl.constexpr
+):  # fmt: skip
+    """zhat at positions (M,) and columns (BLOCK_D,), zero from position ``end`` on; a position times the pitch may pass 2^31."""
+    pointers = zhat + positions.to(tl.int64)[:, None] * PITCH + columns[None, :]
     if ALL_ROWS and WIDTH % BLOCK_D == 0:
         return tl.load(pointers)
     elif ALL_ROWS:

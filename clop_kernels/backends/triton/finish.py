@@ -65,6 +65,7 @@ def finish_kernel(
     DISTANCE: tl.constexpr,
     MEAN: tl.constexpr,
     WIDTH: tl.constexpr,
+    PITCH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     M_SCALE: tl.constexpr,
@@ -81,10 +82,10 @@ def finish_kernel(
     if MEAN:
         of_contrastive /= tl.maximum(tl.load(counts), 1.0)
         of_prototypes /= tl.maximum(tl.load(counts + 1), 1.0)
-    unit = load_rows(zhat, rows, n_rows, width, WIDTH, BLOCK_D, False).to(tl.float32)
+    unit = load_rows(zhat, rows, n_rows, width, PITCH, WIDTH, BLOCK_D, False).to(tl.float32)
     gradient = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
     if sums is not None:
-        gradient = load_rows(sums, rows, n_rows, width, WIDTH, BLOCK_D, False) * of_contrastive
+        gradient = load_rows(sums, rows, n_rows, width, WIDTH, WIDTH, BLOCK_D, False) * of_contrastive
     dots = tl.sum(gradient * unit, 1)
     tl.store(temperature_sums + tl.program_id(0), tl.sum(tl.where(is_row, dots, 0.0), 0) * (-0.5 * inverse_temperature))
     if prototypes is not None:

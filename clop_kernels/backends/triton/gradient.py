@@ -142,6 +142,7 @@ def row_gradient(
     VIEWS: tl.constexpr,
     PAIRS: tl.constexpr,
     WIDTH: tl.constexpr,
+    PITCH: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     ONLINE: tl.constexpr,
@@ -154,11 +155,11 @@ def row_gradient(
     a_i, shift_i, w_i = load_softmax(rows, total, shift, weights, coefficients, span.row_end, ONLINE, M_SCALE, False)
     b_i, c_i, start, end = load_positive_form(rows, a_i, w_i, negative, coefficients, groups, n_rows, n_left, span.row_end, VIEWS)
     gradient = tl.zeros((rows.shape[0], BLOCK_D), tl.float32)
-    of_columns, n_columns = from_position(zhat, span.column_base, WIDTH), span.column_end - span.column_base
+    of_columns, n_columns = from_position(zhat, span.column_base, PITCH), span.column_end - span.column_base
     for index in range(0, span.n_near):
         local = near_columns(index, span, BLOCK_N)
         columns = span.column_base + local
-        k = load_rows(of_columns, local, n_columns, width, WIDTH, BLOCK_D, False)
+        k = load_rows(of_columns, local, n_columns, width, PITCH, WIDTH, BLOCK_D, False)
         s = tl.dot(q, tl.trans(k), tl.zeros((rows.shape[0], BLOCK_N), tl.float32), input_precision=PRECISION)
         s = scaled(s, scale, scale_rest, EXACT_SCALE)
         a_j, shift_j, w_j = load_softmax(columns, total, shift, weights, coefficients, span.column_end, ONLINE, M_SCALE, False)
@@ -170,7 +171,7 @@ def row_gradient(
     for index in range(0, span.n_far):
         local = far_columns(index, span, BLOCK_N)
         columns = span.column_base + local
-        k = load_rows(of_columns, local, n_columns, width, WIDTH, BLOCK_D, True)
+        k = load_rows(of_columns, local, n_columns, width, PITCH, WIDTH, BLOCK_D, True)
         s = tl.dot(q, tl.trans(k), tl.zeros((rows.shape[0], BLOCK_N), tl.float32), input_precision=PRECISION)
         s = scaled(s, scale, scale_rest, EXACT_SCALE)
         a_j, shift_j, _ = load_softmax(columns, total, shift, weights, coefficients, span.column_end, ONLINE, M_SCALE, True)
@@ -198,6 +199,7 @@ def gradient_kernel(
     PAIRS: tl.constexpr,
     SOFTMAX: tl.constexpr,  # as in softmax_kernel
     WIDTH: tl.constexpr,
+    PITCH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -209,22 +211,22 @@ def gradient_kernel(
     rows = span.first + tl.arange(0, BLOCK_M)
     scale, scale_rest = logit_scale(temperature, scale, scale_rest)
     width = tl.arange(0, BLOCK_D)
-    q = load_rows(zhat, rows, span.row_end, width, WIDTH, BLOCK_D, False)
+    q = load_rows(zhat, rows, span.row_end, width, PITCH, WIDTH, BLOCK_D, False)
     if SOFTMAX == "device":
         if fits_unshifted(scale):
             products = row_gradient(
                 q, zhat, rows, total, shift, negative, weights, coefficients, groups, span, scale, scale_rest,
-                n_rows, n_left, VIEWS, PAIRS, WIDTH, BLOCK_N, BLOCK_D, False, PRECISION, EXACT_SCALE, M_SCALE,
+                n_rows, n_left, VIEWS, PAIRS, WIDTH, PITCH, BLOCK_N, BLOCK_D, False, PRECISION, EXACT_SCALE, M_SCALE,
             )  # fmt: skip
         else:
             products = row_gradient(
                 q, zhat, rows, total, shift, negative, weights, coefficients, groups, span, scale, scale_rest,
-                n_rows, n_left, VIEWS, PAIRS, WIDTH, BLOCK_N, BLOCK_D, True, PRECISION, EXACT_SCALE, M_SCALE,
+                n_rows, n_left, VIEWS, PAIRS, WIDTH, PITCH, BLOCK_N, BLOCK_D, True, PRECISION, EXACT_SCALE, M_SCALE,
             )  # fmt: skip
     else:
         products = row_gradient(
             q, zhat, rows, total, shift, negative, weights, coefficients, groups, span, scale, scale_rest,
-            n_rows, n_left, VIEWS, PAIRS, WIDTH, BLOCK_N, BLOCK_D, SOFTMAX == "online", PRECISION, EXACT_SCALE, M_SCALE,
+            n_rows, n_left, VIEWS, PAIRS, WIDTH, PITCH, BLOCK_N, BLOCK_D, SOFTMAX == "online", PRECISION, EXACT_SCALE, M_SCALE,
         )  # fmt: skip
     pointers = sums + rows.to(tl.int64)[:, None] * WIDTH + width[None, :]
     tl.store(pointers, products, mask=(rows[:, None] < span.row_end) & (width[None, :] < WIDTH))

@@ -294,6 +294,7 @@ def _shared_by_pairs(zhat: Tensor, groups: Tensor, options: LossOptions, target:
         "PAIRS": _pairs(n_rows, options),
         "NORMALIZE": options.normalize,
         "WIDTH": width,
+        "PITCH": zhat.stride(0),  # between its rows nothing is read: contract.unit_rows
         "SOFTMAX": _softmax_path(options),
         "PRECISION": precision(zhat.dtype, target),
         "EXACT_SCALE": zhat.dtype == torch.float32,

@@ -81,6 +81,7 @@ def prologue_kernel(
     NORMALIZE: tl.constexpr,
     DISTANCE: tl.constexpr,
     WIDTH: tl.constexpr,
+    PITCH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -110,7 +111,7 @@ def prologue_kernel(
         norm = tl.sqrt_rn(tl.sum(unit * unit, 1))
         unit = raw
     rounded = unit.to(zhat.dtype.element_ty)
-    tl.store(zhat + position.to(tl.int64)[:, None] * WIDTH + columns[None, :], rounded, mask=inside)
+    tl.store(zhat + position.to(tl.int64)[:, None] * PITCH + columns[None, :], rounded, mask=inside)
     tl.store(norms + position, norm * largest, mask=is_row)
 
     unit = rounded.to(tl.float32)

@@ -30,6 +30,7 @@ def prototype_kernel(
     DISTANCE: tl.constexpr,
     MEAN: tl.constexpr,
     WIDTH: tl.constexpr,
+    PITCH: tl.constexpr,
     SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -52,7 +53,7 @@ def prototype_kernel(
         place = first + tl.arange(0, BLOCK_M)
         is_row = place < finish
         rows = tl.load(by_class + place, mask=is_row, other=n_rows)
-        unit = load_rows(zhat, rows, n_rows, width, WIDTH, BLOCK_D, False).to(tl.float32)
+        unit = load_rows(zhat, rows, n_rows, width, PITCH, WIDTH, BLOCK_D, False).to(tl.float32)
         # The distances depend on zhat - c, all but the cosine, whose derivative with respect to c is -zhat.
         direction = unit
         if DISTANCE != "cosine":

@@ -64,6 +64,7 @@ def similarities(
     row_end,
     column_end,
     WIDTH: tl.constexpr,
+    PITCH: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ALL_COLUMNS: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -74,13 +75,13 @@ def similarities(
     """
     products = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
     if BLOCK_K >= WIDTH:
-        k = load_rows(of_columns, columns, column_end, tl.arange(0, BLOCK_K), WIDTH, BLOCK_K, ALL_COLUMNS)
+        k = load_rows(of_columns, columns, column_end, tl.arange(0, BLOCK_K), PITCH, WIDTH, BLOCK_K, ALL_COLUMNS)
         products = tl.dot(q, tl.trans(k), products, input_precision=PRECISION)
     else:
         for first in range(0, WIDTH, BLOCK_K):
             chunk = first + tl.arange(0, BLOCK_K)
-            a = load_rows(of_rows, rows, row_end, chunk, WIDTH, BLOCK_K, False)
-            b = load_rows(of_columns, columns, column_end, chunk, WIDTH, BLOCK_K, ALL_COLUMNS)
+            a = load_rows(of_rows, rows, row_end, chunk, PITCH, WIDTH, BLOCK_K, False)
+            b = load_rows(of_columns, columns, column_end, chunk, PITCH, WIDTH, BLOCK_K, ALL_COLUMNS)
             products = tl.dot(a, tl.trans(b), products, input_precision=PRECISION)
     return products
 
@@ -106,6 +107,7 @@ def row_sums(
     n_left,
     PAIRS: tl.constexpr,
     WIDTH: tl.constexpr,
+    PITCH: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     ONLINE: tl.constexpr,
@@ -119,11 +121,11 @@ def row_sums(
     zero = tl.zeros_like(rows).to(tl.float32)
     shift = zero + LEAST_SHIFT if ONLINE else zero
     negative, positive, positive_logits = zero, zero, zero
-    of_columns, n_columns = from_position(zhat, span.column_base, WIDTH), span.column_end - span.column_base
-    of_rows, local_rows, n_own = own_rows(zhat, rows, span, n_left, WIDTH)
+    of_columns, n_columns = from_position(zhat, span.column_base, PITCH), span.column_end - span.column_base
+    of_rows, local_rows, n_own = own_rows(zhat, rows, span, n_left, PITCH)
     for index in range(0, span.n_near):
         local = near_columns(index, span, BLOCK_N)
-        s = similarities(q, of_rows, of_columns, local_rows, local, n_own, n_columns, WIDTH, BLOCK_K, False, PRECISION)
+        s = similarities(q, of_rows, of_columns, local_rows, local, n_own, n_columns, WIDTH, PITCH, BLOCK_K, False, PRECISION)
         columns = span.column_base + local
         s = scaled(s, scale, scale_rest, EXACT_SCALE)
         among_positives = is_positive(rows, columns, start, end, n_left)
@@ -141,7 +143,7 @@ def row_sums(
             negative += tl.sum(tl.where(among_positives, 0.0, powers), 1)
     for index in range(0, span.n_far):
         local = far_columns(index, span, BLOCK_N)
-        s = similarities(q, of_rows, of_columns, local_rows, local, n_own, n_columns, WIDTH, BLOCK_K, True, PRECISION)
+        s = similarities(q, of_rows, of_columns, local_rows, local, n_own, n_columns, WIDTH, PITCH, BLOCK_K, True, PRECISION)
         s = scaled(s, scale, scale_rest, EXACT_SCALE)
         if ONLINE:
             s, shift, negative, positive = shifted(s, shift, negative, positive)
@@ -190,6 +192,7 @@ def softmax_kernel(
     SOFTMAX: tl.constexpr,  # "unshifted", "online", or "device": the kernel reads the temperature and chooses
     PER_ROW: tl.constexpr,
     WIDTH: tl.constexpr,
+    PITCH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -203,22 +206,23 @@ def softmax_kernel(
     start, end = group_of(rows, groups, n_rows, n_left, VIEWS, is_row)
     scale, scale_rest = logit_scale(temperature, scale, scale_rest)
 
-    q = load_rows(zhat, rows, span.row_end, tl.arange(0, BLOCK_K), WIDTH, BLOCK_K, False)  # unused, and so left out, if wide
+    # Unused, and so left out, if wide.
+    q = load_rows(zhat, rows, span.row_end, tl.arange(0, BLOCK_K), PITCH, WIDTH, BLOCK_K, False)
     if SOFTMAX == "device":
         if fits_unshifted(scale):
             shift, negative, positive, positive_logits = row_sums(
                 q, zhat, rows, start, end, span, scale, scale_rest, n_left,
-                PAIRS, WIDTH, BLOCK_N, BLOCK_K, False, PRECISION, EXACT_SCALE,
+                PAIRS, WIDTH, PITCH, BLOCK_N, BLOCK_K, False, PRECISION, EXACT_SCALE,
             )  # fmt: skip
         else:
             shift, negative, positive, positive_logits = row_sums(
                 q, zhat, rows, start, end, span, scale, scale_rest, n_left,
-                PAIRS, WIDTH, BLOCK_N, BLOCK_K, True, PRECISION, EXACT_SCALE,
+                PAIRS, WIDTH, PITCH, BLOCK_N, BLOCK_K, True, PRECISION, EXACT_SCALE,
             )  # fmt: skip
     else:
         shift, negative, positive, positive_logits = row_sums(
             q, zhat, rows, start, end, span, scale, scale_rest, n_left,
-            PAIRS, WIDTH, BLOCK_N, BLOCK_K, SOFTMAX == "online", PRECISION, EXACT_SCALE,
+            PAIRS, WIDTH, PITCH, BLOCK_N, BLOCK_K, SOFTMAX == "online", PRECISION, EXACT_SCALE,
         )  # fmt: skip
 
     if statistics is not None:

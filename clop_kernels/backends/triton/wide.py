@@ -86,6 +86,7 @@ def pair_kernel(
     PAIRS: tl.constexpr,
     SOFTMAX: tl.constexpr,
     WIDTH: tl.constexpr,
+    PITCH: tl.constexpr,
     PANEL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -106,7 +107,7 @@ def pair_kernel(
         VIEWS, BLOCK_M, BLOCK_N,
     )  # fmt: skip
     scale, scale_rest = logit_scale(temperature, scale, scale_rest)
-    s = similarities(None, zhat, zhat, rows, columns, row_end, n_rows, WIDTH, BLOCK_K, False, PRECISION)
+    s = similarities(None, zhat, zhat, rows, columns, row_end, n_rows, WIDTH, PITCH, BLOCK_K, False, PRECISION)
     s = scaled(s, scale, scale_rest, EXACT_SCALE)
     if SOFTMAX == "device":
         if fits_unshifted(scale):
@@ -141,6 +142,7 @@ def product_kernel(
     column_end,
     ADD: tl.constexpr,  # to what the sums hold, or in its place
     WIDTH: tl.constexpr,
+    PITCH: tl.constexpr,
     PANEL: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -160,7 +162,7 @@ def product_kernel(
             mask=(local_rows[:, None] < PANEL) & (local_columns[None, :] < n_columns),
             other=0.0,
         )
-        k = load_rows(zhat, first_column + local_columns, column_end, width, WIDTH, BLOCK_N, False)
+        k = load_rows(zhat, first_column + local_columns, column_end, width, PITCH, WIDTH, BLOCK_N, False)
         part = tl.dot(m, k, part, input_precision=PRECISION)
     inside = (rows[:, None] < row_end) & (width[None, :] < WIDTH)
     pointers = sums + rows.to(tl.int64)[:, None] * WIDTH + width[None, :]
