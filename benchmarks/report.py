@@ -27,9 +27,9 @@ ratios."""
 
 ON_A_GPU = """
 
-A call is timed on a GPU that is idle before it, so that a small one waits for the host, Python and PyTorch, as much as for the
-GPU. *host ms* is the time until such a call returns; *graph ms* is that of a replay as a CUDA graph, the GPU's own time. Shares of
-the matrix rate are of the GPU's own time where it was measured."""
+A call is timed on a GPU that is idle before it, so that a small one waits for the host, Python and PyTorch, as much as for
+the GPU. *host ms* is the time until such a call returns; *graph ms* is that of a replay as a CUDA graph, the GPU's own time.
+Shares of the matrix rate are of the GPU's own time where it was measured."""
 
 
 def write(rows: Sequence[Row], folder: Path, more: str = "") -> Path:
