@@ -13,7 +13,7 @@ help:
 	@echo "make demo    train an encoder on real digits, with the plain loss and with the fused one; writes train_digits.png"
 	@echo "make bench   time and memory beside plain PyTorch, torch.compile and other libraries, and a report of it in build/bench, 10 minutes"
 	@echo "make docs    the documentation, as pages that open from a folder: build/docs/index.html"
-	@echo "make resources    every kernel on four GPUs: registers, shared memory, matrix instructions; compiles Triton's, 20 minutes"
+	@echo "make resources    every kernel on four GPUs: registers, shared memory, matrix instructions; compiles those of Triton that changed"
 	@echo "make wheels  a pure wheel, and a native one for the CUDA toolkit that is found, each tested in an environment of its own"
 	@echo "make lint    ruff, lint and format;  make types    mypy;  make clean    remove what make made"
 

@@ -3,18 +3,28 @@
 One table: registers, bytes spilled, shared memory and matrix instructions of each kernel, tile, GPU, dtype and width, as
 :mod:`clop_kernels.backends.triton.launches` would launch it. Ends with 1 if a kernel spills, takes more shared memory than
 its GPU has, or lacks matrix instructions where it multiplies matrices.
+
+The table of a Triton version is committed, and its column ``source`` is a hash of all that the compiled code depends on: a
+kernel is compiled only where its hash is not in the table. Ends with 1 too if the whole selection is asked for and the
+committed table is not what was found.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import csv
+import functools
+import hashlib
+import importlib.metadata
+import inspect
+import itertools
 import os
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -38,8 +48,18 @@ WIDTHS = (16, 32, 64, 128, 256, 512)
 """512 stands for all wide rows, whose tiles do not depend on the width."""
 
 PROCESSORS = 132
-ROWS = {128: 65536, 64: 8192, 32: 2048}
-"""Numbers of rows that get tiles of so many rows on so many processors."""
+ROWS = {128: 32768, 64: 8192, 32: 2048}
+"""Numbers of rows that get tiles of so many rows on so many processors; the first is so much that half of it does too."""
+
+TABLES = Path(__file__).parent / "results" / "resources"
+"""Where the committed tables are, one a Triton version."""
+
+SPILLS_ALLOWED = {"3.6": 16}
+"""Triton version -> bytes a thread that a kernel may spill there; no other version may spill.
+
+3.6, the oldest version that the package takes, gives `gradient_kernel` 255 registers where 3.9, for which the tiles were
+chosen, needs 208. Its forms with two sides spill up to so much. Its table records which.
+"""
 
 FORMS: dict[str, dict[str, Any]] = {
     "plain": {"positives": "instance", "temperature": 0.1},
@@ -73,6 +93,21 @@ MATRIX_KERNELS = ("softmax_kernel", "gradient_kernel", "pair_kernel", "product_k
 
 
 @dataclass(frozen=True)
+class Selection:
+    """What is compiled: each of these with each other, as far as :func:`cases` says."""
+
+    targets: Sequence[int] = TARGETS
+    dtypes: Sequence[str] = tuple(DTYPES)
+    widths: Sequence[int] = WIDTHS
+    heights: Sequence[int] = tuple(ROWS)
+    forms: Sequence[str] = tuple(FORMS)
+
+
+SELECTIONS = {"3.6": Selection(targets=(90,), widths=(32, 128, 256, 768))}
+"""Triton version -> what its table covers, where that is not everything."""
+
+
+@dataclass(frozen=True)
 class Case:
     """A call of the loss: all its launches are compiled. ``form`` is one of :data:`FORMS`."""
 
@@ -85,7 +120,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Report:
-    """What one compiled kernel takes."""
+    """What one compiled kernel takes. ``form`` is the first that launches it."""
 
     kernel: str
     sm: int
@@ -97,16 +132,17 @@ class Report:
     spilled_bytes: int
     shared_kb: float
     instructions: str
+    source: str
 
-    def faults(self) -> list[str]:
+    def faults(self, spills_allowed: int) -> list[str]:
         lacks_matrix_units = self.kernel in MATRIX_KERNELS and not self.instructions
-        return faults_of(self.sm, self.spilled_bytes, self.shared_kb, lacks_matrix_units)
+        return faults_of(self.sm, self.spilled_bytes, self.shared_kb, lacks_matrix_units, spills_allowed)
 
 
-def faults_of(sm: int, spilled_bytes: int, shared_kb: float, lacks_matrix_units: bool) -> list[str]:
+def faults_of(sm: int, spilled_bytes: int, shared_kb: float, lacks_matrix_units: bool, spills_allowed: int = 0) -> list[str]:
     """What must not be so of any kernel."""
     found = []
-    if spilled_bytes:
+    if spilled_bytes > spills_allowed:
         found.append(f"spills {spilled_bytes} bytes a thread")
     if shared_kb > SHARED_MEMORY_KB[sm]:
         found.append(f"needs {shared_kb} KB of shared memory, and sm_{sm} has {SHARED_MEMORY_KB[sm]}")
@@ -115,35 +151,56 @@ def faults_of(sm: int, spilled_bytes: int, shared_kb: float, lacks_matrix_units:
     return found
 
 
-def cases(
-    targets: Sequence[int], dtypes: Sequence[str], widths: Sequence[int], heights: Sequence[int], forms: Sequence[str]
-) -> list[Case]:
+def cases(selection: Selection) -> list[Case]:
+    heights = selection.heights
     return [
         Case(target, dtype, width, ROWS[height], form)
-        for target in targets
-        for dtype in dtypes
-        for width in widths
+        for target in selection.targets
+        for dtype in selection.dtypes
+        for width in selection.widths
         for height in heights
-        for form in forms
+        for form in selection.forms
         # Lower tiles are for small N: the largest form will do for all, and the lowest tile for its variants.
         if form == "general" or height == max(heights) or (form in VARIANTS and height == min(heights))
         if not FORMS[form].get("alone") or width in WIDTHS_ALONE[dtype]
     ]
 
 
-def compile_case(case: Case) -> list[Report]:
-    """Compiles the launches of one call; runs in a process of its own."""
-    reports: dict[str, Report] = {}
-    for launch in launches(case):
-        name = launch.kernel.__name__
-        if name not in MATRIX_KERNELS and not _is_pass_over_rows(name, case):
-            continue
-        if name == "product_kernel" and case.form not in ("plain", "general"):
-            continue  # it multiplies what pair_kernel made of any form
-        key = f"{name} {launch.arguments.get('ADD')} {launch.arguments.get('stride_row') == 1}"
-        if key not in reports:
-            reports[key] = _compile(launch, case)
-    return list(reports.values())
+@dataclass(frozen=True)
+class Compilation:
+    """One kernel to compile: the launch of that number in a case.
+
+    ``source`` is a hash of all that the compiled code depends on.
+    """
+
+    case: Case
+    number: int
+    source: str
+    kernel: str
+    tile: str
+
+    def report(self, registers: int, spilled_bytes: int, shared_kb: float, instructions: str) -> Report:
+        case = self.case
+        return Report(
+            self.kernel, case.capability, case.dtype, case.width, self.tile, case.form,
+            registers, spilled_bytes, shared_kb, instructions, self.source,
+        )  # fmt: skip
+
+    def again(self, known: Report) -> Report:
+        """What an earlier compilation of the same source took; what it was called then may have changed."""
+        return self.report(known.registers, known.spilled_bytes, known.shared_kb, known.instructions)
+
+
+def compilations(selected: Iterable[Case]) -> list[Compilation]:
+    """All that these cases launch, what compiles to the same code once."""
+    found: dict[str, Compilation] = {}
+    for case in selected:
+        for number, launch in enumerate(launches(case)):
+            name = launch.kernel.__name__
+            if name in MATRIX_KERNELS or _is_pass_over_rows(name, case):
+                source = source_of(launch, case.capability)
+                found.setdefault(source, Compilation(case, number, source, name, tile_of(launch)))
+    return list(found.values())
 
 
 def _is_pass_over_rows(name: str, case: Case) -> bool:
@@ -215,11 +272,19 @@ def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def _compile(launch: Any, case: Case) -> Report:
+def tile_of(launch: Any) -> str:
+    blocks = [str(launch.arguments[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_D") if name in launch.arguments]
+    return f"{'x'.join(blocks)}, {launch.options['num_warps']} warps, {launch.options['num_stages']} stages"
+
+
+def compile_one(compilation: Compilation) -> Report:
+    """Compiles it; runs in a process of its own."""
     import triton
     from triton.backends.compiler import GPUTarget
 
-    compiled = triton.compile(_source(launch), target=GPUTarget("cuda", case.capability, 32), options=launch.options)
+    launch = next(itertools.islice(launches(compilation.case), compilation.number, None))
+    target = GPUTarget("cuda", compilation.case.capability, 32)
+    compiled = triton.compile(_source(launch), target=target, options=launch.options)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
@@ -227,23 +292,9 @@ def _compile(launch: Any, case: Case) -> Report:
         usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
     numbers = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage))
     found = [name for name, pattern in MATRIX_INSTRUCTIONS.items() if pattern in compiled.asm["ptx"]]
-    blocks = [str(launch.arguments[name]) for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "BLOCK_D") if name in launch.arguments]
-    tile = f"{'x'.join(blocks)}, {launch.options['num_warps']} warps, {launch.options['num_stages']} stages"
-    name = launch.kernel.__name__
     # The stack of a kernel that asserts holds the arguments of the message.
     spilled = 0 if launch.options["debug"] else int(numbers["STACK"]) + int(numbers["LOCAL"])
-    return Report(
-        name,
-        case.capability,
-        case.dtype,
-        case.width,
-        tile,
-        case.form,
-        int(numbers["REG"]),
-        spilled,
-        round(compiled.metadata.shared / 1024, 1),
-        " ".join(found),
-    )
+    return compilation.report(int(numbers["REG"]), spilled, round(compiled.metadata.shared / 1024, 1), " ".join(found))
 
 
 def _source(launch: Any) -> Any:
@@ -273,57 +324,155 @@ def _source(launch: Any) -> Any:
     return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
-def compile_all(selected: Sequence[Case], console: Console) -> list[Report]:
-    """All reports, each kernel and tile once, in the order of the cases."""
-    reports: dict[tuple[Any, ...], Report] = {}
-    with Progress(console=console, transient=True) as progress, ProcessPoolExecutor() as pool:
-        task = progress.add_task("compiling", total=len(selected))
-        for found in pool.map(compile_case, selected):
-            progress.advance(task)
-            for report in found:
-                reports.setdefault((report.kernel, report.sm, report.dtype, report.D, report.tile, report.form), report)
-    return list(reports.values())
+@functools.cache
+def triton_version() -> str:
+    return importlib.metadata.version("triton")
 
 
-def report_table(reports: Sequence[Report], everything: bool) -> Table:
+def source_of(launch: Any, capability: int) -> str:
+    """A hash of all that the compiled code depends on, the same whatever Python and wherever the package is."""
+    source = _source(launch)
+    parts = (
+        triton_version(),
+        capability,
+        code_of(launch.kernel.fn),
+        list(source.signature.items()),
+        list(source.constants.items()),
+        list(source.attrs.items()),
+        sorted(launch.options.items()),
+    )
+    return _digest(parts)
+
+
+@functools.cache
+def code_of(kernel: Any) -> str:
+    """A hash of a kernel, of all functions of this package that it calls, and of the constants that they read.
+
+    Triton's own key of a function, ``cache_key``, changes with every comment, and with every line that is added above it.
+    """
+    found: dict[str, str] = {}
+    pending = [kernel]
+    while pending:
+        item = pending.pop()
+        module = sys.modules[item.__module__]
+        if (name := f"{module.__name__}.{item.__qualname__}") in found:
+            continue
+        tree = ast.parse(inspect.getsource(item))
+        found[name] = repr(_canonical(tree))
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.Name) or not hasattr(module, node.id):
+                continue
+            value = getattr(module, node.id)
+            value = getattr(value, "fn", value)  # what triton.jit was given
+            if inspect.isfunction(value) or inspect.isclass(value):
+                if value.__module__.startswith("clop_kernels."):  # others are Triton's, whose version is in the hash
+                    pending.append(value)
+            elif not inspect.ismodule(value):
+                found[f"{module.__name__}.{node.id}"] = repr(value)
+    return _digest(sorted(found.items()))
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(repr(value).encode()).hexdigest()[:16]
+
+
+def _canonical(node: Any) -> Any:
+    """A syntax tree without docstrings, positions, and fields that are empty and that not every Python has."""
+    if isinstance(node, ast.AST):
+        named = [(name, value) for name, value in ast.iter_fields(node) if value not in (None, [])]
+        return type(node).__name__, [(name, _canonical(value)) for name, value in named]
+    if isinstance(node, list):
+        return [_canonical(item) for item in node if not _is_docstring(item)]
+    return node
+
+
+def _is_docstring(node: Any) -> bool:
+    return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+
+
+def compile_all(wanted: Sequence[Compilation], console: Console) -> dict[str, Report]:
+    """source -> what its kernel takes."""
+    with Progress(console=console, transient=True) as progress, ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        reports = progress.track(pool.map(compile_one, wanted), len(wanted), description="compiling")
+        return {report.source: report for report in reports}
+
+
+def report_table(reports: Sequence[Report], everything: bool, spills_allowed: int) -> Table:
     table = Table(title="Triton kernels compiled ahead of time")
-    for field in fields(Report):
+    shown = [field for field in fields(Report) if field.name != "source"]
+    for field in shown:
         table.add_column(field.name, no_wrap=True, justify="right" if field.type in ("int", "float") else "left")
     for report in reports:
-        if everything or report.kernel in MATRIX_KERNELS or report.faults():
-            table.add_row(*(str(value) for value in asdict(report).values()), style="red" if report.faults() else None)
+        style = "red" if report.faults(spills_allowed) else "yellow" if report.spilled_bytes else None
+        if everything or style or report.kernel in MATRIX_KERNELS:
+            table.add_row(*(str(getattr(report, field.name)) for field in shown), style=style)
     return table
 
 
+def read_table(path: Path) -> list[Report]:
+    if not path.exists():
+        return []
+    types: dict[Any, Any] = {"int": int, "float": float, "str": str}
+    with path.open(newline="") as file:
+        return [Report(**{f.name: types[f.type](row[f.name]) for f in fields(Report)}) for row in csv.DictReader(file)]
+
+
+def write_table(reports: Iterable[Report], path: Path) -> None:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [field.name for field in fields(Report)], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(asdict(report) for report in reports)
+
+
 def main(arguments: Sequence[str] | None = None) -> int:
+    version = triton_version()
+    release = ".".join(version.split(".")[:2])
+    whole, spills_allowed = SELECTIONS.get(release, Selection()), SPILLS_ALLOWED.get(release, 0)
+    path = TABLES / f"triton-{version}.csv"
     parser = argparse.ArgumentParser(prog="python -m benchmarks.resources", description=__doc__)
     add = parser.add_argument
-    add("--targets", nargs="+", type=int, choices=SHARED_MEMORY_KB, default=TARGETS, metavar="SM", help="%(default)s")
-    add("--dtypes", nargs="+", choices=DTYPES, default=tuple(DTYPES), help="%(default)s")
-    add("--dims", nargs="+", type=int, default=WIDTHS, metavar="D", help="widths of the embeddings (%(default)s)")
-    add("--heights", nargs="+", type=int, choices=ROWS, default=tuple(ROWS), help="rows of a program's tile (%(default)s)")
-    add("--forms", nargs="+", choices=FORMS, default=tuple(FORMS), help="what is asked of the loss (%(default)s)")
+    add("--targets", nargs="+", type=int, choices=SHARED_MEMORY_KB, default=whole.targets, metavar="SM", help="%(default)s")
+    add("--dtypes", nargs="+", choices=DTYPES, default=whole.dtypes, help="%(default)s")
+    add("--dims", nargs="+", type=int, default=whole.widths, metavar="D", help="widths of the embeddings (%(default)s)")
+    add("--heights", nargs="+", type=int, choices=ROWS, default=whole.heights, help="rows of a program's tile (%(default)s)")
+    add("--forms", nargs="+", choices=FORMS, default=whole.forms, help="what is asked of the loss (%(default)s)")
+    add("--all", action="store_true", help="compile what the committed table has, too")
+    add("--update", action="store_true", help="write the committed table anew")
     add("--everything", action="store_true", help="print the O(N D) kernels too; they are checked in any case")
     add("--csv", type=Path, metavar="FILE", help="write the table there too")
     given = parser.parse_args(arguments)
+    selection = Selection(given.targets, given.dtypes, given.dims, given.heights, given.forms)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is in the environment: the interpreter compiles nothing; unset it")
+    if given.update and selection != whole:
+        parser.error("--update writes the whole table: it takes no selection")
 
     console = Console(width=None if sys.stdout.isatty() else 180)
+    committed = read_table(path)
+    known = {} if given.all else {report.source: report for report in committed}
+    wanted = compilations(cases(selection))
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache  # of this run alone: nothing is taken from, or left in, the user's
-        reports = compile_all(cases(given.targets, given.dtypes, given.dims, given.heights, given.forms), console)
-    console.print(report_table(reports, given.everything))
+        compiled = compile_all([one for one in wanted if one.source not in known], console)
+    reports = [compiled[one.source] if one.source in compiled else one.again(known[one.source]) for one in wanted]
+    if given.update:
+        write_table(reports, path)
     if given.csv is not None:
-        with given.csv.open("w", newline="") as file:
-            writer = csv.DictWriter(file, [field.name for field in fields(Report)])
-            writer.writeheader()
-            writer.writerows(asdict(report) for report in reports)
-    faults = [f"{r.kernel} sm_{r.sm} {r.dtype} D={r.D} {r.tile}: {fault}" for r in reports for fault in r.faults()]
-    for fault in faults:
-        console.print(fault, style="red")
-    console.print(f"{len(reports)} kernels compiled, {len(faults)} faults")
-    return 1 if faults else 0
+        write_table(reports, given.csv)
+
+    console.print(report_table(reports, given.everything, spills_allowed))
+    found = [(report, fault) for report in reports for fault in report.faults(spills_allowed)]
+    for r, fault in found:
+        console.print(f"{r.kernel} sm_{r.sm} {r.dtype} D={r.D} {r.tile}, {r.form}: {fault}", style="red")
+    n_spilling = sum(0 < report.spilled_bytes <= spills_allowed for report in reports)
+    if n_spilling:
+        console.print(f"{n_spilling} kernels spill, up to the {spills_allowed} bytes allowed on Triton {release}", style="yellow")
+    is_stale = selection == whole and not given.update and reports != committed
+    if is_stale:
+        told = "is not what was found: `python -m benchmarks.resources --update` writes it, to be committed"
+        console.print(f"{path.name} {told}", style="red")
+    console.print(f"{len(reports)} kernels, {len(compiled)} of them compiled now, {len(found)} faults")
+    return 1 if found or is_stale else 0
 
 
 if __name__ == "__main__":

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
+import os
+import shutil
+import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from benchmarks import compare, measure, providers, report, resources_cuda, targets
+from benchmarks import compare, measure, providers, report, resources, resources_cuda, targets
 from benchmarks.measure import Outcome
 from benchmarks.problems import DTYPES, MODES, PROBLEMS, Case
 from benchmarks.providers import PROVIDERS, Provider
@@ -22,6 +27,7 @@ from benchmarks.scaling import PowerLaw, memory_law, representative, series_over
 from benchmarks.sweeps import PRESETS, Sweep
 from clop_kernels.backends import native
 
+ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
 ENVIRONMENT = Environment("cpu", "a CPU, 2 threads", "2.13.0", "3.11.7", "", "", "", "abc1234", "2026-11-26T10:00:00+00:00")
 SMALL = Case(32, 8)
@@ -351,3 +357,150 @@ def test_cuda_resources_of_an_extension_without_its_cuda_half(
     monkeypatch.setattr(native, "build_info", lambda: {"cuda": None})
     assert resources_cuda.main([]) == 0
     assert "nothing to report: the extension was built without its CUDA half" in capsys.readouterr().out
+
+
+# ---- the committed table of Triton's kernels -------------------------------------------------------------------------
+
+
+class Kernels:
+    """Kernels that take no time to compile: name -> source; ``compiled`` are the sources that the last run compiled."""
+
+    def __init__(self) -> None:
+        self.sources = {"softmax_kernel": "s1", "gradient_kernel": "g1", "finish_kernel": "f1"}
+        self.spilled_bytes = 0
+        self.compiled: list[str] = []
+
+    def compilations(self, cases: Sequence[resources.Case]) -> list[resources.Compilation]:
+        return [resources.Compilation(cases[0], 0, source, name, "64x64") for name, source in self.sources.items()]
+
+    def compile_all(self, wanted: Sequence[resources.Compilation], console: Any) -> dict[str, resources.Report]:
+        self.compiled = [one.source for one in wanted]
+        return {one.source: one.report(168, self.spilled_bytes, 64.5, "wgmma") for one in wanted}
+
+
+@pytest.fixture
+def kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Kernels:
+    """With their committed table, triton-9.1.0.csv in ``tmp_path``."""
+    kernels = Kernels()
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    for name in ("compilations", "compile_all"):
+        monkeypatch.setattr(resources, name, getattr(kernels, name))
+    monkeypatch.setattr(resources, "triton_version", lambda: "9.1.0")
+    monkeypatch.setattr(resources, "TABLES", tmp_path)
+    assert resources.main(["--update"]) == 0
+    assert kernels.compiled == ["s1", "g1", "f1"]
+    return kernels
+
+
+def test_unchanged_kernels_are_not_compiled(kernels: Kernels) -> None:
+    assert resources.main([]) == 0
+    assert kernels.compiled == []
+    assert resources.main(["--all"]) == 0
+    assert kernels.compiled == ["s1", "g1", "f1"]
+
+
+@pytest.mark.parametrize(
+    "sources",
+    [
+        {"softmax_kernel": "s1", "gradient_kernel": "g2", "finish_kernel": "f1"},
+        {"softmax_kernel": "s1", "gradient_kernel": "g1", "finish_kernel": "f1", "pair_kernel": "p1"},
+        {"softmax_kernel": "s1", "gradient_kernel": "g1"},
+    ],
+    ids=["changed", "new", "gone"],
+)
+def test_a_table_that_is_not_up_to_date_fails(
+    sources: dict[str, str], kernels: Kernels, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kernels.sources, path = sources, tmp_path / "triton-9.1.0.csv"
+    expected, before = [source for source in sources.values() if source not in ("s1", "g1", "f1")], path.read_text()
+    assert resources.main([]) == 1
+    assert "`python -m benchmarks.resources --update` writes it" in " ".join(capsys.readouterr().out.split())
+    assert kernels.compiled == expected
+    assert path.read_text() == before
+    assert resources.main(["--dtypes", "float32"]) == 0  # of a part nobody says that the table has it
+    assert resources.main(["--update"]) == 0
+    assert kernels.compiled == expected
+    assert resources.main([]) == 0
+    assert [row.source for row in resources.read_table(path)] == list(sources.values())
+
+
+def test_a_committed_fault_fails(
+    kernels: Kernels, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "triton-9.1.0.csv"
+    softmax, *others = resources.read_table(path)
+    resources.write_table([replace(softmax, spilled_bytes=8), *others], path)
+    assert resources.main([]) == 1
+    assert kernels.compiled == []
+    assert "spills 8 bytes a thread" in " ".join(capsys.readouterr().out.split())
+    monkeypatch.setattr(resources, "SPILLS_ALLOWED", {"9.1": 8})
+    assert resources.main([]) == 0
+    assert "1 kernels spill, up to the 8 bytes allowed on Triton 9.1" in " ".join(capsys.readouterr().out.split())
+    resources.write_table([replace(softmax, spilled_bytes=9), *others], path)
+    assert resources.main([]) == 1
+
+
+def test_numbers_that_are_not_what_compiling_gives_fail(kernels: Kernels) -> None:
+    kernels.spilled_bytes = 4
+    assert resources.main([]) == 0
+    assert resources.main(["--all"]) == 1
+
+
+PLANTED = """
+import triton
+
+WIDTH = 4
+
+
+@triton.jit
+def helper(x):
+    return x + WIDTH
+
+
+@triton.jit
+def kernel(x):
+    return helper(x)
+"""
+
+
+def test_the_hash_of_a_kernel_follows_what_it_compiles_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+
+    def code(text: str, name: str) -> str:
+        """Of ``kernel`` in a module of that text, imported afresh."""
+        path = tmp_path / f"{name}.py"
+        path.write_text(text)
+        spec = importlib.util.spec_from_file_location("clop_kernels.planted", path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, "clop_kernels.planted", module)
+        spec.loader.exec_module(module)
+        return resources.code_of(module.kernel.fn)
+
+    same = code(PLANTED, "first")
+    assert code(PLANTED.replace("    return helper", '    """Helps."""\n    # it does\n\n    return helper'), "comments") == same
+    for number, (old, new) in enumerate([("x + W", "x - W"), ("= 4", "= 8"), ("helper(x)\n", "helper(x) + 1\n")]):
+        assert code(PLANTED.replace(old, new), f"changed_{number}") != same, old
+
+
+def test_a_changed_kernel_is_compiled_and_no_other(tmp_path: Path) -> None:
+    """Of the real kernels, against their committed table: gradient.py computes something else, softmax.py has one more line."""
+    pytest.importorskip("triton")
+    if not (resources.TABLES / f"triton-{resources.triton_version()}.csv").exists():
+        pytest.skip("there is no table of this version of Triton")
+    for name in ("clop_kernels", "benchmarks"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name, old, new in (
+        ("gradient", "tl.store(pointers, products", "tl.store(pointers, 2.0 * products"),
+        ("softmax", "import triton\n", "import triton\n\n"),
+    ):
+        path = tmp_path / "clop_kernels" / "backends" / "triton" / f"{name}.py"
+        text = path.read_text()
+        assert old in text
+        path.write_text(text.replace(old, new, 1))
+    arguments = "--targets 90 --dtypes bfloat16 --dims 32 --heights 128 --forms plain"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "benchmarks.resources", *arguments.split()]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
+    assert "2 kernels, 1 of them compiled now" in done.stdout, done.stdout + done.stderr
