@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/ready
 NATIVE := $(wildcard csrc/*.cpp csrc/*/*) tools/native_build.py
 
-.PHONY: help test sanitize demo bench docs resources wheels lint types clean
+.PHONY: help test sanitize demo bench docs resources wheels oldest newest lint types clean
 
 help:
 	@echo "make test    the test suite"
@@ -15,6 +15,7 @@ help:
 	@echo "make docs    the documentation, as pages that open from a folder: build/docs/index.html"
 	@echo "make resources    every kernel on four GPUs: registers, shared memory, matrix instructions; compiles those of Triton that changed"
 	@echo "make wheels  a pure wheel, and a native one for the CUDA toolkit that is found, each tested in an environment of its own"
+	@echo "make oldest  the package on the oldest versions that it runs on, built from source there and tested;  make newest    the newest"
 	@echo "make lint    ruff, lint and format;  make types    mypy;  make clean    remove what make made"
 
 # What the native extension is built with comes first, for only a build without isolation finds it.
@@ -25,15 +26,18 @@ $(READY): pyproject.toml setup.py constraints.txt $(NATIVE)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[test,bench,demo,dev,docs,recipes,wheels]'
 	touch $@
 
+# A process a core, with one thread, for matrices of tests are small. A file stays in one process, and so do its fixtures.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile
+
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 # The interpreter is not instrumented: the runtimes of the sanitizers come in first, and leaks, all of them its own, are not asked for.
 BUILD := $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 RUNTIMES := $(foreach library,libasan.so libubsan.so libstdc++.so.6,$(shell $(CXX) -print-file-name=$(library)))
 
 SANITIZED := LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 CLOP_HOST_SANITIZE=address,undefined \
-	$(BIN)/python -m pytest
+	$(PYTEST) --dist load
 
 sanitize: $(READY)
 	$(SANITIZED) tests/test_harness.py tests/test_host.py
@@ -63,6 +67,9 @@ resources: $(READY)
 
 wheels: $(READY)
 	$(BIN)/python tools/build_wheels.py
+
+oldest newest:
+	PYTHON=$(PYTHON) tools/test_versions.sh $@
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -11,6 +11,7 @@ distribution in a temporary directory, so nothing that lies about in the source 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import shutil
@@ -187,12 +188,15 @@ def test_wheel(wheel: Path, local: str, work: Path, options: argparse.Namespace)
     run([sys.executable, "-m", "venv", work / "venv"])
     python = work / "venv" / "bin" / "python"
     install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--constraint", options.constraint]
-    run([*install, wheel, "pytest", "numpy"])
+    run([*install, wheel, "pytest", "numpy", "rich"])
     tests = work / "run" / "tests"
-    shutil.copytree(ROOT / "tests", tests, ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in (tests, tests.parent / "benchmarks"):  # benchmarks.resources_cuda reads the kernels of every architecture
+        shutil.copytree(ROOT / folder.name, folder, ignore=shutil.ignore_patterns("__pycache__"))
 
-    # As on a machine without a CUDA toolkit.
+    # As on a machine without a CUDA toolkit, but for cuobjdump, which Triton has.
     path = [place for place in os.environ["PATH"].split(os.pathsep) if not (Path(place) / "nvcc").exists()]
+    if (triton := importlib.util.find_spec("triton")) is not None and triton.origin is not None:
+        path.append(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
     environment = {"PATH": os.pathsep.join([str(python.parent), *path]), "CUDA_HOME": "", "CUDA_PATH": "", "PYTHONPATH": ""}
 
     def in_environment(*arguments: str | Path, quiet: bool = False) -> str:

@@ -6,6 +6,7 @@ on top of it, so that the backend ``cuda`` runs on tensors of the CPU.
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import importlib.util
 import os
@@ -83,7 +84,7 @@ def _build(variant: str, source: str, target: str, flags: list[str], scheduler_f
     directory = ROOT / "build" / variant
     directory.mkdir(parents=True, exist_ok=True)
     common = "-std=c++17 -Wall -Wextra -Werror -Wno-unknown-pragmas"
-    (directory / "build.ninja").write_text(f"""
+    rules = f"""
 cxx = {os.environ.get("CXX", "g++")}
 rule compile
   command = $cxx {common} -I{HERE} -I{ROOT / "csrc" / "cuda"} $flags -MMD -MF $out.d -c -x c++ $in -o $out
@@ -97,9 +98,12 @@ build simt.o: compile {HERE / "simt.cpp"}
   flags = {" ".join(scheduler_flags)}
 build {target}: link kernels.o simt.o
   flags = {" ".join(flags)}
-""")
+"""
     program = shutil.which("ninja", path=ninja.BIN_DIR) or "ninja"
-    built = subprocess.run([program, "-C", str(directory)], capture_output=True, text=True)
+    with (directory / "lock").open("w") as lock:  # pytest may run in several processes
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (directory / "build.ninja").write_text(rules)
+        built = subprocess.run([program, "-C", str(directory)], capture_output=True, text=True)
     if built.returncode:
         raise RuntimeError(f"the kernels do not compile for this CPU:\n{built.stdout}{built.stderr}")
     return directory / target
