@@ -186,8 +186,8 @@ class Compilation:
             registers, spilled_bytes, shared_kb, instructions, self.source,
         )  # fmt: skip
 
-    def again(self, known: Report) -> Report:
-        """What an earlier compilation of the same source took; what it was called then may have changed."""
+    def report_as(self, known: Report) -> Report:
+        """What a compilation of the same source took; what it was called then may have changed."""
         return self.report(known.registers, known.spilled_bytes, known.shared_kb, known.instructions)
 
 
@@ -390,11 +390,10 @@ def _is_docstring(node: Any) -> bool:
     return isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
 
 
-def compile_all(wanted: Sequence[Compilation], console: Console) -> dict[str, Report]:
-    """source -> what its kernel takes."""
+def compile_all(wanted: Sequence[Compilation], console: Console) -> Iterator[Report]:
+    """What each kernel takes, as it is known."""
     with Progress(console=console, transient=True) as progress, ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        reports = progress.track(pool.map(compile_one, wanted), len(wanted), description="compiling")
-        return {report.source: report for report in reports}
+        yield from progress.track(pool.map(compile_one, wanted), len(wanted), description="compiling")
 
 
 def report_table(reports: Sequence[Report], everything: bool, spills_allowed: int) -> Table:
@@ -451,10 +450,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     committed = read_table(path)
     known = {} if given.all else {report.source: report for report in committed}
     wanted = compilations(cases(selection))
+    missing = [one for one in wanted if one.source not in known]
     with tempfile.TemporaryDirectory() as cache:
         os.environ["TRITON_CACHE_DIR"] = cache  # of this run alone: nothing is taken from, or left in, the user's
-        compiled = compile_all([one for one in wanted if one.source not in known], console)
-    reports = [compiled[one.source] if one.source in compiled else one.again(known[one.source]) for one in wanted]
+        for report in compile_all(missing, console):
+            known[report.source] = report
+            if given.update:  # as it goes: what is interrupted goes on from there
+                write_table(known.values(), path)
+    reports = [one.report_as(known[one.source]) for one in wanted]
     if given.update:
         write_table(reports, path)
     if given.csv is not None:
@@ -471,7 +474,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if is_stale:
         told = "is not what was found: `python -m benchmarks.resources --update` writes it, to be committed"
         console.print(f"{path.name} {told}", style="red")
-    console.print(f"{len(reports)} kernels, {len(compiled)} of them compiled now, {len(found)} faults")
+    console.print(f"{len(reports)} kernels, {len(missing)} of them compiled now, {len(found)} faults")
     return 1 if found or is_stale else 0
 
 

@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -368,14 +368,19 @@ class Kernels:
     def __init__(self) -> None:
         self.sources = {"softmax_kernel": "s1", "gradient_kernel": "g1", "finish_kernel": "f1"}
         self.spilled_bytes = 0
+        self.interrupts_at = ""
         self.compiled: list[str] = []
 
     def compilations(self, cases: Sequence[resources.Case]) -> list[resources.Compilation]:
         return [resources.Compilation(cases[0], 0, source, name, "64x64") for name, source in self.sources.items()]
 
-    def compile_all(self, wanted: Sequence[resources.Compilation], console: Any) -> dict[str, resources.Report]:
-        self.compiled = [one.source for one in wanted]
-        return {one.source: one.report(168, self.spilled_bytes, 64.5, "wgmma") for one in wanted}
+    def compile_all(self, wanted: Sequence[resources.Compilation], console: Any) -> Iterator[resources.Report]:
+        self.compiled = []
+        for one in wanted:
+            self.compiled.append(one.source)
+            if one.source == self.interrupts_at:
+                raise KeyboardInterrupt
+            yield one.report(168, self.spilled_bytes, 64.5, "wgmma")
 
 
 @pytest.fixture
@@ -422,6 +427,16 @@ def test_a_table_that_is_not_up_to_date_fails(
     assert kernels.compiled == expected
     assert resources.main([]) == 0
     assert [row.source for row in resources.read_table(path)] == list(sources.values())
+
+
+def test_an_interrupted_update_goes_on(kernels: Kernels) -> None:
+    kernels.sources, kernels.interrupts_at = {"softmax_kernel": "s2", "gradient_kernel": "g1", "finish_kernel": "f2"}, "f2"
+    with pytest.raises(KeyboardInterrupt):
+        resources.main(["--update"])
+    kernels.interrupts_at = ""
+    assert resources.main(["--update"]) == 0
+    assert kernels.compiled == ["f2"]
+    assert resources.main([]) == 0
 
 
 def test_a_committed_fault_fails(

@@ -57,5 +57,5 @@ mkdir "$here/run"
 cp -r tests benchmarks pyproject.toml "$here/run"
 cd "$here/run"
 "$in_it" -m clop_kernels info
-"$in_it" -m pytest -q -p no:cacheprovider "${tests[@]}"
+OMP_NUM_THREADS=1 "$in_it" -m pytest -q -p no:cacheprovider -n logical "${tests[@]}"
 "$in_it" -m benchmarks.resources "${kernels[@]}"
