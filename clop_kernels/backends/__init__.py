@@ -109,14 +109,14 @@ BACKENDS: tuple[Backend, ...] = (
 
 _WARPGROUP_CAPABILITIES = (9, 10)
 """Major compute capabilities whose matrix units have instructions of their own, wgmma and tcgen05. Triton compiles to them;
-csrc/cuda/ has mma.sync, which NVIDIA's and others' figures put well below them there, and which is all there is elsewhere."""
+csrc/cuda/ has mma.sync, which is slower there, and all there is elsewhere."""
 
 
 def by_preference(device: torch.device) -> tuple[Backend, ...]:
     """:data:`BACKENDS`, the fastest on ``device`` first.
 
-    Where the two were not yet measured beside each other, which so far is everywhere, the architecture decides between
-    ``cuda`` and ``triton``: see :data:`_WARPGROUP_CAPABILITIES`.
+    Between ``cuda`` and ``triton`` the architecture decides, see :data:`_WARPGROUP_CAPABILITIES`. It was measured on sm_90 alone, an
+    H200 with Triton 3.6: at N = 65536 in bfloat16 ``triton`` took 0.72, 0.54 and 0.86 of the time of ``cuda`` at D = 128, 256, 768.
     """
     if device.type != "cuda" or torch.version.hip is not None:
         return BACKENDS

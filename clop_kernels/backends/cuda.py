@@ -6,7 +6,7 @@ gradient of prototypes and ``reduction="none"`` a few small operations. Two side
 same launches; where rows have two sides, only pairs of both are visited, and where nothing is compared none. Passes over pairs
 that stand alone are the same kernels, in 1 launch and in 2, which end with their sums, and go over the left rows alone.
 
-**Not yet run on a GPU**: the kernels' own source runs on a CPU (tests/host/), against the float64 reference.
+Without a GPU the kernels' own source runs on a CPU (tests/host/), against the float64 reference.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ is known without any subtraction, exp(s_ij) a_i - q_i = -w_i negative_i / total_
 exp s_ip): both keep their relative accuracy down to the smallest float.
 
 Products are float32 (float64 for float64 input) on operands rounded to the compute dtype: as accurate as a matrix unit
-that accumulates in float32, not as fast. On a GPU this backend is the fallback, and not yet run there.
+that accumulates in float32, not as fast. On a GPU this backend is the fallback.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Each entry compiles without spilling and within the shared memory of its part, which ``python -m benchmarks.resources``
 shows for sm_80, sm_90, sm_100 and sm_120 and CI holds. Where several did, the entry is the one with the most flops per
-byte of L2. **Not yet tuned by measurements on a GPU.**
+byte of L2. **Not yet tuned by measurements on a GPU**: ``python -m benchmarks.gpu_check --steps fill-tiles tiles`` makes them.
 
 What the reports decided:
 
