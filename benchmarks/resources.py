@@ -313,14 +313,16 @@ def _source(launch: Any) -> Any:
     attributes: dict[tuple[int, ...], Any] = {}
     for index, parameter in enumerate(launch.kernel.params):
         value = launch.arguments[parameter.name]
-        if parameter.is_constexpr or value is None:
+        is_specialized = isinstance(value, int) and not parameter.do_not_specialize
+        if parameter.is_constexpr or value is None or (is_specialized and value == 1):
             signature[parameter.name] = "constexpr"
             constants[(index,)] = value
-        elif isinstance(value, Tensor):
-            signature[parameter.name] = pointers[value.dtype]
+            continue
+        names = {float: "fp32", int: "i32"}
+        signature[parameter.name] = pointers[value.dtype] if isinstance(value, Tensor) else names[type(value)]
+        is_aligned = isinstance(value, Tensor) or (is_specialized and value % 16 == 0)
+        if is_aligned and not parameter.do_not_specialize_on_alignment:
             attributes[(index,)] = [["tt.divisibility", 16]]
-        else:
-            signature[parameter.name] = "fp32" if isinstance(value, float) else "i32"
     return ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
 
 
