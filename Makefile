@@ -37,7 +37,7 @@ BUILD := $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --e
 RUNTIMES := $(foreach library,libasan.so libubsan.so libstdc++.so.6,$(shell $(CXX) -print-file-name=$(library)))
 
 SANITIZED := LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 CLOP_HOST_SANITIZE=address,undefined \
-	$(PYTEST) --dist load
+	$(BIN)/python -m pytest
 
 sanitize: $(READY)
 	$(SANITIZED) tests/test_harness.py tests/test_host.py

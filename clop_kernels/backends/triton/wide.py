@@ -27,7 +27,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import fits_unshifted, group_of, load_rows, logit_scale, scaled
+from .device import fits_unshifted, from_position, group_of, load_rows, logit_scale, scaled
 from .gradient import far_pairs, load_positive_form, load_softmax, near_pairs
 from .softmax import similarities
 
@@ -165,7 +165,10 @@ def product_kernel(
         k = load_rows(zhat, first_column + local_columns, column_end, width, PITCH, WIDTH, BLOCK_N, False)
         part = tl.dot(m, k, part, input_precision=PRECISION)
     inside = (rows[:, None] < row_end) & (width[None, :] < WIDTH)
-    pointers = sums + rows.to(tl.int64)[:, None] * WIDTH + width[None, :]
+    pointers = from_position(sums, first_row, WIDTH) + local_rows[:, None] * WIDTH + width[None, :]
     if ADD:
-        part += tl.load(pointers, mask=inside, other=0.0)
-    tl.store(pointers, part, mask=inside)
+        # By the memory itself: a load of what is there would double the registers of a tile, and spill them. One program adds
+        # to a number, and launches come one after the other, so the bits are the same from run to run.
+        tl.atomic_add(pointers, part, mask=inside, sem="relaxed")
+    else:
+        tl.store(pointers, part, mask=inside)
