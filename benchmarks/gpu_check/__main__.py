@@ -88,14 +88,16 @@ def _run(runner: Runner, steps: Sequence[Step], on_gpu: bool, console: Console) 
 
 
 def _environment() -> Environment:
-    """By a process of its own, which may hang where a driver does. Without an answer the run goes on, its rows without it."""
+    """By a process of its own, for it may hang where a driver does."""
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     command = [sys.executable, "-m", "benchmarks.gpu_check.workers", "describe", json.dumps([date])]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
-        return Environment(**json.loads(done.stdout.splitlines()[-1]))
-    except (subprocess.SubprocessError, ValueError, IndexError):
-        return Environment("unknown", "unknown", torch.__version__, "", "", "", "", "unknown", date)
+    except subprocess.TimeoutExpired:
+        raise SystemExit("the GPU's driver does not answer within 120 seconds: does nvidia-smi?") from None
+    except subprocess.CalledProcessError as error:
+        raise SystemExit(f"the GPU cannot be asked for its name: {error.stderr[-2000:]}") from None
+    return Environment(**json.loads(done.stdout.splitlines()[-1]))
 
 
 class Follower:
@@ -103,7 +105,7 @@ class Follower:
 
     def __init__(self, path: Path, console: Console) -> None:
         self._path, self._console = path, console
-        self._n_shown = sum(1 for _ in read(path)) if path.exists() else 0
+        self._end_of_shown = _size(path)  # what an earlier run has left is not shown again
         self._counts: Counter[str] = Counter()
         self._status = console.status("")
         self._end = threading.Event()
@@ -125,8 +127,10 @@ class Follower:
         self._show_new()
 
     def _show_new(self) -> None:
-        results = [result for result, _ in read(self._path)] if self._path.exists() else []
-        for result in results[self._n_shown :]:
+        end = _size(self._path)
+        if end == self._end_of_shown:
+            return
+        for result, _ in read(self._path, self._end_of_shown):
             if not result.is_good:
                 text = f"{result.step}: {result.name}: {result.outcome}: {result.details[-300:]}"
                 self._console.print(text, style="red", markup=False, highlight=False)
@@ -138,7 +142,11 @@ class Follower:
             else:
                 self._counts[result.outcome] += 1
                 self._status.update(f"{result.step}: " + ", ".join(f"{n} {outcome}" for outcome, n in self._counts.items()))
-        self._n_shown = len(results)
+        self._end_of_shown = end
+
+
+def _size(path: Path) -> int:
+    return path.stat().st_size if path.exists() else 0
 
 
 def _table(steps: Sequence[Step]) -> Table:

@@ -73,10 +73,11 @@ class Journal:
         return cls(Path(given["path"]), Environment(**given["environment"]), given["step"])
 
 
-def read(path: Path) -> Iterator[tuple[Result, Environment]]:
-    """All results, in the order in which they came. A last line that was cut off is left out."""
+def read(path: Path, start: int = 0) -> Iterator[tuple[Result, Environment]]:
+    """All results, in the order in which they came, from a place in the file on. A line that was cut off is left out."""
     names = [f.name for f in fields(Result)]
-    with path.open() as file:
+    with path.open("rb") as file:
+        file.seek(start)
         for line in file:
             try:
                 columns = json.loads(line)

@@ -25,7 +25,8 @@ MOST_LAUNCHES = 20
 PAIRS_OF_A_GRAPH = 5e9
 """A graph has as many launches as make up so many pairs, a few milliseconds, at least one and at most MOST_LAUNCHES."""
 
-HEIGHTS_AND_COLUMNS = ("block_m", "block_n", "num_warps", "num_stages", "max_registers")
+OF_A_TILE = ("block_m", "block_n", "num_warps", "num_stages", "max_registers")
+"""The columns of tiles.csv that say which tile it is."""
 
 # Rows, columns, warps, stages, registers (None: the compiler's choice). All compile for sm_90 with Triton 3.6 without a spill.
 # The last of each are for few rows.
@@ -89,7 +90,7 @@ def run(trial: Trial, n_rows: int, device: torch.device, time_it: bool) -> dict[
     expected_launch.run()
     figures: dict[str, Any] = {
         "kernel": trial.kernel, "form": "plain", "dtype": trial.dtype, "D": trial.D, "N": n_rows, "is_shipped": chosen == shipped,
-        **{name: asdict(chosen)[name] for name in HEIGHTS_AND_COLUMNS},
+        **{name: asdict(chosen)[name] for name in OF_A_TILE},
         "error": float((result - expected).norm() / expected.norm()), "same_bits": is_same,
     }  # fmt: skip
     for name, attribute in (("registers", "n_regs"), ("spills", "n_spills")):

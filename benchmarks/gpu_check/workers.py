@@ -6,6 +6,7 @@ error, the process ends, and another goes on with the next item.
 
 from __future__ import annotations
 
+import io
 import json
 import platform
 import re
@@ -18,6 +19,7 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 import clop_kernels
@@ -117,7 +119,7 @@ def speed(item: dict[str, Any], add: Add) -> None:
     """One case of benchmarks.compare: figures are the columns of its CSV file."""
     case, journal = Case(**item["case"]), Journal.of_process()
     providers = [provider for name, provider in PROVIDERS.items() if name in item["providers"]]
-    with progress_bar_to_nowhere() as progress:
+    with progress_bar(Console(file=io.StringIO())) as progress:  # the check shows its own
         comparison = Comparison(DEVICE, journal.environment, progress)
         try:
             comparison.run(case, providers, item["repeats"], item["seconds"])
@@ -127,14 +129,6 @@ def speed(item: dict[str, Any], add: Add) -> None:
                 add(f"{row.provider}: {case}", "wrong" if row.is_wrong else outcome, figures=row.columns(), details=row.note)
         if any(row.note.startswith(NO_GRAPH) for row in comparison.rows):
             sys.exit(RENEW)  # a capture that fails leaves torch in a state that is not to be trusted
-
-
-def progress_bar_to_nowhere() -> Any:
-    from io import StringIO
-
-    from rich.console import Console
-
-    return progress_bar(Console(file=StringIO()))
 
 
 def fill(item: dict[str, Any], add: Add) -> None:

@@ -115,8 +115,9 @@ csrc/cuda/ has mma.sync, which is slower there, and all there is elsewhere."""
 def by_preference(device: torch.device) -> tuple[Backend, ...]:
     """:data:`BACKENDS`, the fastest on ``device`` first.
 
-    Between ``cuda`` and ``triton`` the architecture decides, see :data:`_WARPGROUP_CAPABILITIES`. It was measured on sm_90 alone, an
-    H200 with Triton 3.6: at N = 65536 in bfloat16 ``triton`` took 0.72, 0.54 and 0.86 of the time of ``cuda`` at D = 128, 256, 768.
+    Between ``cuda`` and ``triton`` the architecture decides, see :data:`_WARPGROUP_CAPABILITIES`. It was measured on sm_90
+    alone, an H200 with Triton 3.6: at N = 65536 in bfloat16 ``triton`` took 0.72, 0.54 and 0.86 of the time of ``cuda`` at
+    D = 128, 256 and 768.
     """
     if device.type != "cuda" or torch.version.hip is not None:
         return BACKENDS

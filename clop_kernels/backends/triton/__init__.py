@@ -18,8 +18,9 @@ other inputs and outputs: 1 and 1, or for each pair of panels 3, and one way 2. 
 more, that put M_SCALE into the coefficients and take it off the sums.
 
 float64 stays with the other backends: no matrix unit that Triton drives is exact in it. This module is imported when the
-backend is first used, so that importing the package does not need Triton. Run on an H200; without a GPU
-proved by Triton's interpreter against the float64 reference, and by ahead-of-time compilation for sm_80, sm_90, sm_100 and sm_120.
+backend is first used, so that importing the package does not need Triton. Run on an H200;
+without a GPU proved by Triton's interpreter against the float64 reference, and by ahead-of-time compilation for sm_80, sm_90,
+sm_100 and sm_120.
 """
 
 from __future__ import annotations
