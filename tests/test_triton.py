@@ -90,7 +90,7 @@ def is_wide(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 # ---- numbers -------------------------------------------------------------------------------------------------------
 
 N_ROWS = [(1, 1), (2, 1), (1, 63), (2, 32), (5, 13), (7, 43)]  # 1, 2, 63, 64, 65, 301 rows
-WIDTHS = [16, 37, 64, 128, 200, 256, 512, 1024]
+WIDTHS = [7, 16, 64, 128, 250, 256, 512, 1024]
 
 
 SHAPES = [*((shape, 37) for shape in N_ROWS), *(((5, 13), width) for width in WIDTHS), ((7, 43), 200)]

@@ -227,8 +227,8 @@ __device__ void walk(const Loss& p, const Span<S>& span, const void* zhat_pointe
   const auto load = [&](int tile) {
     if (tile < n_tiles) {
       const int stage = tile % S::kStages;
-      const int first = span.first_column() + tile * S::kColumns;
-      load_tile<typename S::Element, S::kColumns, S::kThreads>(memory.columns(stage), zhat, first, span.columns.end, width, pitch);
+      const int first = span.first_column() + tile * S::kColumns, end = span.columns.end;
+      load_tile<typename S::Element, S::kColumns, S::kThreads>(memory.columns(stage), zhat, first, end, width, pitch);
 #pragma unroll
       for (int which = 0; which < kNumbers; ++which)
         if (which < n_numbers && threadIdx.x < S::kColumns / 4)

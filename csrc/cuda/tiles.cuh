@@ -1,8 +1,8 @@
 // Tiles of rows in shared memory, and their products on matrix units: what the passes over pairs share.
 //
-// A tile is kRows rows of kRowBytes bytes, D padded with zeros. It comes from memory 16 bytes at a time, whatever D is, and no more
-// than the bytes of D. Its 16-byte chunks are swizzled: chunk c of row r lies at place c ^ (r % 8), so that the eight rows which a
-// matrix unit takes in at once, and the rows that a transposed read goes down, lie in different banks.
+// A tile is kRows rows of kRowBytes bytes, D padded with zeros. It comes from memory 16 bytes at a time, whatever D is, and no
+// more than the bytes of D. Its 16-byte chunks are swizzled: chunk c of row r lies at place c ^ (r % 8), so that the eight rows
+// which a matrix unit takes in at once, and the rows that a transposed read goes down, lie in different banks.
 //
 // Both products read the operands in steps of 32 bytes of k, 16 numbers of 16 bits or 8 of 32, two 16-byte chunks:
 //
@@ -42,8 +42,9 @@ struct Tile {
   }
 };
 
-// Begins to load kRows rows of zhat, (N, D), into a tile; zeros past the last row and column. Every row begins at a whole chunk of
-// memory, `pitch` numbers behind the one before, and of its last chunk only what belongs to it is read.
+// Begins to load kRows rows of zhat, (N, D), into a tile; zeros past the last row and column. Every row begins at a whole chunk
+// of memory, `pitch` numbers behind the one before, and of its last chunk only what belongs to it is read. A copy of no bytes
+// reads nothing, wherever it points.
 template <class T, int kRows, int kThreads, class Tile>
 __device__ void load_tile(Tile tile, const T* zhat, int first_row, int n_rows, int width, int pitch) {
   constexpr int kPerChunk = kChunkBytes / sizeof(T), kChunks = Tile::kRowBytes / kChunkBytes, kRowsAtOnce = kThreads / kChunks;
@@ -53,8 +54,8 @@ __device__ void load_tile(Tile tile, const T* zhat, int first_row, int n_rows, i
   const T* const from = zhat + int64_t(first_row + first) * pitch + chunk * kPerChunk;
 #pragma unroll
   for (int i = 0; i < kRows / kRowsAtOnce; ++i) {
-    const int row = first + i * kRowsAtOnce, there = first_row + row < n_rows ? bytes : 0;
-    copy_async(tile.chunk(row, chunk), there > 0 ? from + int64_t(i * kRowsAtOnce) * pitch : zhat, there);
+    const int row = first + i * kRowsAtOnce;
+    copy_async(tile.chunk(row, chunk), from + int64_t(i * kRowsAtOnce) * pitch, first_row + row < n_rows ? bytes : 0);
   }
 }
 
