@@ -63,7 +63,7 @@ docs: $(READY)
 
 resources: $(READY)
 	$(BIN)/python -m benchmarks.resources_cuda
-	$(BIN)/python -m benchmarks.resources
+	$(BIN)/python -m benchmarks.resources --partial
 
 wheels: $(READY)
 	$(BIN)/python tools/build_wheels.py

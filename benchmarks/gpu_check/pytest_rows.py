@@ -5,32 +5,38 @@ Under pytest-xdist it is the controlling process that writes; a run that is kill
 
 from __future__ import annotations
 
-import os
-
 import pytest
 
 from .journal import Journal, Result
 from .processes import end_with_parent
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     end_with_parent()
+    if not hasattr(config, "workerinput"):  # a worker of pytest-xdist
+        config.pluginmanager.register(Rows(Journal.of_process()))
 
 
-def pytest_collectreport(report: pytest.CollectReport) -> None:
-    if report.outcome == "failed" and "PYTEST_XDIST_WORKER" not in os.environ:
-        journal = Journal.of_process()
-        journal.add(Result(journal.step, report.nodeid, "failed", details=str(report.longrepr)[-1500:]))
+class Rows:
+    """Writes what pytest reports."""
 
+    def __init__(self, journal: Journal) -> None:
+        self._journal = journal
 
-def pytest_runtest_logreport(report: pytest.TestReport) -> None:
-    if "PYTEST_XDIST_WORKER" in os.environ or (report.when != "call" and report.outcome == "passed"):
-        return
-    details = ""
-    if report.outcome == "failed":
-        details = str(report.longrepr)[-1500:]
-    elif report.outcome == "skipped":
-        details = str(report.longrepr[-1]) if isinstance(report.longrepr, tuple) else str(report.longrepr)
-    figures = {str(name): value for name, value in report.user_properties}
-    journal = Journal.of_process()
-    journal.add(Result(journal.step, report.nodeid, report.outcome, round(report.duration, 3), figures, details))
+    def _add(self, *arguments: object, **named: object) -> None:
+        self._journal.add(Result(self._journal.step, *arguments, **named))  # type: ignore[arg-type]
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.outcome == "failed":
+            self._add(report.nodeid, "failed", details=str(report.longrepr)[-1500:])
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when != "call" and report.outcome == "passed":
+            return
+        details = ""
+        if report.outcome == "failed":
+            details = str(report.longrepr)[-1500:]
+        elif report.outcome == "skipped":
+            details = str(report.longrepr[-1]) if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        figures = {str(name): value for name, value in report.user_properties}
+        self._add(report.nodeid, report.outcome, round(report.duration, 3), figures, details)
