@@ -54,12 +54,13 @@ ROWS = {128: 32768, 64: 8192, 32: 2048}
 TABLES = Path(__file__).parent / "results" / "resources"
 """Where the committed tables are, one a Triton version."""
 
-SPILLS_ALLOWED = {"3.6": 48}
+SPILLS_ALLOWED = {"3.6": 48, "3.9": 16}
 """Triton version -> bytes a thread that a kernel may spill there; no other version may spill.
 
 3.6, the oldest version that the package takes, gives `gradient_kernel` 255 registers where 3.9, for which the tiles were
 chosen, needs 208: its forms with two sides spill up to 16 bytes, that of weighted rows at D = 256 32, and `prologue_kernel` of
-float32 rows at D = 768 48. Its table records which.
+float32 rows at D = 768 48. On 3.9 `prologue_kernel`, a pass over rows, has 8 bytes of stack in forms that take 40 to 128
+registers, so not for want of them. The tables record which.
 """
 
 FORMS: dict[str, dict[str, Any]] = {

@@ -45,6 +45,18 @@ def test_mma_rounds_as_the_unit_does(module: ModuleType) -> None:
     assert (torch.from_numpy(module.mma("tf32", a.numpy(), b.numpy(), c.numpy())) == 1 + 2.0**-10).all()
 
 
+@pytest.mark.parametrize(("kind", "depth"), [("bf16", 16), ("f16", 16), ("tf32", 8)])
+def test_mma_cuts_its_sums_off(kind: str, depth: int, module: ModuleType) -> None:
+    """By a sum of 2^24, whose neighbours are 2 apart, a product loses what is below 1, and the new sum what is below 2."""
+    a, c = torch.ones(16, depth), torch.full((16, 8), 2.0**24)
+    for product, n_products, expected in ((0.75, 3, 0), (1.75, 1, 0), (1.75, 3, 2), (2.0, 1, 2)):
+        b = torch.zeros(depth, 8)
+        b[:n_products] = product
+        for sign in (1, -1):
+            sums = torch.from_numpy(module.mma(kind, a.numpy(), (sign * b).numpy(), (sign * c).numpy()))
+            assert torch.equal(sums, sign * (c + expected))
+
+
 def test_shuffles_reach_every_lane(order: str, module: ModuleType) -> None:
     assert module.sum_by_shuffles(torch.arange(32.0).numpy()) == 496
 

@@ -154,10 +154,11 @@ def test_tf32_is_as_good_as_its_ten_bits(width: int) -> None:
 @pytest.mark.parametrize("noise", [1e-3, 1e-2, 0.3])
 @pytest.mark.parametrize("width", [8, 64])
 def test_near_duplicates_keep_their_gradient(temperature: float, noise: float, width: int, kernels: host.Kernels) -> None:
+    """The units of an A100, which simt.cpp has, cut S off where it is largest: 4.5 times the plain loss's error where others have 4."""
     for n_views, n_instances in ((2, 40), (2, 101), (3, 40)):
         problem = near_duplicates(n_views, n_instances, width, noise, temperature)
         if problem.solve("reference", torch.float64)["loss"] > 1e-12:
-            assert_accurate(problem, "cuda", ill_conditioned=True)
+            assert_accurate(problem, "cuda", ill_conditioned=True, plain_factor=5.0)
 
 
 @pytest.mark.parametrize("case", edge_cases())
@@ -457,6 +458,11 @@ def test_pairs_alone_in_many_panels(
     monkeypatch.setattr(cuda, "is_wide", lambda width, compute_dtype: True)
     monkeypatch.setattr(cuda, "panel_rows", lambda compute_dtype: 32)
     assert_pairs(shape, dtype, normalize)
+
+
+def test_sums_over_many_columns_do_not_drift(kernels: host.Kernels) -> None:
+    """Matrix units cut their sums off: kept from tile to tile, a gradient's would be 3e-5 off."""
+    assert_pairs_accurate("cuda", torch.float32, 4112, 16, 32)
 
 
 @pytest.mark.parametrize("width", [24, 300])
