@@ -17,6 +17,8 @@ from typing import Any
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 from torch import Tensor
 
 import clop_kernels
@@ -25,6 +27,7 @@ from clop_kernels.backends.contract import DISTANCES, POSITIVES, REDUCTIONS, Los
 from clop_kernels.groups import label_groups
 
 from .oracle import (
+    CUT_OFF,
     DROP_INS,
     GRADIENT_TOLERANCE,
     LOSS_TOLERANCE,
@@ -140,6 +143,31 @@ def varied(shape: tuple[int, int, int], temperature: float) -> Problem:
 @pytest.mark.parametrize("temperature", [0.01, 0.1])
 def test_float32(shape: tuple[int, int, int], temperature: float, backend: str, record_property: Record) -> None:
     assert_accurate(varied(shape, temperature), backend, torch.float32, record_property)
+
+
+@triton.jit
+def add_product_kernel(a_pointer, b_pointer, c_pointer):
+    """c += a b, of 16 x 16 each; one warp, so by the same instruction as the CUDA kernels."""
+    rows, columns = tl.arange(0, 16)[:, None], tl.arange(0, 16)[None, :]
+    a, b = tl.load(a_pointer + 16 * rows + columns), tl.load(b_pointer + 16 * rows + columns)
+    c = tl.load(c_pointer + 16 * rows + columns)
+    tl.store(c_pointer + 16 * rows + columns, tl.dot(a, b, c, input_precision="tf32"))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+def test_matrix_units_cut_off_no_more_than_the_harness(dtype: torch.dtype, record_property: Record) -> None:
+    """The float32 bounds are proved on a CPU with the units of an A100: units that kept less could break them."""
+    a = torch.ones(16, 16, dtype=dtype, device="cuda")
+    for product, n_products, least in CUT_OFF:
+        b = torch.zeros_like(a)
+        b[:n_products] = product
+        for sign in (1, -1):
+            c = torch.full((16, 16), sign * 2.0**24, device="cuda")
+            add_product_kernel[(1,)](a, sign * b, c, num_warps=1)
+            added = sign * (c.double() - sign * 2.0**24)
+            record_property(f"{n_products} x {product}, sign {sign}", added.unique().tolist())
+            assert (added == added[0, 0]).all()
+            assert least <= added[0, 0] <= n_products * product
 
 
 @alone

@@ -221,6 +221,11 @@ __device__ void walk(const Loss& p, const Span<S>& span, const void* zhat_pointe
   using Product = typename S::Product;
   const auto* const zhat = static_cast<const typename S::Element*>(zhat_pointer);
   const Memory<S> memory;
+  // Matrix units cut their sums off, toward zero, at what the sum so far can hold: over all of the width that takes digits of the
+  // largest S, which near-duplicates need. Exact kinds add the sums of two steps at a time in float32, which rounds to nearest.
+  constexpr int kPiece = Product::kIsExact ? 2 : 1;
+  // The compiler would begin all pieces at once, for which there are no registers.
+  [[maybe_unused]] constexpr int kAtOnce = Product::kIsExact ? 2 : S::kSteps;
   const int width = int(p.width), pitch = int(p.pitch);
   const int n_tiles = (span.columns.end - span.first_column() + S::kColumns - 1) / S::kColumns;
 
@@ -259,28 +264,42 @@ __device__ void walk(const Loss& p, const Span<S>& span, const void* zhat_pointe
 
     const int stage = tile % S::kStages;
     float s[S::kRowTiles][S::kTiles][4] = {};
+#pragma unroll kAtOnce
+    for (int first = 0; first < S::kSteps; first += kPiece) {
+      typename Product::A a[S::kRowTiles][kPiece];
 #pragma unroll
-    for (int step = 0; step < S::kSteps; ++step) {
-      typename Product::A a[S::kRowTiles];
+      for (int r = 0; r < S::kRowTiles; ++r)
 #pragma unroll
-      for (int r = 0; r < S::kRowTiles; ++r) {
-        if constexpr (kHold) {
-          a[r] = held[r][step];
-        } else {
-          uint32_t word[4];
-          load_a(word, memory.rows(), place.row(r, 0) - place.g, step, place.lane);
-          a[r] = Product::a_of(word);
+        for (int k = 0; k < kPiece; ++k) {
+          if constexpr (kHold) {
+            a[r][k] = held[r][first + k];
+          } else {
+            uint32_t word[4];
+            load_a(word, memory.rows(), place.row(r, 0) - place.g, first + k, place.lane);
+            a[r][k] = Product::a_of(word);
+          }
         }
-      }
 #pragma unroll
       for (int n = 0; n < S::kTiles; n += 2) {
-        uint32_t word[4];
-        load_b(word, memory.columns(stage), place.column(n, 0) - 2 * place.t, step, place.lane);
-        const typename Product::B b0 = Product::b_of(word[0], word[1]), b1 = Product::b_of(word[2], word[3]);
+        float piece[S::kRowTiles][2][4] = {};
 #pragma unroll
-        for (int r = 0; r < S::kRowTiles; ++r) {
-          Product::multiply(s[r][n], a[r], b0);
-          Product::multiply(s[r][n + 1], a[r], b1);
+        for (int k = 0; k < kPiece; ++k) {
+          uint32_t word[4];
+          load_b(word, memory.columns(stage), place.column(n, 0) - 2 * place.t, first + k, place.lane);
+          const typename Product::B b[2] = {Product::b_of(word[0], word[1]), Product::b_of(word[2], word[3])};
+#pragma unroll
+          for (int r = 0; r < S::kRowTiles; ++r)
+#pragma unroll
+            for (int next = 0; next < 2; ++next)
+              Product::multiply(Product::kIsExact ? piece[r][next] : s[r][n + next], a[r][k], b[next]);
+        }
+        if constexpr (Product::kIsExact) {
+#pragma unroll
+          for (int r = 0; r < S::kRowTiles; ++r)
+#pragma unroll
+            for (int next = 0; next < 2; ++next)
+#pragma unroll
+              for (int e = 0; e < 4; ++e) s[r][n + next][e] += piece[r][next][e];
         }
       }
     }

@@ -215,7 +215,7 @@ constexpr int kSoftmaxBlocks = !S::kIsShort                ? 1
 
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, kSoftmaxBlocks<S>) softmax_kernel(const Forward p) {
-  constexpr bool kHold = S::kRowTiles * S::kSteps <= 16;  // at most 64 registers, of one-part operands
+  constexpr bool kHold = !S::Product::kIsExact && S::kRowTiles * S::kSteps <= 16;  // at most 64 registers
   const Place<S> place;
   const Span<S> span(p);
   const Scale scale(p);

@@ -3,7 +3,9 @@
 
 #include <sys/mman.h>
 
+#include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <deque>
 #include <memory>
 #include <random>
@@ -243,6 +245,35 @@ float value_of(Op op, uint32_t word, int half) {
   return op == Op::mma_bf16 ? __bfloat162float({bits}) : __half2float({bits});
 }
 
+double power_of_two(int exponent) {
+  const uint64_t bits = uint64_t(exponent + 1023) << 52;
+  double value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+// sum + row . column, as an A100 adds: products are exact; every term, the sum so far included, is cut off, toward zero, one bit
+// below the last place of a float as large as the largest term; and so is their sum when it becomes a float. Newer units keep more
+// bits, and take more terms at once. (Khattak and Mikaitis, arXiv 2512.07004.)
+float add_products(float sum, const float* row, const float* column, int n) {
+  constexpr int kBits = 23 + 1;
+  double terms[9] = {sum}, largest = std::fabs(sum);
+  for (int k = 0; k < n; ++k) {
+    terms[1 + k] = double(row[k]) * double(column[k]);
+    largest = std::fmax(largest, std::fabs(terms[1 + k]));
+  }
+  double total = 0.0;
+  for (int k = 0; k <= n; ++k) total += terms[k];
+  if (largest == 0.0 || !std::isfinite(total)) return float(total);
+  const int exponent = std::ilogb(largest);
+  const double scale = power_of_two(kBits - exponent);  // of products of floats: a normal number
+  total = 0.0;
+  for (int k = 0; k <= n; ++k) total += std::trunc(terms[k] * scale);
+  total /= scale;
+  const float nearest = float(total);
+  return std::fabs(nearest) > std::fabs(total) ? std::nextafter(nearest, 0.0f) : nearest;
+}
+
 // D = A B + C for m16n8k16 of 16-bit numbers and m16n8k8 of TF32, by the fragment layouts of the PTX ISA. With g = lane / 4 and
 // t = lane % 4, a word w of A holds row g + 8 (w % 2); of B, column g. A word is the k-th number of its row (TF32: k = t + 4 w')
 // or a pair of them (k = 2 t + 8 w', and the next), w' = w / 2 in A and w in B. C: rows g and g + 8, columns 2 t and 2 t + 1.
@@ -259,9 +290,9 @@ void multiply(Op op, Warp& warp) {
   for (int lane = 0; lane < kLanes; ++lane)
     for (int e = 0; e < 4; ++e) {
       const float *const row = a[lane / 4 + 8 * (e / 2)], *const column = b[2 * (lane % 4) + e % 2];
-      double sum = __uint_as_float(warp.in[lane][6 + e]);
-      for (int k = 0; k < depth; ++k) sum += double(row[k]) * double(column[k]);
-      warp.out[lane][e] = __float_as_uint(float(sum));
+      float sum = __uint_as_float(warp.in[lane][6 + e]);
+      for (int k = 0; k < depth; k += depth / 2) sum = add_products(sum, row + k, column + k, depth / 2);
+      warp.out[lane][e] = __float_as_uint(sum);
     }
 }
 
