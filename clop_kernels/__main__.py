@@ -13,6 +13,8 @@ import torch
 from . import __version__
 from .backends import BACKENDS, REFERENCE, native, select
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 
 def info() -> dict[str, Any]:
     """Versions, devices, and for each device and backend why it cannot run (None: it can)."""
@@ -52,10 +54,12 @@ def _print(report: dict[str, Any]) -> None:
         print(f"{name:16} {version}")
     for device, description in report["devices"].items():
         print(f"\n{device:16} {description}")
-        default = select(None, torch.device(device), torch.float32).name
+        chosen = {str(dtype).removeprefix("torch."): select(None, torch.device(device), dtype).name for dtype in _DTYPES}
         for name, obstacle in report["backends"][device].items():
             state = "no " if obstacle else "yes"
-            note = f": {obstacle}" if obstacle else "  <- backend=None takes this" if name == default else ""
+            of_name = [dtype for dtype, backend in chosen.items() if backend == name]
+            which = "" if len(of_name) == len(chosen) else f" in {', '.join(of_name)}"
+            note = f": {obstacle}" if obstacle else f"  <- backend=None takes this{which}" if of_name else ""
             print(f"  {name:13} {state}  {summaries[name]}{note}")
 
 

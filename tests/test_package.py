@@ -68,13 +68,14 @@ def test_default_is_the_first_that_can_run() -> None:
 @pytest.mark.parametrize(
     ("capability", "preferred"), [((8, 0), "cuda"), ((8, 9), "cuda"), ((9, 0), "triton"), ((10, 0), "triton"), ((12, 0), "cuda")]
 )
-def test_the_architecture_decides_between_cuda_and_triton(
-    capability: tuple[int, int], preferred: str, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_architecture_and_dtype_decide_between_cuda_and_triton(
+    capability: tuple[int, int], preferred: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.version, "hip", None)
-    order = [backend.name for backend in backends.by_preference(torch.device("cuda"))]
-    assert order[0] == preferred
+    order = [backend.name for backend in backends.by_preference(torch.device("cuda"), dtype)]
+    assert order[0] == ("cuda" if dtype == torch.float32 else preferred)
     assert sorted(order) == sorted(backend.name for backend in backends.BACKENDS)
     assert [name for name in order if name not in ("cuda", "triton")] == ["cpu", "tiled"]
 

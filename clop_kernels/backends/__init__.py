@@ -112,14 +112,15 @@ _WARPGROUP_CAPABILITIES = (9, 10)
 csrc/cuda/ has mma.sync, which is slower there, and all there is elsewhere."""
 
 
-def by_preference(device: torch.device) -> tuple[Backend, ...]:
-    """:data:`BACKENDS`, the fastest on ``device`` first.
+def by_preference(device: torch.device, dtype: torch.dtype) -> tuple[Backend, ...]:
+    """:data:`BACKENDS`, the fastest on ``device`` first; ``dtype`` is that of the products.
 
-    Between ``cuda`` and ``triton`` the architecture decides, see :data:`_WARPGROUP_CAPABILITIES`. It was measured on sm_90
-    alone, an H200 with Triton 3.6: at N = 65536 in bfloat16 ``triton`` took 0.72, 0.54 and 0.86 of the time of ``cuda`` at
-    D = 128, 256 and 768.
+    Between ``cuda`` and ``triton`` the architecture decides, see :data:`_WARPGROUP_CAPABILITIES`, except in float32, where
+    ``triton`` passes M through memory from D > 32 on. Measured on sm_90 alone, an H200 with Triton 3.6: in bfloat16 at
+    N = 65536 ``triton`` took 0.72, 0.54 and 0.86 of the time of ``cuda`` at D = 128, 256 and 768; in float32 at N = 32768,
+    D = 128 it took 1.9 times as long.
     """
-    if device.type != "cuda" or torch.version.hip is not None:
+    if device.type != "cuda" or torch.version.hip is not None or dtype == torch.float32:
         return BACKENDS
     if torch.cuda.get_device_capability(device)[0] not in _WARPGROUP_CAPABILITIES:
         return BACKENDS
@@ -135,7 +136,7 @@ def select(name: str | None, device: torch.device, dtype: torch.dtype) -> Backen
     Raises:
         BackendUnavailableError: if ``name`` cannot run on this device and dtype.
     """
-    for backend in by_preference(device):
+    for backend in by_preference(device, dtype):
         if name == backend.name or (name is None and (backend.devices is None or device.type in backend.devices)):
             obstacle = backend.obstacle(device, dtype)
             if obstacle is None:

@@ -115,8 +115,9 @@ def pair_softmax(zhat: Tensor, groups: Tensor, n_left: int | None, options: Loss
     """See :mod:`clop_kernels.backends.contract`."""
     n_rows = zhat.shape[0] if n_left is None else n_left
     statistics = zhat.new_empty((4, n_rows), dtype=torch.float32)
+    target = tiles.target_of(zhat.device)
     with tiles.device_guard(zhat.device):
-        launches.pair_softmax(zhat, groups, n_left, options, statistics, tiles.target_of(zhat.device)).run()
+        launches.pair_softmax(launches.operands(zhat, target), groups, n_left, options, statistics, target).run()
     return Softmax(*statistics.unbind())
 
 
@@ -128,6 +129,7 @@ def pair_gradient(zhat: Tensor, groups: Tensor, n_left: int | None, coefficients
     sums = zhat.new_empty((n_rows, zhat.shape[1]), dtype=torch.float32)
     target = tiles.target_of(zhat.device)
     with tiles.device_guard(zhat.device):
+        zhat = launches.operands(zhat, target)
         for launch in launches.pair_gradient(zhat, groups, n_left, coefficients, options, sums, target):
             launch.run()
     return sums if scale == 1 else sums.div_(scale)

@@ -67,6 +67,15 @@ def logit_scale(temperature, scale, scale_rest):
 
 
 @triton.jit
+def as_operand(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
+    """x as tl.dot shall have it. Units of TF32 cut float32 off behind ten bits, all toward zero: rounded, the errors cancel."""
+    if PRECISION == "tf32":
+        rounded = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        x = tl.where(x == x, rounded, x)  # a NaN of all ones would become a zero
+    return x.to(dtype)
+
+
+@triton.jit
 def fits_unshifted(scale):
     return scale <= LARGEST_UNSHIFTED_LOGIT * LOG2_E
 

@@ -42,6 +42,7 @@ import triton.language as tl
 
 from .device import (
     NO_LOGIT,
+    as_operand,
     far_columns,
     fits_unshifted,
     from_position,
@@ -167,7 +168,7 @@ def row_gradient(
             s, rows, columns, start, end, a_i, b_i, c_i, shift_i, a_j, shift_j, w_j, negative, coefficients, groups, n_rows,
             n_left, span.column_end, VIEWS, PAIRS, ONLINE,
         )  # fmt: skip
-        gradient = tl.dot(m.to(k.dtype), k, gradient, input_precision=PRECISION)
+        gradient = tl.dot(as_operand(m, k.dtype, PRECISION), k, gradient, input_precision=PRECISION)
     for index in range(0, span.n_far):
         local = far_columns(index, span, BLOCK_N)
         columns = span.column_base + local
@@ -176,7 +177,7 @@ def row_gradient(
         s = scaled(s, scale, scale_rest, EXACT_SCALE)
         a_j, shift_j, _ = load_softmax(columns, total, shift, weights, coefficients, span.column_end, ONLINE, M_SCALE, True)
         m = far_pairs(s, a_i, shift_i, a_j, shift_j, ONLINE)
-        gradient = tl.dot(m.to(k.dtype), k, gradient, input_precision=PRECISION)
+        gradient = tl.dot(as_operand(m, k.dtype, PRECISION), k, gradient, input_precision=PRECISION)
     return gradient
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..contract import LossOptions, Residuals
+from ..contract import LossOptions, Residuals, as_unit_rows
 from ..positions import Upstream, allows_tf32, logit_scale
 from . import tiles
 from .device import LARGEST_UNSHIFTED_LOGIT
@@ -99,6 +99,14 @@ def precision(dtype: torch.dtype, target: Target) -> str:
     if dtype != torch.float32 or target.capability < 80:
         return "ieee"
     return "tf32" if allows_tf32() else "tf32x3"
+
+
+def operands(zhat: Tensor, target: Target) -> Tensor:
+    """Unit rows that no prologue has written, as it rounds them for the matrix units: see device.as_operand."""
+    if precision(zhat.dtype, target) != "tf32":
+        return zhat
+    rounded = ((zhat.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
+    return as_unit_rows(torch.where(zhat.isnan(), zhat, rounded))
 
 
 def forward(

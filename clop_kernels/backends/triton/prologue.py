@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from ..contract import EPS as _EPS
-from .device import row_of
+from .device import as_operand, row_of
 
 EPS = tl.constexpr(_EPS)
 
@@ -85,6 +85,7 @@ def prologue_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_B: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
     index = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     is_row = index < n_rows
@@ -110,7 +111,7 @@ def prologue_kernel(
         unit = raw * tl.div_rn(1.0, largest)[:, None]  # for the norm alone, which no one divides by
         norm = tl.sqrt_rn(tl.sum(unit * unit, 1))
         unit = raw
-    rounded = unit.to(zhat.dtype.element_ty)
+    rounded = as_operand(unit, zhat.dtype.element_ty, PRECISION)
     tl.store(zhat + position.to(tl.int64)[:, None] * PITCH + columns[None, :], rounded, mask=inside)
     tl.store(norms + position, norm * largest, mask=is_row)
 

@@ -1,14 +1,25 @@
-"""Which tile a kernel gets on which GPU: a small table, made from resource reports, and no tuning at import or first call.
+"""Which tile a kernel gets on which GPU: a small table, and no tuning at import or first call.
 
 Each entry compiles without spilling and within the shared memory of its part, which ``python -m benchmarks.resources``
 shows for sm_80, sm_90, sm_100 and sm_120 and CI holds. Where several did, the entry is the one with the most flops per
-byte of L2. **Not yet tuned by measurements on a GPU**: ``python -m benchmarks.gpu_check --steps fill-tiles tiles`` makes them.
+byte of L2, unless measurements decided: ``python -m benchmarks.gpu_check --steps fill-tiles tiles`` makes them.
+
+What an H200 decided, in bfloat16, for sm_90. Of all that were tried the chosen tile is within 3% of the fastest, at each
+number of rows (``tiles.csv`` of benchmarks/results/nvidia-h200/2026-11-27-884de6d; tests/test_triton.py holds it):
+
+- gradient, D = 128: 64 x 128 with 4 warps, at 77% of the rate of a plain matrix product for N = 65536 where 128 x 128 with
+  8 had 60%. With two stages a processor holds two programs, which together do 1.2 times as much as one with three, but
+  for a last round that fills half of them: see :func:`gradient`.
+- gradient, D = 256: 128 x 64, and 64 rows where that leaves processors idle, though it leaves more of them idle than
+  32 rows do. From three rounds of programs on, three stages gain 10%; before, they lose 4%.
+- softmax, D = 128: three stages at 128 x 64 gain 17% to 25%, and reach 87% of the rate of a matrix product.
+
+Not measured yet, so chosen by what follows: other widths, float32, wide rows, other GPUs.
 
 What the reports decided:
 
-- bfloat16 and float16, D <= 256: whole rows stay on chip. On sm_90 a gradient tile of 128 x 128 fits up to D = 128 (208
-  registers, 97 KB), and 128 x 64 at D = 256; elsewhere 128 columns spill, and at D = 256 older and smaller parts take 64
-  rows.
+- bfloat16 and float16, D <= 256: whole rows stay on chip. On sm_90 a gradient tile of 128 x 128 fits below D = 128;
+  elsewhere 128 columns spill, and at D = 256 older and smaller parts take 64 rows.
 - float32 takes three TF32 products for one, and the split operands of whole rows spill from D = 64 on (up to 2 KB a
   thread, at D = 256 16 KB): from D > 32 it takes the path of wide rows, in chunks of the width, which also does fewer flops.
 - Wide rows pass both operands through L2, so their tiles are square and large where registers allow: 64 flops a byte at
@@ -127,19 +138,30 @@ def softmax(n_rows: int, width: int, dtype: torch.dtype, target: Target) -> Tile
     if block == 256 and not target.is_datacenter:
         rows = min(rows, 64)
     columns = 32 if block <= 32 and not target.is_datacenter else 64
-    return _tile(rows, columns, block, 2, target)
+    is_deep = target.capability == 90 and rows == 128 and block == 128
+    return _tile(rows, columns, block, 3 if is_deep else 2, target)
 
 
 def gradient(n_rows: int, width: int, dtype: torch.dtype, target: Target) -> Tile:
-    """For rows that are not wide."""
+    """For rows that are not wide.
+
+    On sm_90 at D = 128 a round of 64-row programs, one a processor, takes 0.6 of the time of a round of two a processor: one or
+    three rounds of one are faster than one or two of two, and no other number is.
+    """
     rows = height(n_rows, target)
     block = padded(width)
+    if target.capability == 90 and dtype != torch.float32 and block in (128, 256):
+        if block == 128:
+            rounds = cdiv(cdiv(n_rows, 64), target.n_processors)
+            return _tile(64, 128, block, 3 if rounds in (1, 3) else 2, target)
+        rounds = cdiv(cdiv(n_rows, 128), target.n_processors)
+        return _tile(max(rows, 64), 64, block, 3 if rounds > 2 else 2, target)
     if dtype == torch.float32:
         return _tile(min(rows, 64), 32, block, 2, target)
     if block == 256 and not target.is_datacenter:
         return Tile(min(rows, 64), 32, block, 8 if rows > 32 else 4, 2)
     columns = 32 if block == 256 and rows == 32 else 64
-    if target.capability == 90 and rows == 128 and block <= 128:
+    if target.capability == 90 and rows == 128:
         columns = 128
     return _tile(rows, columns, block, 3 if block <= 64 else 2, target)
 

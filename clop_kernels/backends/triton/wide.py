@@ -27,7 +27,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import fits_unshifted, from_position, group_of, load_rows, logit_scale, scaled
+from .device import as_operand, fits_unshifted, from_position, group_of, load_rows, logit_scale, scaled
 from .gradient import far_pairs, load_positive_form, load_softmax, near_pairs
 from .softmax import similarities
 
@@ -126,7 +126,8 @@ def pair_kernel(
             VIEWS, PAIRS, SOFTMAX == "online", M_SCALE,
         )  # fmt: skip
     pointers = pairs + local_rows[:, None] * PANEL + local_columns[None, :]
-    tl.store(pointers, m.to(pairs.dtype.element_ty), mask=(local_rows[:, None] < PANEL) & (local_columns[None, :] < PANEL))
+    m = as_operand(m, pairs.dtype.element_ty, PRECISION)
+    tl.store(pointers, m, mask=(local_rows[:, None] < PANEL) & (local_columns[None, :] < PANEL))
 
 
 @triton.jit(do_not_specialize=["first_row", "row_end", "first_column", "column_end"])
