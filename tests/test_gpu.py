@@ -146,7 +146,7 @@ def test_float32(shape: tuple[int, int, int], temperature: float, backend: str, 
 
 
 @triton.jit
-def add_product_kernel(a_pointer, b_pointer, c_pointer):
+def add_product_kernel(a_pointer, b_pointer, c_pointer):  # type: ignore[no-untyped-def]
     """c += a b, of 16 x 16 each; one warp, so by the same instruction as the CUDA kernels."""
     rows, columns = tl.arange(0, 16)[:, None], tl.arange(0, 16)[None, :]
     a, b = tl.load(a_pointer + 16 * rows + columns), tl.load(b_pointer + 16 * rows + columns)
