@@ -32,8 +32,10 @@ the GPU. *host ms* is the time until such a call returns; *graph ms* is that of 
 Shares of the matrix rate are of the GPU's own time where it was measured."""
 
 
-def write(rows: Sequence[Row], folder: Path, more: str = "") -> Path:
-    """Writes report.md, with figures beside it where matplotlib is installed; ``more`` is Markdown to put before the tables.
+def write(rows: Sequence[Row], folder: Path, before: str = "", more: str = "") -> Path:
+    """Writes report.md, with figures beside it where matplotlib is installed.
+
+    ``before`` is Markdown to begin with, and ``more`` to put before the tables of all rows. Of no rows nothing else is written.
 
     Raises:
         ValueError: if the rows are of several devices, whose times no figure may mix.
@@ -42,18 +44,18 @@ def write(rows: Sequence[Row], folder: Path, more: str = "") -> Path:
     if len(devices) > 1:
         raise ValueError(f"rows of {', '.join(devices)}: expected those of one device, a report each")
     folder.mkdir(parents=True, exist_ok=True)
-    sections = [
-        f"# clop_kernels beside other implementations: {', '.join(devices) or 'nothing measured'}",
+    environments = dict.fromkeys([*(str(row.environment) for row in rows), *_versions(rows)])
+    speed = [
+        f"{'##' if before else '#'} clop_kernels beside other implementations: {', '.join(devices)}",
         HOW + (ON_A_GPU if any(row.environment.device_type == "cuda" for row in rows) else ""),
-        "\n".join(f"- {line}" for line in dict.fromkeys([*(str(row.environment) for row in rows), *_versions(rows)])),
+        "\n".join(f"- {line}" for line in environments if line),
         *_findings(rows),
         *_growth(rows),
         *_figures(rows, folder),
         "## Targets of the project",
         markdown_table(verdicts(rows)),
-        more,
-        *_tables(rows),
     ]
+    sections = [before, *(speed if rows else []), more, *_tables(rows)]
     path = folder / "report.md"
     path.write_text("\n\n".join(section for section in sections if section) + "\n")
     return path
@@ -62,7 +64,7 @@ def write(rows: Sequence[Row], folder: Path, more: str = "") -> Path:
 def _versions(rows: Sequence[Row]) -> list[str]:
     """Of the packages that the environment does not name."""
     named = {(PROVIDERS[row.provider].package, row.version) for row in rows if row.provider in PROVIDERS}
-    return [", ".join(f"{package} {version}" for package, version in sorted(named) if package != "torch")]
+    return [", ".join(f"{package} {version}" for package, version in sorted(named) if package != "torch" and version)]
 
 
 def _findings(rows: Sequence[Row]) -> list[str]:

@@ -48,10 +48,10 @@ WIDTHS = (16, 32, 64, 128, 256, 512)
 """512 stands for all wide rows, whose tiles do not depend on the width."""
 
 PROCESSORS = 132
-ROWS = {128: (65536, 16384), 64: (8192,), 32: (2048,)}
+ROWS = {128: (131072, 16384), 64: (8192,), 32: (2048,)}
 """Numbers of rows for which softmax tiles have so many rows on so many processors.
 
-Among them are all that tiles.py tells apart, and the first is so much that half of it has the same tiles.
+tiles.py tells more apart: the first is so much that half of it has the same tiles, and those of the second are others on sm_90.
 """
 
 TABLES = Path(__file__).parent / "results" / "resources"
@@ -87,7 +87,7 @@ paths are compiled in; ``weighted``: reduction "none", a weight a row, and the E
     one-way         the same, of rows on the left against those on the right
 """
 
-VARIANTS = ("two-sided", "two-sided-raw", "negatives")
+VARIANTS = ("two-sided", "two-sided-raw", "negatives", "pairs", "one-way")
 """The forms that are compiled for the lowest tile too, besides the largest one, which is for all."""
 
 WIDTHS_ALONE = {"bfloat16": (128, 256, 512), "float32": (32, 512)}
@@ -167,7 +167,7 @@ def cases(selection: Selection) -> list[Case]:
         for n_rows in ROWS[height]
         for form in selection.forms
         # Lower tiles are for small N: the largest form will do for all, and the lowest tile for its variants.
-        if form == "general" or n_rows == ROWS[highest][0] or (form in VARIANTS and height == lowest)
+        if form == "general" or n_rows in ROWS[highest] or (form in VARIANTS and height == lowest)
         if not FORMS[form].get("alone") or width in WIDTHS_ALONE[dtype]
     ]
 
@@ -268,7 +268,7 @@ def launches_of_pairs(case: Case, n_left: int | None) -> Iterator[Any]:
     dtype, n, width, target = DTYPES[case.dtype], case.n_rows, case.width, tiles.Target(case.capability, PROCESSORS)
     options = LossOptions(1, "label", _empty(), 0.0, "cosine", "mean", dtype)
     zhat, groups, n_results = _empty(n, width, dtype=dtype), _empty(3, n, dtype=torch.int32), n if n_left is None else n_left
-    yield plan.pair_softmax(zhat, groups, n_left, options, _empty(4, n_results), target)
+    yield from plan.pair_softmax(zhat, groups, n_left, options, _empty(4, n_results), target)
     yield from plan.pair_gradient(zhat, groups, n_left, _empty(4, n), options, _empty(n_results, width), target)
 
 

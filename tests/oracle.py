@@ -298,7 +298,7 @@ def assert_layouts_do_not_matter(loss_name: str, backend: str, device: str = "cp
         for name, actual, expected in zip(
             ("loss", "embeddings", "prototypes", "temperature"), solve(*inputs), solve(*copies(*inputs)), strict=True
         ):
-            assert torch.allclose(actual, expected.to(actual.dtype), rounding, rounding), f"{name}: {layout}"
+            torch.testing.assert_close(actual, expected.to(actual.dtype), rtol=rounding, atol=rounding, msg=f"{name}: {layout}")
 
 
 def assert_float16_saturates_and_overflow_shows(backend: str) -> None:

@@ -17,8 +17,6 @@ from typing import Any
 
 import pytest
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 import clop_kernels
@@ -117,6 +115,8 @@ def assert_accurate(problem: Problem, backend: str, dtype: torch.dtype, record: 
     for name, value in expected.items():
         error, of_plain = relative_error(actual[name], value), relative_error(plain[name], value)
         of_unit = half_unit if name == "temperature" or dtype == torch.float32 else 1e-4
+        if dtype == torch.float32 and name in ("loss", "temperature"):
+            of_unit /= 8  # rounded operands cancel in one number; cut off, they do not
         slack = GRADIENT_TOLERANCE if is_exact else of_unit
         if is_exact and factor == 2.0 and name != "temperature":
             allowed = LOSS_TOLERANCE if name == "loss" else GRADIENT_TOLERANCE
@@ -145,18 +145,12 @@ def test_float32(shape: tuple[int, int, int], temperature: float, backend: str, 
     assert_accurate(varied(shape, temperature), backend, torch.float32, record_property)
 
 
-@triton.jit
-def add_product_kernel(a_pointer, b_pointer, c_pointer):  # type: ignore[no-untyped-def]
-    """c += a b, of 16 x 16 each; one warp, so by the same instruction as the CUDA kernels."""
-    rows, columns = tl.arange(0, 16)[:, None], tl.arange(0, 16)[None, :]
-    a, b = tl.load(a_pointer + 16 * rows + columns), tl.load(b_pointer + 16 * rows + columns)
-    c = tl.load(c_pointer + 16 * rows + columns)
-    tl.store(c_pointer + 16 * rows + columns, tl.dot(a, b, c, input_precision="tf32"))
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
 def test_matrix_units_cut_off_no_more_than_the_harness(dtype: torch.dtype, record_property: Record) -> None:
     """The float32 bounds are proved on a CPU with the units of an A100: units that kept less could break them."""
+    pytest.importorskip("triton")
+    from .mma import add_product_kernel
+
     a = torch.ones(16, 16, dtype=dtype, device="cuda")
     for product, n_products, least in CUT_OFF:
         b = torch.zeros_like(a)

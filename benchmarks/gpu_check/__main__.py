@@ -33,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 160)
     if given.report is not None:
         try:
-            console.print(f"written: {summary.write(given.report)}")
+            console.print(f"written: {summary.write(given.report)}, and {given.report.resolve()}.tar.gz, which holds all")
         except FileNotFoundError as error:
             parser.error(str(error))
         return 0
@@ -44,15 +44,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     environment = _environment()
     on_gpu = environment.device_type == "cuda"
-    folder = (
-        given.output or default_directory(torch.device(environment.device_type)) / f"{environment.date[:10]}-{environment.commit}"
-    ).resolve()
+    by_default = default_directory(torch.device("cuda")) if on_gpu else ROOT / "build" / "gpu_check"
+    folder = (given.output or by_default / f"{environment.date[:10]}-{environment.commit}").resolve()
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     console.print(str(environment))
     if not on_gpu:
         console.print("no GPU: the CPU stands in for it, which shows that this check works, and nothing about GPUs")
 
     journal = Journal(folder / summary.JOURNAL, environment)
+    if journal.path.exists():
+        console.print(f"{journal.path}: adding to what an earlier run has left there")
     runner = Runner(journal, folder / "logs", given.budget)
     with Follower(journal.path, console):
         status = _run(runner, steps, on_gpu, console)
@@ -150,13 +151,13 @@ def _size(path: Path) -> int:
 
 
 def _table(steps: Sequence[Step]) -> Table:
-    table = Table(title="the plan, most valuable first; seconds as on an H200 with 16 CPU cores")
+    table = Table(title="the plan, most valuable first; seconds as on an H200 with 16 CPU cores; ~ guessed")
     for header in ("step", "what it answers", "seconds", "until then"):
         table.add_column(header, justify="right" if header in ("seconds", "until then") else "left")
     total = 0.0
     for step in steps:
         total += step.expected
-        table.add_row(step.name, step.summary, f"{step.expected:.0f}", f"{total:.0f}")
+        table.add_row(step.name, step.summary, f"{'' if step.was_timed else '~'}{step.expected:.0f}", f"{total:.0f}")
     return table
 
 
@@ -176,12 +177,16 @@ def _parser() -> argparse.ArgumentParser:
         description="All that a machine with a GPU should show, the most valuable answers first. Each result is written to "
         "DIR/results.jsonl the moment it is known; report.md, CSV files and one archive are made of that file. Ends with 1 if "
         "something is wrong, failed or out of time. Without a GPU it runs small, on the CPU, to be tested itself.",
-        epilog="A budget cuts from the end of the plan. Of a copy without its repository, CLOP_COMMIT in the environment names "
-        "the commit.",
+        epilog="A budget cuts from the end of the plan. Where this folder has no .git, set CLOP_COMMIT to the commit that it is.",
     )  # fmt: skip
     names = [step.name for step in PLAN]
     add = parser.add_argument
-    add("--output", type=Path, metavar="DIR", help="for all files; by default DATE-COMMIT under benchmarks/results/GPU")
+    add(
+        "--output",
+        type=Path,
+        metavar="DIR",
+        help="for all files; by default DATE-COMMIT under benchmarks/results/GPU, without a GPU build/gpu_check",
+    )
     add("--steps", nargs="+", choices=names, metavar="STEP", help=f"only these, of {', '.join(names)}")
     add("--budget", type=_seconds, default=math.inf, metavar="SECONDS", help="ends by then, with what there is (no limit)")
     add("--list", action="store_true", help="print the plan, and what each step takes")

@@ -1,6 +1,6 @@
 """The plan: which steps there are, in which order, and what each may take. The order is that of their value.
 
-``expected`` is what a step took on an H200 with 16 CPU cores, in seconds; ``limit`` is for each of its processes. A budget cuts
+``expected`` is what a step takes on an H200 with 16 CPU cores, in seconds; ``limit`` is for each of its processes. A budget cuts
 from the end: nothing is begun that it does not cover.
 """
 
@@ -47,7 +47,7 @@ class Step:
     Attributes:
         name: what ``--steps`` takes.
         summary: what it answers, in one line.
-        expected: seconds.
+        expected: seconds; a guess unless ``was_timed``.
         jobs: machine -> its processes.
         runs_apart: one process after the other, for what is timed; else several at once.
     """
@@ -57,6 +57,7 @@ class Step:
     expected: float
     jobs: Callable[[Machine], list[Job]]
     runs_apart: bool = True
+    was_timed: bool = True
 
 
 # ---- versions, canaries ----------------------------------------------------------------------------------------------
@@ -246,15 +247,18 @@ PLAN = (
     Step("canary", "is it right at all? each backend, dtype and width against float64", 50, _canary, False),
     Step("fill", "compiles what is timed later, so that no timing waits for a compiler", 40, _fill, False),
     Step("speed", "time and memory beside the plain loss and torch.compile of it", 90, _speed("gpu")),
-    Step("tests", "the tests that need a GPU, many at a time: every option against float64", 95, _tests),
-    Step("alone", "the tests that need the GPU to themselves: launches, streams, memory, the largest sizes", 60, _serial),
+    Step("tests", "the tests that need a GPU, many at a time: every option against float64", 120, _tests),
+    Step("alone", "the tests that need the GPU to themselves: launches, streams, memory, the largest sizes", 120, _serial),
     Step("fill-tiles", "compiles the candidates for Triton's tiles", 20, _fill_tiles, False),
     Step("tiles", "which of Triton's tiles is fastest", 45, _tiles),
-    Step("host", "the host's time of a small call", 10, _host),
-    Step("peers", "other libraries, where they are installed: lightly, metric-learning, siglip-kernel", 40, _speed("gpu-peers")),
-    Step("profile", "Nsight Compute on the two passes over pairs, where ncu is installed", 60, _profile),
-    Step("distributed", "the loss over a process group, one rank a GPU", 40, _distributed),
-    Step("sanitizer", "compute-sanitizer on both backends, where it is installed", 120, _sanitizer, False),
+    Step("host", "the host's time of a small call", 10, _host, was_timed=False),
+    Step(
+        "peers", "other libraries, where they are installed: lightly, metric-learning, siglip-kernel", 40, _speed("gpu-peers"),
+        was_timed=False,
+    ),
+    Step("profile", "Nsight Compute on the two passes over pairs, where ncu is installed", 60, _profile, was_timed=False),
+    Step("distributed", "the loss over a process group, one rank a GPU", 40, _distributed, was_timed=False),
+    Step("sanitizer", "compute-sanitizer on both backends, where it is installed", 120, _sanitizer, False, was_timed=False),
 )  # fmt: skip
 
 

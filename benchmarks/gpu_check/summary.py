@@ -15,6 +15,7 @@ from .plan import PLAN
 
 JOURNAL = "results.jsonl"
 CSV_FILES = ("checks.csv", "speed.csv", "tiles.csv")
+CUT_OFF = "did not end"
 
 
 def write(folder: Path) -> Path:
@@ -40,7 +41,8 @@ def write(folder: Path) -> Path:
         if "rounds_ms" not in r.figures and "block_m" not in r.figures
     ]
     write_csv(checks, folder / "checks.csv")
-    written = report.write(rows, folder, "\n\n".join(_sections(results)))
+    environments = list(dict.fromkeys(str(environment) for _, environment in found))
+    written = report.write(rows, folder, "\n\n".join(_first(results, environments)), "\n\n".join(_sections(results)))
     archive(folder)
     return written
 
@@ -69,19 +71,31 @@ def _words(figures: dict[str, Any]) -> str:
 # ---- sections of the report ------------------------------------------------------------------------------------------
 
 
-def _sections(results: Sequence[Result]) -> Iterator[str]:
-    """What the report of the speed does not say."""
-    yield "## Steps"
-    yield markdown_table(
-        [_of_step(name, results) for name in dict.fromkeys([*(step.name for step in PLAN), *(r.step for r in results)])]
-    )
-    bad = [result for result in results if not result.is_good]
+def _first(results: Sequence[Result], environments: Sequence[str]) -> Iterator[str]:
+    """What a reader looks for first: where it ran, how far it came, and what is wrong."""
+    yield "# What python -m benchmarks.gpu_check has found"
+    yield "\n".join(f"- {environment}" for environment in environments)
+    names = dict.fromkeys([*(step.name for step in PLAN), *(r.step for r in results)])
+    steps = [_of_step(name, results) for name in names]
+    bad = [{"step": r.step, "what": r.name, "outcome": r.outcome, "why": _end(r.details)} for r in results if not r.is_good]
+    bad += [
+        {
+            "step": step["step"],
+            "what": WHOLE,
+            "outcome": CUT_OFF,
+            "why": "interrupted, or killed: there is more that it would try",
+        }
+        for step in steps
+        if step["results"].endswith(CUT_OFF)
+    ]
     yield "## What is not as it should be"
-    yield (
-        markdown_table([{"step": r.step, "what": r.name, "outcome": r.outcome, "why": _end(r.details)} for r in bad])
-        if bad
-        else "Nothing."
-    )
+    yield markdown_table(bad) if bad else "Nothing, of what has run."
+    yield "## Steps"
+    yield markdown_table(steps)
+
+
+def _sections(results: Sequence[Result]) -> Iterator[str]:
+    """What neither that nor the report of the speed says."""
     machine = [result for result in results if result.step in ("machine", "host") and result.figures]
     if machine:
         yield "## The machine"
@@ -97,8 +111,14 @@ def _sections(results: Sequence[Result]) -> Iterator[str]:
 def _of_step(name: str, results: Sequence[Result]) -> dict[str, str]:
     own = [result for result in results if result.step == name]
     outcomes = Counter(result.outcome for result in own if result.name != WHOLE)
-    took = next((f"{r.seconds:.0f}" for r in reversed(own) if r.name == WHOLE and r.seconds is not None), "")
-    return {"step": name, "results": ", ".join(f"{n} {outcome}" for outcome, n in outcomes.items()) or "none", "seconds": took}
+    told = [f"{n} {outcome}" for outcome, n in outcomes.items()]
+    end = own[-1] if own and own[-1].name == WHOLE else None
+    if end is None:
+        told.append(CUT_OFF if own else "not run")
+    elif end.outcome == "left out" or not told:
+        told.append(end.outcome + (f": {end.details}" if end.details else ""))
+    took = "" if end is None or end.seconds is None else f"{end.seconds:.0f}"
+    return {"step": name, "results": ", ".join(told), "seconds": took}
 
 
 def _end(text: str, most: int = 300) -> str:

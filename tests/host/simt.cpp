@@ -271,6 +271,7 @@ float add_products(float sum, const float* row, const float* column, int n) {
   for (int k = 0; k <= n; ++k) total += std::trunc(terms[k] * scale);
   total /= scale;
   const float nearest = float(total);
+  if (std::isinf(nearest)) return nearest;
   return std::fabs(nearest) > std::fabs(total) ? std::nextafter(nearest, 0.0f) : nearest;
 }
 

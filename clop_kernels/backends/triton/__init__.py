@@ -10,8 +10,9 @@
 
 Launches: 3 forward and 2 backward, and 1 more for a temperature's gradient. float32 of D > 32, and D > 256, take 3 backward
 for each pair of panels of 4096 rows (float32: 2048). Trained prototypes, ``reduction="none"`` and sorting by more than
-RANKED_INSTANCES labels, or by the labels of two sides, take a few more. Where no row can have a positive, and only the prototype
-term is left, no kernel looks at a pair: 3 forward and 1 backward.
+RANKED_INSTANCES labels, or by the labels of two sides, take a few more, and TF32 takes 1 more a pass, which rounds the
+operands. Where no row can have a positive, and only the prototype term is left, no kernel looks at a pair: 3 forward and 1
+backward.
 
 The passes over pairs alone, for a loss over a process group, are the launches of softmax.py, and of gradient.py or wide.py, with
 other inputs and outputs: 1 and 1, or for each pair of panels 3, and one way 2. float16 takes 3 small ones
@@ -117,7 +118,8 @@ def pair_softmax(zhat: Tensor, groups: Tensor, n_left: int | None, options: Loss
     statistics = zhat.new_empty((4, n_rows), dtype=torch.float32)
     target = tiles.target_of(zhat.device)
     with tiles.device_guard(zhat.device):
-        launches.pair_softmax(launches.operands(zhat, target), groups, n_left, options, statistics, target).run()
+        for launch in launches.pair_softmax(zhat, groups, n_left, options, statistics, target):
+            launch.run()
     return Softmax(*statistics.unbind())
 
 
@@ -129,7 +131,6 @@ def pair_gradient(zhat: Tensor, groups: Tensor, n_left: int | None, coefficients
     sums = zhat.new_empty((n_rows, zhat.shape[1]), dtype=torch.float32)
     target = tiles.target_of(zhat.device)
     with tiles.device_guard(zhat.device):
-        zhat = launches.operands(zhat, target)
         for launch in launches.pair_gradient(zhat, groups, n_left, coefficients, options, sums, target):
             launch.run()
     return sums if scale == 1 else sums.div_(scale)

@@ -68,7 +68,11 @@ def logit_scale(temperature, scale, scale_rest):
 
 @triton.jit
 def as_operand(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
-    """x as tl.dot shall have it. Units of TF32 cut float32 off behind ten bits, all toward zero: rounded, the errors cancel."""
+    """x as an operand of tl.dot.
+
+    Units of TF32 cut a float32 off after ten bits of its mantissa. That would make all operands too small; the errors of rounded
+    ones cancel.
+    """
     if PRECISION == "tf32":
         rounded = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
         x = tl.where(x == x, rounded, x)  # a NaN of all ones would become a zero

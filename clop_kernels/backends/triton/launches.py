@@ -6,20 +6,20 @@ for GPUs that need not be there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..contract import LossOptions, Residuals, as_unit_rows
+from ..contract import LossOptions, Residuals
 from ..positions import Upstream, allows_tf32, logit_scale
 from . import tiles
 from .device import LARGEST_UNSHIFTED_LOGIT
 from .finish import finish_kernel
 from .gradient import gradient_kernel
-from .prologue import prologue_kernel
+from .prologue import operands_kernel, prologue_kernel
 from .prototype_gradient import prototype_kernel
 from .softmax import loss_kernel, softmax_kernel
 from .tiles import Target, Tile
@@ -101,14 +101,6 @@ def precision(dtype: torch.dtype, target: Target) -> str:
     return "tf32" if allows_tf32() else "tf32x3"
 
 
-def operands(zhat: Tensor, target: Target) -> Tensor:
-    """Unit rows that no prologue has written, as it rounds them for the matrix units: see device.as_operand."""
-    if precision(zhat.dtype, target) != "tf32":
-        return zhat
-    rounded = ((zhat.view(torch.int32) + 0x1000) & -0x2000).view(torch.float32)
-    return as_unit_rows(torch.where(zhat.isnan(), zhat, rounded))
-
-
 def forward(
     embeddings: Tensor,
     labels: Tensor | None,
@@ -119,7 +111,7 @@ def forward(
     scratch: ForwardScratch,
     target: Target,
 ) -> Iterator[Launch]:
-    """The three launches of the forward pass; each tensor they write is given."""
+    """The three launches of the forward pass, in TF32 four; each tensor they write is given."""
     n_rows, width = embeddings.shape
     shared = _shared(residuals, labels, prototypes, options, target) | {
         "z": embeddings,
@@ -139,7 +131,8 @@ def forward(
     whole = _tile_for_form(tiles.whole_rows(width), shared, target)
     yield _launch(prologue_kernel, (_programs(n_rows, whole),), whole, shared | {"BLOCK_B": max(16, 1024 // whole.block_m)})
     tile = _tile_for_form(tiles.softmax(n_rows, width, residuals.normalized.dtype, target), shared, target)
-    yield _launch(softmax_kernel, (_span_programs(n_rows, shared["n_left"], tile),), tile, shared)
+    of_pairs = yield from _for_matrix_units(shared)
+    yield _launch(softmax_kernel, (_span_programs(n_rows, shared["n_left"], tile),), tile, of_pairs)
     yield _launch(loss_kernel, (1,), tiles.ONE_PROGRAM, shared | {"BLOCK": tiles.ONE_PROGRAM.block_m}, debug=True)
 
 
@@ -160,7 +153,10 @@ def backward(
     grad_embeddings: Tensor,
     target: Target,
 ) -> Iterator[Launch]:
-    """The launches that make the gradient of the embeddings: two, or for wide rows a few a panel; one if nothing is compared."""
+    """The launches that make the gradient of the embeddings: two, or for wide rows a few a panel; one if nothing is compared.
+
+    In TF32 one more, for the forward pass may have had another precision.
+    """
     n_rows, width = residuals.normalized.shape
     shared = _shared(residuals, labels, prototypes, options, target) | {
         "weights": upstream.weights,
@@ -177,12 +173,12 @@ def backward(
 
 def pair_softmax(
     zhat: Tensor, groups: Tensor, n_left: int | None, options: LossOptions, statistics: Tensor, target: Target
-) -> Launch:
-    """The launch of the pass over pairs alone that leaves ``statistics``, (4, rows): contract.Softmax."""
-    shared = _alone(zhat, groups, n_left, options, target) | {"statistics": statistics}
+) -> Iterator[Launch]:
+    """The launches of the pass over pairs alone that leaves ``statistics``, (4, rows): contract.Softmax."""
+    shared = yield from _for_matrix_units(_alone(zhat, groups, n_left, options, target) | {"statistics": statistics})
     n_rows, width = statistics.shape[1], zhat.shape[1]
     tile = _with_all_registers(tiles.softmax(n_rows, width, zhat.dtype, target), target)
-    return _launch(softmax_kernel, (_programs(n_rows, tile),), tile, shared)
+    yield _launch(softmax_kernel, (_programs(n_rows, tile),), tile, shared)
 
 
 def pair_gradient(
@@ -195,6 +191,7 @@ def pair_gradient(
 
 def _pairwise_sums(shared: dict[str, Any], target: Target) -> Iterator[Launch]:
     """sum_j M_ij zhat_j into ``shared["sums"]``."""
+    shared = yield from _for_matrix_units(shared)
     zhat, n_rows = shared["zhat"], shared["sums"].shape[0]
     width = zhat.shape[1]
     if tiles.is_wide(width, zhat.dtype):
@@ -203,6 +200,17 @@ def _pairwise_sums(shared: dict[str, Any], target: Target) -> Iterator[Launch]:
         tile = _tile_for_form(tiles.gradient(n_rows, width, zhat.dtype, target), shared, target)
         n_programs = _programs(n_rows, tile) if shared["PAIRS"] == "one-way" else _span_programs(n_rows, shared["n_left"], tile)
         yield _launch(gradient_kernel, (n_programs,), tile, shared)
+
+
+def _for_matrix_units(shared: dict[str, Any]) -> Generator[Launch, None, dict[str, Any]]:
+    """The arguments of a pass over pairs, after the launch that rounds its rows, if there must be one: see device.as_operand."""
+    if shared["PRECISION"] != "tf32" or shared["PAIRS"] == "none":
+        return shared
+    zhat = shared["zhat"]
+    operands = zhat.new_empty_strided(zhat.shape, zhat.stride())
+    whole = tiles.whole_rows(zhat.shape[1])
+    yield _launch(operands_kernel, (_programs(zhat.shape[0], whole),), whole, shared | {"operands": operands})
+    return shared | {"zhat": operands}
 
 
 def _wide_products(shared: dict[str, Any], target: Target) -> Iterator[Launch]:

@@ -85,7 +85,6 @@ def prologue_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_B: tl.constexpr,
-    PRECISION: tl.constexpr,
 ):
     index = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     is_row = index < n_rows
@@ -111,7 +110,7 @@ def prologue_kernel(
         unit = raw * tl.div_rn(1.0, largest)[:, None]  # for the norm alone, which no one divides by
         norm = tl.sqrt_rn(tl.sum(unit * unit, 1))
         unit = raw
-    rounded = as_operand(unit, zhat.dtype.element_ty, PRECISION)
+    rounded = unit.to(zhat.dtype.element_ty)
     tl.store(zhat + position.to(tl.int64)[:, None] * PITCH + columns[None, :], rounded, mask=inside)
     tl.store(norms + position, norm * largest, mask=is_row)
 
@@ -128,3 +127,23 @@ def prologue_kernel(
             to_target = tl.sum(tl.abs(unit - target), 1)
         distance += tl.where(label >= 0, to_target, 0.0)
     tl.store(distances + position, distance, mask=is_row)
+
+
+@triton.jit(do_not_specialize=["n_rows"])
+def operands_kernel(
+    zhat,  # (N, D)
+    operands,  # (N, D), laid out as zhat is
+    n_rows,
+    WIDTH: tl.constexpr,
+    PITCH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Unit rows as matrix units shall have them, where that is not as they are stored: of float32 for units of TF32."""
+    rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
+    columns = tl.arange(0, BLOCK_D)
+    inside = (rows[:, None] < n_rows) & (columns[None, :] < WIDTH)
+    offsets = rows[:, None] * PITCH + columns[None, :]
+    x = tl.load(zhat + offsets, mask=inside, other=0.0)
+    tl.store(operands + offsets, as_operand(x, operands.dtype.element_ty, PRECISION), mask=inside)
