@@ -26,18 +26,19 @@ $(READY): pyproject.toml setup.py constraints.txt $(NATIVE)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[test,bench,demo,dev,docs,recipes,wheels]'
 	touch $@
 
-# A process a core, with one thread, for matrices of tests are small. A file stays in one process, and so do its fixtures.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile
+# A process a core, with one thread, for matrices of tests are small.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical
 
+# A file stays in one process, and so do its fixtures.
 test: $(READY)
-	$(PYTEST)
+	$(PYTEST) --dist loadfile
 
 # The interpreter is not instrumented: the runtimes of the sanitizers come in first, and leaks, all of them its own, are not asked for.
 BUILD := $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 RUNTIMES := $(foreach library,libasan.so libubsan.so libstdc++.so.6,$(shell $(CXX) -print-file-name=$(library)))
 
 SANITIZED := LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 CLOP_HOST_SANITIZE=address,undefined \
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 sanitize: $(READY)
 	$(SANITIZED) tests/test_harness.py tests/test_host.py
@@ -63,7 +64,7 @@ docs: $(READY)
 
 resources: $(READY)
 	$(BIN)/python -m benchmarks.resources_cuda
-	$(BIN)/python -m benchmarks.resources --partial
+	$(BIN)/python -m benchmarks.resources
 
 wheels: $(READY)
 	$(BIN)/python tools/build_wheels.py

@@ -27,7 +27,7 @@ oldest)
     versions=(torch==2.11.0 triton==3.6.0)
     extras=()
     tests=("${common[@]}")
-    kernels=(--partial) # its whole table
+    kernels=() # its whole table
     ;;
 newest)
     python=${PYTHON:-python3}

@@ -224,6 +224,7 @@ __device__ void walk(const Loss& p, const Span<S>& span, const void* zhat_pointe
   // Matrix units cut their sums off, toward zero, at what the sum so far can hold: over all of the width that takes digits of the
   // largest S, which near-duplicates need. Exact kinds add the sums of two steps at a time in float32, which rounds to nearest.
   constexpr int kPiece = Product::kIsExact ? 2 : 1;
+  static_assert(S::kSteps % kPiece == 0);
   // The compiler would begin all pieces at once, for which there are no registers.
   [[maybe_unused]] constexpr int kAtOnce = Product::kIsExact ? 2 : S::kSteps;
   const int width = int(p.width), pitch = int(p.pitch);
