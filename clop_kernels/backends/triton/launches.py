@@ -198,6 +198,8 @@ def _pairwise_sums(shared: dict[str, Any], target: Target) -> Iterator[Launch]:
         yield from _wide_products(shared, target)
     else:
         tile = _tile_for_form(tiles.gradient(n_rows, width, zhat.dtype, target), shared, target)
+        if tile.block_n == 128 and shared["n_left"] is not None and not shared["NORMALIZE"]:
+            tile = replace(tile, block_n=64, num_stages=3)  # this form has the most to keep: with 128 it spills on Triton 3.8
         n_programs = _programs(n_rows, tile) if shared["PAIRS"] == "one-way" else _span_programs(n_rows, shared["n_left"], tile)
         yield _launch(gradient_kernel, (n_programs,), tile, shared)
 
