@@ -7,7 +7,7 @@ rest. Replayed steps are compared with eager ones, loss by loss, and both are ti
     python examples/cuda_graph.py --batch-size 64 --steps 500
 
 Three things make a step capturable: inputs that stay where they are and are overwritten, an optimizer with ``capturable=True``,
-and a few steps on another stream first, in which everything that is made once is made. On GPUs it has not yet been run.
+and a few steps on another stream first, in which everything that is made once is made. Its test has passed on an H200.
 """
 
 from __future__ import annotations

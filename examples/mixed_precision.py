@@ -9,8 +9,8 @@ that overflows, so its first steps must be skipped, and no NaN may get into the 
     python examples/mixed_precision.py --short              # a quick check of the same, for CI
 
 The loss takes part in all of that like any other: its value is float32 whatever the embeddings are, and what overflows in its
-backward pass stays infinite, for the scaler to see. About a minute on two cores, most of it compiling. On GPUs it has not yet
-been run.
+backward pass stays infinite, for the scaler to see. About a minute on two cores, most of it compiling. On an
+H200 its short mode has run; the scaler skipped step 20 there too, after the first five.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ What an H200 decided, in bfloat16, for sm_90. Of all that were tried the chosen 
 number of rows (``tiles.csv`` of benchmarks/results/nvidia-h200/2026-11-27-884de6d; tests/test_triton.py holds it):
 
 - gradient, D = 128: 64 x 128 with 4 warps, at 77% of the rate of a plain matrix product for N = 65536 where 128 x 128 with
-  8 had 60%. With two stages a processor holds two programs, which together do 1.2 times as much as one with three, but
+  8 had 58%. With two stages a processor holds two programs, which together do 1.2 times as much as one with three, but
   for a last round that fills half of them: see :func:`gradient`.
 - gradient, D = 256: 128 x 64, and 64 rows where that leaves processors idle, though it leaves more of them idle than
   32 rows do. With three stages four rounds of programs take 0.88 of the time, one and two 1.03 to 1.05; three were not tried.
