@@ -56,7 +56,7 @@ class _Residuals(NamedTuple):
     Attributes:
         normalized: (n, D) in the compute dtype.
         norms: (n,).
-        softmax: (3, n): shift, total, negative; over the rows of all ranks.
+        softmax: (3, n): shift, inverse_total, negative; over the rows of all ranks.
         n_positives: (n,) int64, on all ranks.
         groups: (3, n) int32, Groups.table of this rank's rows alone.
         keys: (n,) int64, what positives on other ranks are found by; (0,) where there can be none.
@@ -128,7 +128,7 @@ def forward(
         plan.ranks.sum(sums)
         divisors = sums[:2].clamp(min=1) if options.reduction == "mean" else torch.ones_like(sums[:2])
         loss = sums[2] / divisors[0] + options.prototype_weight * (sums[3] / divisors[1])
-    statistics = torch.stack([softmax.shift, softmax.total, softmax.negative])
+    statistics = torch.stack([softmax.shift, rowwise.inverse_totals(softmax, is_anchor), softmax.negative])
     kept = (gathered[0].zhat, gathered[1].zhat, gathered[0].groups, gathered[1].groups)
     return loss, _Residuals(
         normalized, norms, statistics, n_positives, rows.groups, rows.keys, sums[:2].clone(), *kept, plan.table()
@@ -163,9 +163,9 @@ def backward(
         divisors = residuals.counts.clamp(min=1) if options.reduction == "mean" else torch.ones_like(residuals.counts)
         unit, of_prototypes = upstream / divisors
         weights = torch.ones_like(residuals.norms)
-    shift, total, negative = residuals.softmax
+    shift, inverse_total, negative = residuals.softmax
     weights = torch.where(residuals.n_positives > 0, weights, 0.0)
-    coefficients = rowwise.coefficients(weights, residuals.n_positives, total, negative, shift)
+    coefficients = rowwise.coefficients(weights, residuals.n_positives, inverse_total, negative, shift)
 
     rows = Rows(plan, residuals.normalized, residuals.groups, residuals.keys, coefficients)
     kept = ((residuals.gathered_0, residuals.crossing_0), (residuals.gathered_1, residuals.crossing_1))

@@ -27,10 +27,11 @@ OPTIONS_SCHEMA = (
 _library = torch.library.Library("clop", "FRAGMENT")
 _library.define(
     f"loss(Tensor embeddings, Tensor? labels, Tensor? prototypes, {OPTIONS_SCHEMA}) "
-    "-> (Tensor loss, Tensor normalized, Tensor norms, Tensor shift, Tensor total, Tensor negative, Tensor groups, Tensor counts)"
+    "-> (Tensor loss, Tensor normalized, Tensor norms, Tensor shift, Tensor inverse_total, Tensor negative, Tensor groups, "
+    "Tensor counts)"
 )
 _library.define(
-    "loss_backward(Tensor grad_loss, Tensor embeddings, Tensor normalized, Tensor norms, Tensor shift, Tensor total, "
+    "loss_backward(Tensor grad_loss, Tensor embeddings, Tensor normalized, Tensor norms, Tensor shift, Tensor inverse_total, "
     f"Tensor negative, Tensor groups, Tensor counts, Tensor? labels, Tensor? prototypes, bool[3] needs, {OPTIONS_SCHEMA}) "
     "-> (Tensor grad_embeddings, Tensor grad_temperature, Tensor grad_prototypes)"
 )
@@ -181,7 +182,7 @@ def _backward(
     normalized: Tensor,
     norms: Tensor,
     shift: Tensor,
-    total: Tensor,
+    inverse_total: Tensor,
     negative: Tensor,
     groups: Tensor,
     counts: Tensor,
@@ -193,7 +194,7 @@ def _backward(
     *option_args, backend = args
     options = options_of(*option_args)
     chosen = backends.select(backend, embeddings.device, options.compute_dtype)
-    residuals = Residuals(normalized, norms, shift, total, negative, groups, counts)
+    residuals = Residuals(normalized, norms, shift, inverse_total, negative, groups, counts)
     grad_loss, labels, prototypes = grad_loss.contiguous(), _contiguous(labels), _contiguous(prototypes)
     with without_autocast(embeddings.device.type):
         grads = chosen.load().backward(grad_loss, embeddings, residuals, labels, prototypes, options, Needs(*needs))
@@ -240,7 +241,7 @@ def _backward_fake(
     normalized: Tensor,
     norms: Tensor,
     shift: Tensor,
-    total: Tensor,
+    inverse_total: Tensor,
     negative: Tensor,
     groups: Tensor,
     counts: Tensor,

@@ -48,9 +48,9 @@ STABLE_TORCH_LIBRARY(clop_native, m) {
       "cpu_forward(Tensor embeddings, Tensor groups, Tensor? labels, Tensor? prototypes, float temperature, int n_views, "
       "float prototype_weight, int distance, int reduction, ScalarType compute_dtype, bool normalize, int n_left, "
       "bool negatives_only, int tile_rows, int n_threads) -> "
-      "(Tensor loss, Tensor normalized, Tensor norms, Tensor shift, Tensor total, Tensor negative, Tensor counts)");
+      "(Tensor loss, Tensor normalized, Tensor norms, Tensor shift, Tensor inverse_total, Tensor negative, Tensor counts)");
   m.def(
-      "cpu_backward(Tensor grad_loss, Tensor embeddings, Tensor normalized, Tensor norms, Tensor shift, Tensor total, "
+      "cpu_backward(Tensor grad_loss, Tensor embeddings, Tensor normalized, Tensor norms, Tensor shift, Tensor inverse_total, "
       "Tensor negative, Tensor groups, Tensor counts, Tensor? labels, Tensor? prototypes, bool needs_embeddings, "
       "bool needs_temperature, bool needs_prototypes, float temperature, int n_views, float prototype_weight, int distance, "
       "int reduction, ScalarType compute_dtype, bool normalize, int n_left, bool negatives_only, int tile_rows, "
@@ -81,13 +81,13 @@ STABLE_TORCH_LIBRARY(clop_native, m) {
   "float prototype_weight, int distance, int reduction, ScalarType compute_dtype, bool is_tf32, bool normalize, int n_left, " \
   "bool negatives_only"
 #define CLOP_BACKWARD                                                                                                       \
-  "Tensor upstream, Tensor? weights, Tensor embeddings, Tensor normalized, Tensor norms, Tensor shift, Tensor total, "      \
-  "Tensor negative, Tensor counts, bool needs_temperature, " CLOP_LOSS
+  "Tensor upstream, Tensor? weights, Tensor embeddings, Tensor normalized, Tensor norms, Tensor shift, "                      \
+  "Tensor inverse_total, Tensor negative, Tensor counts, bool needs_temperature, " CLOP_LOSS
   // (B,) int64 -> (3, N) int32, as clop_kernels/groups.py has it
   m.def("cuda_groups(Tensor labels, int n_views, int n_left) -> Tensor");
   m.def(
       "cuda_forward(Tensor embeddings, Tensor(a!) normalized, " CLOP_LOSS ") -> (Tensor loss, Tensor norms, Tensor shift, "
-      "Tensor total, Tensor negative, Tensor counts)");
+      "Tensor inverse_total, Tensor negative, Tensor counts)");
   m.def("cuda_backward(" CLOP_BACKWARD ") -> (Tensor grad_embeddings, Tensor grad_temperature)");
   // (N,) positions sorted by label, (K + 1,) bounds of the classes among them -> (parts, K, D), whose sum is the gradient.
   m.def(
@@ -107,7 +107,7 @@ STABLE_TORCH_LIBRARY(clop_native, m) {
       "bool pairs_alone, " CLOP_LOSS ") -> ()");
   m.def(
       "cuda_panel_loss(Tensor statistics, Tensor distances, Tensor normalized, " CLOP_LOSS
-      ") -> (Tensor loss, Tensor shift, Tensor total, Tensor negative, Tensor counts)");
+      ") -> (Tensor loss, Tensor shift, Tensor inverse_total, Tensor negative, Tensor counts)");
   m.def("cuda_coefficients(" CLOP_BACKWARD ") -> (Tensor coefficients, Tensor n_finished)");
   m.def(
       "cuda_panel_pairs(Tensor products, int first_row, int first_column, Tensor coefficients, Tensor normalized, " CLOP_LOSS

@@ -121,14 +121,14 @@ def _launch(trial: Trial, tile: Any, n_rows: int, device: torch.device) -> tuple
 
     groups = torch.empty((3, 0), dtype=torch.int32, device=device)
     residuals = Residuals(
-        zhat, floats(n_rows), floats(n_rows), floats(n_rows) + n_rows, floats(n_rows), groups, floats(2) + n_rows
+        zhat, floats(n_rows), floats(n_rows), floats(n_rows) + 1 / n_rows, floats(n_rows), groups, floats(2) + n_rows
     )
     target = tiles.target_of(device)
     with mock.patch.object(tiles, trial.kernel, return_value=tile):
         if trial.kernel == "softmax":
             scratch = launches.ForwardScratch.like(zhat, options, target)
             chosen = launches.forward(z, None, None, options, floats(), residuals, scratch, target)
-            result = residuals.total
+            result = residuals.inverse_total
         else:
             of_backward = launches.BackwardScratch.like(zhat, options)
             upstream = Upstream(torch.ones((), device=device), None)

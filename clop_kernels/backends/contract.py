@@ -123,14 +123,14 @@ class Residuals(NamedTuple):
 
     The softmax is kept as a shift and two sums, not as their logarithm, so that a row with one dominating positive keeps
     its small numbers: sum_{j != i} exp s_ij = 2^shift_i * total_i, and the same over the pairs that are not positives is
-    2^shift_i * negative_i.
+    2^shift_i * negative_i. Of the total the backward pass needs only the inverse, so no pass divides by it for every pair.
 
     Attributes:
         normalized: (N, D) in the compute dtype, the rows zhat as all products see them, z itself without ``options.normalize``;
             laid out as :func:`unit_rows` says.
         norms: (N,) in the accumulate dtype, the norms |z_i| of the raw rows, not clamped.
         shift: (N,) in the accumulate dtype.
-        total: (N,) in the accumulate dtype; of a row that is no anchor what the backend likes best: 0, or infinity.
+        inverse_total: (N,) in the accumulate dtype, 1 / total; 0 of a row that is no anchor.
         negative: (N,) in the accumulate dtype.
         groups: (3, N) int32, :meth:`clop_kernels.groups.Groups.table`, where positives are found by label; else (3, 0).
         counts: (2,) in the accumulate dtype, how many rows are in A and in S: what a mean divides by.
@@ -139,7 +139,7 @@ class Residuals(NamedTuple):
     normalized: Tensor
     norms: Tensor
     shift: Tensor
-    total: Tensor
+    inverse_total: Tensor
     negative: Tensor
     groups: Tensor
     counts: Tensor

@@ -70,8 +70,8 @@ def forward(
         results = _wide_forward(embeddings, normalized, options, *arguments)
     else:
         results = kernels.cuda_forward(embeddings, normalized, *arguments)
-    loss, norms, shift, total, negative, counts = results
-    return loss, Residuals(normalized, norms, shift, total, negative, groups, counts)
+    loss, norms, shift, inverse_total, negative, counts = results
+    return loss, Residuals(normalized, norms, shift, inverse_total, negative, groups, counts)
 
 
 def backward(
@@ -185,8 +185,8 @@ def _wide_forward(embeddings: Tensor, normalized: Tensor, options: LossOptions, 
         options.n_left is not None,
     )
     statistics = _panel_statistics(normalized, options, loss)
-    value, shift, total, negative, counts = kernels.cuda_panel_loss(statistics, distances, normalized, *loss)
-    return value, norms, shift, total, negative, counts
+    value, shift, inverse_total, negative, counts = kernels.cuda_panel_loss(statistics, distances, normalized, *loss)
+    return value, norms, shift, inverse_total, negative, counts
 
 
 def _wide_backward(inputs: tuple[Any, ...], options: LossOptions, *loss: Any) -> tuple[Tensor, Tensor | None]:
@@ -240,7 +240,7 @@ def _loss_of_no_rows(embeddings: Tensor, options: LossOptions) -> tuple[Tensor, 
 
 def _softmax(residuals: Residuals) -> tuple[Tensor, ...]:
     r = residuals
-    return r.normalized, r.norms, r.shift, r.total, r.negative, r.counts
+    return r.normalized, r.norms, r.shift, r.inverse_total, r.negative, r.counts
 
 
 def _arguments(groups: Tensor, labels: Tensor | None, prototypes: Tensor | None, options: LossOptions) -> tuple[Any, ...]:

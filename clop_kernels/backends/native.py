@@ -56,10 +56,10 @@ def forward(
         groups = label_groups(labels, options.n_views, options.n_left).table()
     else:
         groups = embeddings.new_empty((3, 0), dtype=torch.int32)
-    loss, normalized, norms, shift, total, negative, counts = torch.ops.clop_native.cpu_forward(
+    loss, normalized, norms, shift, inverse_total, negative, counts = torch.ops.clop_native.cpu_forward(
         embeddings, groups, labels, _precise(prototypes, options), *_options(options)
     )
-    return loss, Residuals(normalized, norms, shift, total, negative, groups, counts)
+    return loss, Residuals(normalized, norms, shift, inverse_total, negative, groups, counts)
 
 
 def backward(

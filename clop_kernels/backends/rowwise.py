@@ -55,9 +55,14 @@ def contrastive_terms(softmax: Softmax, n_positives: Tensor) -> Tensor:
     return torch.where(is_dominated, torch.log1p(softmax.negative / softmax.positive), log2_ratio / LOG2_E)
 
 
-def coefficients(weights: Tensor, n_positives: Tensor, total: Tensor, negative: Tensor, shift: Tensor) -> Tensor:
+def inverse_totals(softmax: Softmax, is_anchor: Tensor) -> Tensor:
+    """1 / total, (N,), 0 outside A: a row that is compared with nothing has a total of 0."""
+    return torch.where(is_anchor, 1 / softmax.total, 0.0)
+
+
+def coefficients(weights: Tensor, n_positives: Tensor, inverse_total: Tensor, negative: Tensor, shift: Tensor) -> Tensor:
     """The rows of :class:`.contract.Coefficients`, (4, N), for upstream gradients w_i of the rows' terms, 0 outside A."""
-    a = weights / torch.where(weights == 0, 1.0, total)  # a row that is compared with nothing has a total of 0
+    a = weights * inverse_total
     has_one = n_positives == 1
     b = torch.where(has_one, 0.0, a)
     c = torch.where(has_one, a * negative, weights / n_positives.clamp(min=1))

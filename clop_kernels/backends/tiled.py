@@ -137,7 +137,8 @@ def forward(
         per_row = contrastive + options.prototype_weight * prototype
         loss = per_row.sum() if options.reduction == "sum" else torch.empty_like(per_row).index_copy_(0, groups.order, per_row)
     table = groups.table() if groups.size is None else groups.order.new_empty((3, 0), dtype=torch.int32)
-    return loss, Residuals(as_unit_rows(normalized), norms, softmax.shift, softmax.total, softmax.negative, table, counts)
+    inverse_total = rowwise.inverse_totals(softmax, is_anchor)
+    return loss, Residuals(as_unit_rows(normalized), norms, softmax.shift, inverse_total, softmax.negative, table, counts)
 
 
 def backward(
@@ -159,9 +160,10 @@ def backward(
     if options.reduction == "none":
         grad_loss = grad_loss.index_select(0, groups.order)
     shares = grad_loss / residuals.counts.clamp(min=1) if options.reduction == "mean" else (grad_loss, grad_loss)
-    is_anchor = residuals.total != 0 if options.negatives_only else groups.n_positives > 0
+    is_anchor = residuals.inverse_total != 0 if options.negatives_only else groups.n_positives > 0
     weights = torch.where(is_anchor, shares[0], 0.0)  # w_i
-    coefficients = rowwise.coefficients(weights, groups.n_positives, residuals.total, residuals.negative, residuals.shift)
+    softmax = residuals.inverse_total, residuals.negative, residuals.shift
+    coefficients = rowwise.coefficients(weights, groups.n_positives, *softmax)
 
     # The gradient of zhat first, and at last, in place, that of the raw rows.
     grad = _gradient(zhat, groups, coefficients, options, fits_unshifted(residuals.norms, options)).div_(options.temperature)

@@ -51,6 +51,7 @@ void prologue(const Forward& f, const Positions& positions, int64_t begin, int64
 }
 
 // Whether row k is in A: it has positives, or, where those are no pairs, it has negatives. A NaN has, so that it shows.
+// `total`: of its softmax, or the inverse of that.
 template <class T>
 bool is_anchor(const Loss& loss, const Positions& positions, int64_t k, T total) {
   return loss.negatives_only ? total != 0 : positions.n_positives(k) > 0;
@@ -79,14 +80,15 @@ void forward(const Forward& f) {
     softmax_of_pairs(rows, f.n_threads, softmax);
   }
 
-  const T* const total = static_cast<const T*>(f.total);
+  const auto total_of = [&](int64_t k) { return T(softmax.negative[k] + softmax.positive[k]); };
   Buffer<double> contrastive(n);
   for_ranges(n, 200.0, f.n_threads, [&](int64_t begin, int64_t end, int) {
     for (int64_t k = begin; k < end; ++k) {
       static_cast<T*>(f.shift)[k] = softmax.shift[k];
-      static_cast<T*>(f.total)[k] = T(softmax.negative[k] + softmax.positive[k]);
       static_cast<T*>(f.negative)[k] = T(softmax.negative[k]);
-      if (is_anchor(f, positions, k, total[k])) {
+      const bool in_loss = is_anchor(f, positions, k, total_of(k));
+      static_cast<T*>(f.inverse_total)[k] = in_loss ? 1 / total_of(k) : 0;
+      if (in_loss) {
         contrastive[k] = contrastive_term(softmax, k, f.negatives_only ? 0 : positions.n_positives(k));
         continue;
       }
@@ -98,7 +100,7 @@ void forward(const Forward& f) {
 
   double n_anchors = 0, n_labelled = 0, contrastive_sum = 0, distance_sum = 0;
   for (int64_t k = 0; k < n; ++k) {
-    n_anchors += is_anchor(f, positions, k, total[k]);
+    n_anchors += is_anchor(f, positions, k, total_of(k));
     n_labelled += label_of(f, positions, k) >= 0;
     contrastive_sum += contrastive[k];
     distance_sum += distances[k];
@@ -134,7 +136,7 @@ class Upstream {
     }
   }
   double contrastive(int64_t k) const {
-    return is_anchor(b_, positions_, k, static_cast<const T*>(b_.total)[k]) ? of(k) * shares_[0] : 0.0;
+    return is_anchor(b_, positions_, k, static_cast<const T*>(b_.inverse_total)[k]) ? of(k) * shares_[0] : 0.0;
   }
   double prototype(int64_t k) const { return label_of(b_, positions_, k) >= 0 ? of(k) * shares_[1] * b_.prototype_weight : 0.0; }
 
@@ -150,8 +152,7 @@ class Upstream {
 template <class T>
 void set_weights(const Backward& b, const Positions& positions, const Upstream<T>& upstream, Weights<T>& weights) {
   for (int64_t k = 0; k < b.n_rows; ++k) {
-    // A row that is compared with nothing has a total of 0.
-    const double w = upstream.contrastive(k), a = w == 0 ? 0 : w / static_cast<const T*>(b.total)[k];
+    const double w = upstream.contrastive(k), a = w * static_cast<const T*>(b.inverse_total)[k];
     const int64_t n_positives = positions.n_positives(k);
     weights.a[k] = T(a);
     weights.b[k] = n_positives == 1 ? 0 : T(a);

@@ -46,14 +46,14 @@ struct Forward : Loss {
   // Results; Residuals in clop_kernels/backends/contract.py says what they are. Rows in the order of their positions.
   void* loss;        // T, () or with Reduction::none (N,), in the order of the embeddings
   void* normalized;  // (N, D) compute_dtype
-  void *norms, *shift, *total, *negative;  // (N,) T
+  void *norms, *shift, *inverse_total, *negative;  // (N,) T
   void* counts;                            // (2,) T
 };
 
 struct Backward : Loss {
   const void* grad_loss;   // T, () or (N,)
   const void* normalized;  // as Forward left them
-  const void *norms, *shift, *total, *negative, *counts;
+  const void *norms, *shift, *inverse_total, *negative, *counts;
   // Results; null where not asked for.
   void* grad_embeddings;   // (N, D) dtype, contiguous
   void* grad_temperature;  // () T

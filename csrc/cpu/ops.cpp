@@ -168,7 +168,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   const auto per_row = [&] { return torch::stable::new_empty(embeddings, {f.n_rows}, precise); };
   Tensor loss = f.reduction == Reduction::none ? per_row() : torch::stable::new_empty(embeddings, {}, precise);
   Tensor normalized = torch::stable::new_empty(embeddings, {f.n_rows, f.width}, compute_dtype);
-  Tensor norms = per_row(), shift = per_row(), total = per_row(), negative = per_row();
+  Tensor norms = per_row(), shift = per_row(), inverse_total = per_row(), negative = per_row();
   Tensor counts = torch::stable::new_empty(embeddings, {2}, precise);
   f.embeddings = embeddings.const_data_ptr();
   f.row_stride = embeddings.stride(0);
@@ -177,15 +177,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   f.normalized = normalized.mutable_data_ptr();
   f.norms = norms.mutable_data_ptr();
   f.shift = shift.mutable_data_ptr();
-  f.total = total.mutable_data_ptr();
+  f.inverse_total = inverse_total.mutable_data_ptr();
   f.negative = negative.mutable_data_ptr();
   f.counts = counts.mutable_data_ptr();
   level().forward(f);
-  return {loss, normalized, norms, shift, total, negative, counts};
+  return {loss, normalized, norms, shift, inverse_total, negative, counts};
 }
 
 std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_loss, Tensor embeddings, Tensor normalized, Tensor norms, Tensor shift,
-                                            Tensor total, Tensor negative, Tensor groups, Tensor counts,
+                                            Tensor inverse_total, Tensor negative, Tensor groups, Tensor counts,
                                             std::optional<Tensor> labels, std::optional<Tensor> prototypes, bool needs_embeddings,
                                             bool needs_temperature, bool needs_prototypes, double temperature, int64_t n_views,
                                             double prototype_weight, int64_t distance, int64_t reduction,
@@ -203,7 +203,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_loss, Tensor embeddings,
   check("normalized", normalized, compute_dtype, {b.n_rows, b.width});
   check("norms", norms, precise, {b.n_rows});
   check("shift", shift, precise, {b.n_rows});
-  check("total", total, precise, {b.n_rows});
+  check("inverse_total", inverse_total, precise, {b.n_rows});
   check("negative", negative, precise, {b.n_rows});
   check("counts", counts, precise, {2});
   if (needs_prototypes && !prototypes) throw std::runtime_error("clop_native: a gradient of prototypes that are not there");
@@ -211,7 +211,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_loss, Tensor embeddings,
   b.normalized = normalized.const_data_ptr();
   b.norms = norms.const_data_ptr();
   b.shift = shift.const_data_ptr();
-  b.total = total.const_data_ptr();
+  b.inverse_total = inverse_total.const_data_ptr();
   b.negative = negative.const_data_ptr();
   b.counts = counts.const_data_ptr();
   // What is not asked for has no elements.

@@ -23,7 +23,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     int64_t n_left, bool negatives_only, int64_t tile_rows, int64_t n_threads);
 
 std::tuple<Tensor, Tensor, Tensor> backward(Tensor grad_loss, Tensor embeddings, Tensor normalized, Tensor norms, Tensor shift,
-                                            Tensor total, Tensor negative, Tensor groups, Tensor counts,
+                                            Tensor inverse_total, Tensor negative, Tensor groups, Tensor counts,
                                             std::optional<Tensor> labels, std::optional<Tensor> prototypes, bool needs_embeddings,
                                             bool needs_temperature, bool needs_prototypes, double temperature, int64_t n_views,
                                             double prototype_weight, int64_t distance, int64_t reduction,

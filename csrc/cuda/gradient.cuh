@@ -69,7 +69,7 @@ __global__ void __launch_bounds__(kCoefficientThreads) coefficients_kernel(const
     shift = from[3 * p.n_rows];
   } else if (position < p.n_rows) {
     const float w = (p.weights != nullptr ? p.weights[position] : 1.0f) * unit;
-    a = w / p.total[position];
+    a = w * p.inverse_total[position];
     shift = p.shift[position];
     of_positive.b = n_positives == 1 ? 0.0f : a;
     of_positive.c = n_positives == 1 ? a * p.negative[position] : n_positives > 1 ? w / float(n_positives) : 0.0f;

@@ -51,7 +51,7 @@ struct Forward : Loss {
   // is given zhat, and the others are null.
   float* loss;                              // (), or with Reduction::none (N,), by row
   void* zhat;                               // (N, D) compute_dtype
-  float *norms, *shift, *total, *negative;  // (N,); total is infinite for a row that is no anchor
+  float *norms, *shift, *inverse_total, *negative;  // (N,)
   float* counts;                            // (2,)
   // Scratch.
   float* distances;      // (N,)
@@ -67,7 +67,7 @@ struct Backward : Loss {
   const float* upstream;  // (), the gradient of the loss; with Reduction::none the unit that `weights` are in
   const float* weights;   // (N,) by position, at most 1, or null: 1 each
   const void* zhat;       // as Forward left them
-  const float *norms, *shift, *total, *negative, *counts;
+  const float *norms, *shift, *inverse_total, *negative, *counts;
   const float* given;  // (4, N): a, b, c, shift, in a pass over pairs alone; all above is null there, but for zhat
   // Results. Null in a pass over pairs alone.
   void* grad_z;             // (N, D) dtype, by row

@@ -281,19 +281,19 @@ Pass pairs_of(const Tensor& zhat, int32_t device, CLOP_PAIRS_PARAMETERS) {
 // What a forward pass writes beside zhat and the norms, and its scratch. Tensors live as long as the launches are not yet queued;
 // after that the allocator hands their memory to later work of the same stream only.
 struct LossTensors {
-  Tensor loss, shift, total, negative, counts, partial_sums, n_finished;
+  Tensor loss, shift, inverse_total, negative, counts, partial_sums, n_finished;
 
   LossTensors(Forward& p, const Tensor& like)
       : loss(p.reduction == Reduction::none ? allocate("loss", like, {p.n_rows}, kFloat) : allocate("loss", like, {}, kFloat)),
         shift(allocate("shift", like, {p.n_rows}, kFloat)),
-        total(allocate("total", like, {p.n_rows}, kFloat)),
+        inverse_total(allocate("inverse_total", like, {p.n_rows}, kFloat)),
         negative(allocate("negative", like, {p.n_rows}, kFloat)),
         counts(allocate("counts", like, {2}, kFloat)),
         partial_sums(allocate("partial sums", like, {kPartialSums, most_blocks(p.n_rows)}, kFloat)),
         n_finished(allocate("a counter", like, {1}, ScalarType::Int)) {
     p.loss = mutable_floats(loss);
     p.shift = mutable_floats(shift);
-    p.total = mutable_floats(total);
+    p.inverse_total = mutable_floats(inverse_total);
     p.negative = mutable_floats(negative);
     p.counts = mutable_floats(counts);
     p.partial_sums = mutable_floats(partial_sums);
@@ -321,7 +321,7 @@ struct GradientTensors {
     set_zhat(p, normalized, compute_dtype, device);
     p.norms = floats("norms", norms, device, {p.n_rows});
     p.shift = floats("shift", shift, device, {p.n_rows});
-    p.total = floats("total", total, device, {p.n_rows});
+    p.inverse_total = floats("inverse_total", inverse_total, device, {p.n_rows});
     p.negative = floats("negative", negative, device, {p.n_rows});
     p.counts = floats("counts", counts, device, {2});
     p.grad_z = grad_z.mutable_data_ptr();
@@ -334,7 +334,7 @@ struct GradientTensors {
 };
 
 #define CLOP_BACKWARD_ARGUMENTS \
-  upstream, weights, embeddings, normalized, norms, shift, total, negative, counts, needs_temperature, CLOP_LOSS_ARGUMENTS
+  upstream, weights, embeddings, normalized, norms, shift, inverse_total, negative, counts, needs_temperature, CLOP_LOSS_ARGUMENTS
 
 // A backward pass over pairs alone, of the coefficients that are given.
 struct PairGradient {
@@ -399,7 +399,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor embedd
   p.norms = mutable_floats(norms);
   p.distances = mutable_floats(distances);
   check("cannot launch the forward pass", forward(p, n_processors_of(device), current_stream(device)), device);
-  return {of.loss, norms, of.shift, of.total, of.negative, of.counts};
+  return {of.loss, norms, of.shift, of.inverse_total, of.negative, of.counts};
 }
 
 std::tuple<Tensor, Tensor> backward(CLOP_BACKWARD_PARAMETERS) {
@@ -480,7 +480,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> panel_loss(Tensor statistics,
   p.distances = mutable_floats(distances);
   const LossTensors of(p, normalized);
   check("cannot launch the loss", panel_loss(p, current_stream(device)), device);
-  return {of.loss, of.shift, of.total, of.negative, of.counts};
+  return {of.loss, of.shift, of.inverse_total, of.negative, of.counts};
 }
 
 std::tuple<Tensor, Tensor> coefficients(CLOP_BACKWARD_PARAMETERS) {

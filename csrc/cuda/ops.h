@@ -31,7 +31,7 @@ std::tuple<Tensor, Tensor> prologue(Tensor embeddings, Tensor normalized, std::o
 // What the forward pass has left, and the upstream gradient.
 #define CLOP_BACKWARD_PARAMETERS                                                                                    \
   Tensor upstream, std::optional<Tensor> weights, Tensor embeddings, Tensor normalized, Tensor norms, Tensor shift, \
-      Tensor total, Tensor negative, Tensor counts, bool needs_temperature, CLOP_LOSS_PARAMETERS
+      Tensor inverse_total, Tensor negative, Tensor counts, bool needs_temperature, CLOP_LOSS_PARAMETERS
 
 Tensor groups(Tensor labels, int64_t n_views, int64_t n_left);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor embeddings, Tensor normalized, CLOP_LOSS_PARAMETERS);

@@ -150,7 +150,7 @@ __device__ inline void finish_softmax(const Forward& p, const Scale& scale, int 
   const float total = row.negative + row.positive;
   const bool is_anchor = p.negatives_only ? total != 0.0f : n_positives > 0;  // a NaN is not lost
   p.shift[position] = row.shift;
-  p.total[position] = is_anchor ? total : __int_as_float(0x7f800000);
+  p.inverse_total[position] = is_anchor ? 1.0f / total : 0.0f;
   p.negative[position] = row.negative;
 
   const float term = is_anchor ? contrastive_term(row, n_positives, scale) : 0.0f, distance = p.distances[position];

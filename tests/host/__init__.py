@@ -222,7 +222,7 @@ class Kernels:
         n_rows = fields["n_rows"]
         return {
             "loss": self._empty(*((n_rows,) if fields["reduction"] == 2 else ())),
-            **{name: self._empty(n_rows) for name in ("shift", "total", "negative")},
+            **{name: self._empty(n_rows) for name in ("shift", "inverse_total", "negative")},
             "counts": self._empty(2),
         }
 
@@ -292,7 +292,7 @@ class Kernels:
         zhat: Tensor,
         norms: Tensor,
         shift: Tensor,
-        total: Tensor,
+        inverse_total: Tensor,
         negative: Tensor,
         counts: Tensor,
         needs_temperature: bool,
@@ -308,7 +308,7 @@ class Kernels:
                 "weights": weights,
                 "norms": norms,
                 "shift": shift,
-                "total": total,
+                "inverse_total": inverse_total,
                 "negative": negative,
                 "counts": counts,
                 "grad_z": self._empty(*embeddings.shape, dtype=embeddings.dtype),

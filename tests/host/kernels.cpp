@@ -41,7 +41,7 @@ Forward forward_of(const py::dict& fields) {
   set_loss(p, fields);
   FIELD(embeddings)
   FIELD(stride_z_row)
-  FIELD(stride_z_column) FIELD(loss) FIELD(zhat) FIELD(norms) FIELD(shift) FIELD(total) FIELD(negative) FIELD(counts)
+  FIELD(stride_z_column) FIELD(loss) FIELD(zhat) FIELD(norms) FIELD(shift) FIELD(inverse_total) FIELD(negative) FIELD(counts)
       FIELD(distances) FIELD(partial_sums) FIELD(n_finished) FIELD(statistics) return p;
 }
 
@@ -50,7 +50,7 @@ Backward backward_of(const py::dict& fields) {
   set_loss(p, fields);
   FIELD(upstream)
   FIELD(weights)
-  FIELD(zhat) FIELD(norms) FIELD(shift) FIELD(total) FIELD(negative) FIELD(counts) FIELD(given) FIELD(grad_z)
+  FIELD(zhat) FIELD(norms) FIELD(shift) FIELD(inverse_total) FIELD(negative) FIELD(counts) FIELD(given) FIELD(grad_z)
       FIELD(grad_temperature) FIELD(coefficients) FIELD(n_padded) FIELD(partial_sums) FIELD(n_finished) FIELD(sums) return p;
 }
 

@@ -38,8 +38,8 @@ void step(int64_t n_rows, int64_t width, Dtype dtype, bool by_label, float tempe
   std::vector<int32_t> groups(3 * n_rows);
   // Rows of zhat begin at multiples of 16 bytes, of numbers of at most 4.
   const int64_t pitch = (width + 7) / 8 * 8;
-  std::vector<float> zhat(n_rows * pitch), norms(n_rows), shift(n_rows), total(n_rows), negative(n_rows), counts(2), loss(n_rows);
-  std::vector<float> distances(n_rows), partial_sums(kPartialSums * n_blocks), coefficients_memory(6 * n_padded),
+  std::vector<float> zhat(n_rows * pitch), norms(n_rows), shift(n_rows), inverse_total(n_rows), negative(n_rows), counts(2);
+  std::vector<float> loss(n_rows), distances(n_rows), partial_sums(kPartialSums * n_blocks), coefficients_memory(6 * n_padded),
       statistics(4 * n_rows);
   std::vector<float> grad(n_rows * width), sums = normal(n_rows * width), products = normal(n_rows * n_rows),
                                            pairs(n_rows * n_rows);
@@ -58,16 +58,17 @@ void step(int64_t n_rows, int64_t width, Dtype dtype, bool by_label, float tempe
   Forward f = {};
   static_cast<Loss&>(f) = of;
   f.embeddings = z.data(), f.stride_z_row = width, f.stride_z_column = 1;
-  f.loss = loss.data(), f.zhat = zhat.data(), f.norms = norms.data(), f.shift = shift.data(), f.total = total.data();
-  f.negative = negative.data(), f.counts = counts.data(), f.distances = distances.data(), f.partial_sums = partial_sums.data();
-  f.n_finished = &n_finished, f.statistics = statistics.data();
+  f.loss = loss.data(), f.zhat = zhat.data(), f.norms = norms.data(), f.shift = shift.data();
+  f.inverse_total = inverse_total.data(), f.negative = negative.data(), f.counts = counts.data();
+  f.distances = distances.data(), f.partial_sums = partial_sums.data(), f.n_finished = &n_finished, f.statistics = statistics.data();
 
   Backward b = {};
   static_cast<Loss&>(b) = of;
-  b.upstream = &upstream, b.zhat = zhat.data(), b.norms = norms.data(), b.shift = shift.data(), b.total = total.data();
-  b.negative = negative.data(), b.counts = counts.data(), b.grad_z = grad.data(), b.grad_temperature = &grad_temperature;
-  b.coefficients = coefficients_memory.data(), b.n_padded = n_padded, b.partial_sums = partial_sums.data();
-  b.n_finished = &n_finished, b.sums = sums.data();
+  b.upstream = &upstream, b.zhat = zhat.data(), b.norms = norms.data(), b.shift = shift.data();
+  b.inverse_total = inverse_total.data(), b.negative = negative.data(), b.counts = counts.data();
+  b.grad_z = grad.data(), b.grad_temperature = &grad_temperature;
+  b.coefficients = coefficients_memory.data(), b.n_padded = n_padded;
+  b.partial_sums = partial_sums.data(), b.n_finished = &n_finished, b.sums = sums.data();
 
   Grouping grouping = {n_instances, n_views, by_label ? n_left : -1, labels.data(), groups.data()};
   expect_success(group(grouping, nullptr));
