@@ -13,7 +13,8 @@ help:
 	@echo "make demo    train an encoder on real digits, with the plain loss and with the fused one; writes train_digits.png"
 	@echo "make bench   time and memory beside plain PyTorch, torch.compile and other libraries, and a report of it in build/bench, 10 minutes"
 	@echo "make docs    the documentation, as pages that open from a folder: build/docs/index.html"
-	@echo "make resources    every kernel on four GPUs: registers, shared memory, matrix instructions; compiles those of Triton that changed"
+	@echo "make resources    every kernel on four GPUs: registers, shared memory, instructions of its far loop; of Triton the newest version"
+	@echo "                  and the oldest; compiles what has changed. RESOURCES=--update writes their tables"
 	@echo "make wheels  a pure wheel, and a native one for the CUDA toolkit that is found, each tested in an environment of its own"
 	@echo "make oldest  the package on the oldest versions that it runs on, built from source there and tested;  make newest    the newest"
 	@echo "make lint    ruff, lint and format;  make types    mypy;  make clean    remove what make made"
@@ -62,9 +63,11 @@ bench: $(READY)
 docs: $(READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 
+# RESOURCES=--update writes the tables of both versions of Triton.
 resources: $(READY)
 	$(BIN)/python -m benchmarks.resources_cuda
-	$(BIN)/python -m benchmarks.resources
+	$(BIN)/python -m benchmarks.resources $(RESOURCES)
+	tools/test_versions.sh kernels $(RESOURCES)
 
 wheels: $(READY)
 	$(BIN)/python tools/build_wheels.py

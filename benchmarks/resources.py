@@ -1,8 +1,9 @@
 """``python -m benchmarks.resources``: compiles every shipped Triton kernel ahead of time, for GPUs that need not be there.
 
 One table: registers, bytes spilled, shared memory and matrix instructions of each kernel, tile, GPU, dtype and width, as
-:mod:`clop_kernels.backends.triton.launches` would launch it. Ends with 1 if a kernel spills, takes more shared memory than
-its GPU has, or lacks matrix instructions where it multiplies matrices.
+:mod:`clop_kernels.backends.triton.launches` would launch it; and of those that multiply matrices what their far loop executes,
+with the clocks predicted by that (:mod:`benchmarks.sass`). Ends with 1 if a kernel spills, takes more shared memory than its
+GPU has, or lacks matrix instructions where it multiplies matrices.
 
 The table of a Triton version is committed, and its column ``source`` is a hash of all that the compiled code depends on: a
 kernel is compiled only where its hash is not in the table. Ends with 1 too if the whole selection is asked for and the
@@ -38,6 +39,8 @@ from torch import Tensor
 
 from clop_kernels.backends.contract import LossOptions, Residuals, unit_rows
 from clop_kernels.backends.positions import Upstream
+
+from . import sass
 
 SHARED_MEMORY_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 """What one program can have, by compute capability (CUDA C++ programming guide, table of technical specifications)."""
@@ -126,7 +129,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Report:
-    """What one compiled kernel takes. ``form`` is the first that launches it."""
+    """What one compiled kernel takes. ``form`` is the first that launches it; ``loop`` is None without matrix products."""
 
     kernel: str
     sm: int
@@ -139,10 +142,39 @@ class Report:
     shared_kb: float
     instructions: str
     source: str
+    loop: sass.Loop | None = None
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether its loop was counted; tables of before November 28, 2026 have no such figures."""
+        return self.loop is not None or self.kernel not in MATRIX_KERNELS
+
+    def columns(self) -> dict[str, Any]:
+        """Of a table: what it takes, then the figures of its loop, empty if it has none."""
+        own = {name: getattr(self, name) for name in OF_KERNEL}
+        return own | (dict.fromkeys(OF_LOOP, "") if self.loop is None else asdict(self.loop))
+
+    @classmethod
+    def of(cls, columns: dict[str, str]) -> Report:
+        """From the text of a table."""
+        loop = _parsed(sass.Loop, columns, OF_LOOP) if columns.get("limit") else None
+        return _parsed(cls, columns, OF_KERNEL, loop=loop)
 
     def faults(self, spills_allowed: int) -> list[str]:
         lacks_matrix_units = self.kernel in MATRIX_KERNELS and not self.instructions
         return faults_of(self.sm, self.spilled_bytes, self.shared_kb, lacks_matrix_units, spills_allowed)
+
+
+OF_KERNEL = [field.name for field in fields(Report) if field.name != "loop"]
+OF_LOOP = [field.name for field in fields(sass.Loop)]
+"""The columns of a table."""
+
+
+def _parsed(kind: Any, columns: dict[str, str], names: Sequence[str], **others: Any) -> Any:
+    """An instance of a dataclass, with the fields of these names from the text of a table."""
+    types: dict[Any, Any] = {"int": int, "float": float, "str": str}
+    type_of = {field.name: field.type for field in fields(kind)}
+    return kind(**{name: types[type_of[name]](columns[name]) for name in names}, **others)
 
 
 def faults_of(sm: int, spilled_bytes: int, shared_kb: float, lacks_matrix_units: bool, spills_allowed: int = 0) -> list[str]:
@@ -186,16 +218,18 @@ class Compilation:
     kernel: str
     tile: str
 
-    def report(self, registers: int, spilled_bytes: int, shared_kb: float, instructions: str) -> Report:
+    def report(
+        self, registers: int, spilled_bytes: int, shared_kb: float, instructions: str, loop: sass.Loop | None = None
+    ) -> Report:
         case = self.case
         return Report(
             self.kernel, case.capability, case.dtype, case.width, self.tile, case.form,
-            registers, spilled_bytes, shared_kb, instructions, self.source,
+            registers, spilled_bytes, shared_kb, instructions, self.source, loop,
         )  # fmt: skip
 
     def report_as(self, known: Report) -> Report:
         """What a compilation of the same source took; what it was called then may have changed."""
-        return self.report(known.registers, known.spilled_bytes, known.shared_kb, known.instructions)
+        return self.report(known.registers, known.spilled_bytes, known.shared_kb, known.instructions, known.loop)
 
 
 def compilations(selected: Iterable[Case]) -> list[Compilation]:
@@ -293,13 +327,37 @@ def compile_one(compilation: Compilation) -> Report:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        usage = _dumped("-res-usage", file.name)
+        listing = _dumped("-sass", file.name) if compilation.kernel in MATRIX_KERNELS else ""
     numbers = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage))
     found = [name for name, pattern in MATRIX_INSTRUCTIONS.items() if pattern in compiled.asm["ptx"]]
     # The stack of a kernel that asserts holds the arguments of the message.
     spilled = 0 if launch.options["debug"] else int(numbers["STACK"]) + int(numbers["LOCAL"])
-    return compilation.report(int(numbers["REG"]), spilled, round(compiled.metadata.shared / 1024, 1), " ".join(found))
+    loop = sass.loop_of(listing, compilation.case.capability, work_of(launch)) if listing else None
+    return compilation.report(int(numbers["REG"]), spilled, round(compiled.metadata.shared / 1024, 1), " ".join(found), loop)
+
+
+def _dumped(option: str, path: str) -> str:
+    """What the cuobjdump that Triton brings says of a cubin."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    return subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout
+
+
+def work_of(launch: Any) -> sass.Work:
+    """What a tile of a launch with matrix products asks for; of the kernels of wide rows a step of BLOCK_K."""
+    arguments, name = launch.arguments, launch.kernel.__name__
+    rows, columns, zhat = arguments["BLOCK_M"], arguments["BLOCK_N"], arguments["zhat"]
+    itemsize, passes = zhat.dtype.itemsize, 3 if arguments["PRECISION"] == "tf32x3" else 1
+    depth = arguments["BLOCK_D"] if name == "gradient_kernel" else arguments["BLOCK_K"]
+    products = [(rows, columns, depth)]
+    n_copied = columns * depth
+    if name == "gradient_kernel":
+        products.append((rows, depth, columns))
+    elif depth < arguments["WIDTH"] or name == "product_kernel":
+        n_copied += rows * depth  # the rows pass by as well
+    return sass.Work(tuple(products), n_copied * itemsize, itemsize, passes, launch.options["num_warps"])
 
 
 def _source(launch: Any) -> Any:
@@ -403,38 +461,48 @@ def compile_all(wanted: Sequence[Compilation], console: Console) -> Iterator[Rep
         yield from progress.track(pool.map(compile_one, wanted), len(wanted), description="compiling")
 
 
+SHOWN = {name: name for name in OF_KERNEL if name != "source"} | {
+    "total": "far loop", "reciprocals": "rcp", "predicted_clocks": "clocks", "limit": "limit",
+}  # fmt: skip
+"""The columns that are printed, and their titles."""
+
+
 def report_table(reports: Sequence[Report], everything: bool, spills_allowed: int) -> Table:
-    table = Table(title="Triton kernels compiled ahead of time")
-    shown = [field for field in fields(Report) if field.name != "source"]
-    for field in shown:
-        table.add_column(field.name, no_wrap=True, justify="right" if field.type in ("int", "float") else "left")
+    table = Table(
+        title="Triton kernels compiled ahead of time",
+        caption="far loop: instructions of a thread for one tile; rcp: reciprocals of them; clocks: of a tile, predicted, by the "
+        "unit that limits",
+    )
+    left = ("kernel", "dtype", "tile", "form", "instructions", "limit")
+    for name, title in SHOWN.items():
+        table.add_column(title, no_wrap=True, justify="left" if name in left else "right")
     for report in reports:
         style = "red" if report.faults(spills_allowed) else "yellow" if report.spilled_bytes else None
         if everything or style or report.kernel in MATRIX_KERNELS:
-            table.add_row(*(str(getattr(report, field.name)) for field in shown), style=style)
+            columns = report.columns()
+            table.add_row(*(str(columns[name]) for name in SHOWN), style=style)
     return table
 
 
 def read_table(path: Path) -> list[Report]:
     if not path.exists():
         return []
-    types: dict[Any, Any] = {"int": int, "float": float, "str": str}
     with path.open(newline="") as file:
-        return [Report(**{f.name: types[f.type](row[f.name]) for f in fields(Report)}) for row in csv.DictReader(file)]
+        return [Report.of(row) for row in csv.DictReader(file)]
 
 
 def write_table(reports: Iterable[Report], path: Path) -> None:
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [field.name for field in fields(Report)], lineterminator="\n")
+        writer = csv.DictWriter(file, [*OF_KERNEL, *OF_LOOP], lineterminator="\n")
         writer.writeheader()
-        writer.writerows(asdict(report) for report in reports)
+        writer.writerows(report.columns() for report in reports)
 
 
 HELP = """Compiles Triton kernels as a loss would launch them, for GPUs that need not be there, and prints what each takes:
-registers, spills, shared memory, matrix instructions. Ends with 1 if a kernel spills, needs more shared memory than its GPU has,
-or lacks matrix instructions. What the committed table of this version of Triton has, by a hash of its source, is taken from
-there; a kernel that it lacks takes about five seconds of one core. The CUDA kernels are checked by
-python -m benchmarks.resources_cuda."""
+registers, spills, shared memory, instructions of the far loop, and the clocks of a tile that these predict. Ends with 1 if a
+kernel spills, needs more shared memory than its GPU has, or lacks matrix instructions. What the committed table of this version
+of Triton has, by a hash of its source, is taken from there; a kernel that it lacks takes about five seconds of one core. The
+CUDA kernels are checked by python -m benchmarks.resources_cuda."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -462,7 +530,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     console = Console(width=None if sys.stdout.isatty() else 180)
     committed = read_table(path)
-    known = {} if given.all else {report.source: report for report in committed}
+    known = {} if given.all else {report.source: report for report in committed if report.is_counted}
     wanted = compilations(cases(selection))
     missing = [one for one in wanted if one.source not in known]
     with tempfile.TemporaryDirectory() as cache:

@@ -18,7 +18,7 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from benchmarks import compare, measure, providers, report, resources, resources_cuda, targets
+from benchmarks import compare, measure, providers, report, resources, resources_cuda, sass, targets
 from benchmarks.measure import Outcome
 from benchmarks.problems import DTYPES, MODES, PROBLEMS, Case
 from benchmarks.providers import PROVIDERS, Provider
@@ -362,6 +362,9 @@ def test_cuda_resources_of_an_extension_without_its_cuda_half(
 # ---- the committed table of Triton's kernels -------------------------------------------------------------------------
 
 
+LOOP = sass.Loop(1, 16, 96, 32, 288, 32, 27, 17, 12, 1, 217, 706, 706, 1024, 768, 288, 1072, 1072, "shared")
+
+
 class Kernels:
     """Kernels that take no time to compile: name -> source; ``compiled`` are the sources that the last run compiled."""
 
@@ -380,7 +383,8 @@ class Kernels:
             self.compiled.append(one.source)
             if one.source == self.interrupts_at:
                 raise KeyboardInterrupt
-            yield one.report(168, self.spilled_bytes, 64.5, "wgmma")
+            loop = LOOP if one.kernel in resources.MATRIX_KERNELS else None
+            yield one.report(168, self.spilled_bytes, 64.5, "wgmma", loop)
 
 
 @pytest.fixture
@@ -402,6 +406,13 @@ def test_unchanged_kernels_are_not_compiled(kernels: Kernels) -> None:
     assert kernels.compiled == []
     assert resources.main(["--all"]) == 0
     assert kernels.compiled == ["s1", "g1", "f1"]
+
+
+def test_a_table_without_loops_is_not_up_to_date(kernels: Kernels, tmp_path: Path) -> None:
+    path = tmp_path / "triton-9.1.0.csv"
+    resources.write_table([replace(report, loop=None) for report in resources.read_table(path)], path)
+    assert resources.main([]) == 1
+    assert kernels.compiled == ["s1", "g1"]
 
 
 @pytest.mark.parametrize(

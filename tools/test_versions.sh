@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# tools/test_versions.sh oldest|newest: the package on the oldest and the newest versions that README.md names.
+# tools/test_versions.sh oldest|newest|kernels: the package on the oldest and the newest versions that README.md names.
 #
 # In an environment of its own, build/oldest or build/newest, it is built from source and installed, then tested from a folder
-# that has none of its sources, and Triton's kernels are compiled for sm_90: on the oldest version those that its table lacks.
+# that has none of its sources; on the newest a few of Triton's kernels are compiled. "kernels" compiles those of the checkout
+# that the table of the oldest version lacks, in build/oldest; what follows goes to python -m benchmarks.resources.
 # PYTHON312 names the Python of the oldest, where it is neither python3.12 on the PATH nor one of pyenv's.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -21,15 +22,18 @@ find_python312() {
 }
 
 common=(tests/test_ops.py tests/test_losses.py tests/test_properties.py)
-case "${1:-}" in
-oldest)
+what=${1:-}
+case "$what" in
+oldest | kernels)
+    environment=oldest
     python=$(find_python312)
     versions=(torch==2.11.0 triton==3.6.0)
     extras=()
     tests=("${common[@]}")
-    kernels=() # its whole table
+    kernels=() # make resources compiles them
     ;;
 newest)
+    environment=newest
     python=${PYTHON:-python3}
     versions=(torch==2.14.1 triton==3.8.0)
     extras=(lightly matplotlib pytorch-metric-learning scikit-learn tqdm)
@@ -37,18 +41,20 @@ newest)
     kernels=(--targets 90 --dtypes bfloat16 --dims 128) # there is no table of this one
     ;;
 *)
-    sed -n '2,7s/^# \?//p' "$0" >&2
+    sed -n '2,8s/^# \?//p' "$0" >&2
     exit 2
     ;;
 esac
 
-here=build/$1
+here=build/$environment
 [ -x "$here/bin/python" ] || "$python" -m venv "$here"
 in_it=$PWD/$here/bin/python
-mkdir -p "$here/run"
 grep -v '^torch\|^triton' constraints.txt >"$here/constraints.txt"
 "$in_it" -m pip install --quiet --constraint "$here/constraints.txt" "${versions[@]}" \
     ninja 'setuptools>=77' hypothesis numpy pytest pytest-xdist rich "${extras[@]}"
+if [ "$what" = kernels ]; then
+    PYTHONPATH=. exec "$in_it" -m benchmarks.resources "${@:2}"
+fi
 CLOP_NATIVE=1 CLOP_CUDA_ARCHS="${CLOP_CUDA_ARCHS:-90}" "$in_it" -m pip install --quiet --no-deps --no-build-isolation --force-reinstall .
 
 # A copy of what tests it, so that the package is the installed one.
@@ -58,4 +64,6 @@ cp -r tests benchmarks pyproject.toml "$here/run"
 cd "$here/run"
 "$in_it" -m clop_kernels info
 OMP_NUM_THREADS=1 "$in_it" -m pytest -q -p no:cacheprovider -n logical "${tests[@]}"
-"$in_it" -m benchmarks.resources "${kernels[@]}"
+if [ "${#kernels[@]}" -gt 0 ]; then
+    "$in_it" -m benchmarks.resources "${kernels[@]}"
+fi
