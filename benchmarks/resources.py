@@ -47,27 +47,21 @@ SHARED_MEMORY_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
 
 TARGETS = (80, 90, 100, 120)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
-WIDTHS = (16, 32, 64, 128, 256, 512)
-"""512 stands for all wide rows, whose tiles do not depend on the width."""
+WIDTHS = (16, 32, 64, 128, 256, 768)
+"""768 stands for all wide rows, whose tiles do not depend on the width."""
 
-PROCESSORS = 132
-ROWS = {128: (131072, 16384), 64: (8192,), 32: (2048,)}
-"""Numbers of rows for which softmax tiles have so many rows on so many processors.
-
-tiles.py tells more apart: the first is so much that half of it has the same tiles, and those of the second are others on sm_90.
-"""
+PROCESSORS, ROWS = 132, 65536
+"""What is compiled depends on neither."""
 
 TABLES = Path(__file__).parent / "results" / "resources"
 """Where the committed tables are, one a Triton version."""
 
-SPILLS_ALLOWED = {"3.6": 56, "3.8": 16, "3.9": 8}
+SPILLS_ALLOWED = {"3.6": 8, "3.9": 8}
 """Triton version -> bytes a thread that a kernel may spill there; no other version may spill.
 
-3.6, the oldest version that the package takes, gives `gradient_kernel` all 255 registers in many forms. In tiles of 64 rows at
-D = 256 all but the plain one spill 8 to 56 bytes, at D = 32 and 128 two spill 16, and `prologue_kernel` of float32 rows at
-D = 768 has 48. On 3.8 six forms of `gradient_kernel` at D = 128 and 256 spill 8 or 16. On 3.9 `prologue_kernel`, a pass over
-rows, has 8 bytes of stack in four forms that take 40 to 128 registers, so not for want of them. The tables of 3.6 and 3.9 record
-which.
+On 3.6, the oldest version that the package takes, `gradient_kernel` has 8 bytes at D = 256 on sm_90, outside its far loops; with
+two stages it has none, and an H200 took 1.14 times as long. On 3.9 some kernels that pass over rows have 8 bytes of stack, and
+take 40 to 128 registers, so not for want of them. The tables of 3.6 and 3.9 record which.
 """
 
 FORMS: dict[str, dict[str, Any]] = {
@@ -79,23 +73,17 @@ FORMS: dict[str, dict[str, Any]] = {
     "pairs": {"positives": "label", "alone": True},
     "one-way": {"positives": "label", "alone": True, "sides": True},
 }
-"""What is asked of a loss in each form that is compiled. Where no temperature is given it is a tensor, so that both softmax
-paths are compiled in; ``weighted``: reduction "none", a weight a row, and the Euclidean distance to prototypes.
+"""What is asked of a loss, which compiles to the same kernels in each form (tests/test_variants.py). Where no temperature is
+given it is a tensor; ``weighted``: reduction "none", a weight a row, and the Euclidean distance to prototypes.
 
-    plain           NT-Xent with a prototype term: the form with the least code
-    general         SupCon with a prototype term: of one side the most
+    plain           NT-Xent with a prototype term
+    general         SupCon with a prototype term
     two-sided       CLIP's loss
-    two-sided-raw   the same by labels, of rows that are not normalised, for which there is the online softmax alone
+    two-sided-raw   the same by labels, of rows that are not normalised
     negatives       of each row the logarithm of the sum over its negatives
     pairs           the passes over pairs ``alone``, of a loss over a process group: rows against each other
     one-way         the same, of rows on the left against those on the right
 """
-
-VARIANTS = ("two-sided", "two-sided-raw", "negatives", "pairs", "one-way")
-"""The forms that are compiled for the lowest tile too, besides the largest one, which is for all."""
-
-WIDTHS_ALONE = {"bfloat16": (128, 256, 512), "float32": (32, 512)}
-"""The widths of those passes: the kernels are the others' but for a few loads and stores, and these take the most registers."""
 
 MATRIX_INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma": "mma.sync"}
 MATRIX_KERNELS = ("softmax_kernel", "gradient_kernel", "pair_kernel", "product_kernel")
@@ -103,17 +91,11 @@ MATRIX_KERNELS = ("softmax_kernel", "gradient_kernel", "pair_kernel", "product_k
 
 @dataclass(frozen=True)
 class Selection:
-    """What is compiled: each of these with each other, as far as :func:`cases` says."""
+    """What is compiled: each of these with each other."""
 
     targets: Sequence[int] = TARGETS
     dtypes: Sequence[str] = tuple(DTYPES)
     widths: Sequence[int] = WIDTHS
-    heights: Sequence[int] = tuple(ROWS)
-    forms: Sequence[str] = tuple(FORMS)
-
-
-SELECTIONS = {"3.6": Selection(targets=(90,), widths=(32, 128, 256, 768))}
-"""Triton version -> what its table covers, where that is not everything."""
 
 
 @dataclass(frozen=True)
@@ -123,20 +105,19 @@ class Case:
     capability: int
     dtype: str
     width: int
-    n_rows: int
-    form: str
+    n_rows: int = ROWS
+    form: str = "plain"
 
 
 @dataclass(frozen=True)
 class Report:
-    """What one compiled kernel takes. ``form`` is the first that launches it; ``loop`` is None without matrix products."""
+    """What one compiled kernel takes; ``loop`` is None without matrix products."""
 
     kernel: str
     sm: int
     dtype: str
     D: int
     tile: str
-    form: str
     registers: int
     spilled_bytes: int
     shared_kb: float
@@ -190,19 +171,7 @@ def faults_of(sm: int, spilled_bytes: int, shared_kb: float, lacks_matrix_units:
 
 
 def cases(selection: Selection) -> list[Case]:
-    highest, lowest = max(selection.heights), min(selection.heights)
-    return [
-        Case(target, dtype, width, n_rows, form)
-        for target in selection.targets
-        for dtype in selection.dtypes
-        for width in selection.widths
-        for height in selection.heights
-        for n_rows in ROWS[height]
-        for form in selection.forms
-        # Lower tiles are for small N: the largest form will do for all, and the lowest tile for its variants.
-        if form == "general" or n_rows in ROWS[highest] or (form in VARIANTS and height == lowest)
-        if not FORMS[form].get("alone") or width in WIDTHS_ALONE[dtype]
-    ]
+    return [Case(*of) for of in itertools.product(selection.targets, selection.dtypes, selection.widths)]
 
 
 @dataclass(frozen=True)
@@ -223,7 +192,7 @@ class Compilation:
     ) -> Report:
         case = self.case
         return Report(
-            self.kernel, case.capability, case.dtype, case.width, self.tile, case.form,
+            self.kernel, case.capability, case.dtype, case.width, self.tile,
             registers, spilled_bytes, shared_kb, instructions, self.source, loop,
         )  # fmt: skip
 
@@ -237,19 +206,9 @@ def compilations(selected: Iterable[Case]) -> list[Compilation]:
     found: dict[str, Compilation] = {}
     for case in selected:
         for number, launch in enumerate(launches(case)):
-            name = launch.kernel.__name__
-            if name in MATRIX_KERNELS or _is_pass_over_rows(name, case):
-                source = source_of(launch, case.capability)
-                found.setdefault(source, Compilation(case, number, source, name, tile_of(launch)))
+            source = source_of(launch, case.capability)
+            found.setdefault(source, Compilation(case, number, source, launch.kernel.__name__, tile_of(launch)))
     return list(found.values())
-
-
-def _is_pass_over_rows(name: str, case: Case) -> bool:
-    """Whether to compile a kernel without matrix products: once a form that differs, and a way to order the rows."""
-    if case.form == "two-sided-raw":
-        return case.n_rows == ROWS[128][0] and name in ("prologue_kernel", "finish_kernel")
-    # Few rows are ordered by the prologue, many by a table.
-    return case.form == "general" and case.n_rows in (ROWS[128][0], ROWS[32][0])
 
 
 def launches(case: Case) -> Iterator[Any]:
@@ -286,7 +245,7 @@ def launches_of(options: LossOptions, n: int, width: int, capability: int) -> It
     residuals = Residuals(zhat, _empty(n), _empty(n), _empty(n), _empty(n), groups, _empty(2))
     target = tiles.Target(capability, PROCESSORS)
     loss = _empty(n) if is_per_row else _empty()
-    forward_scratch, scratch = plan.ForwardScratch.like(zhat, options, target), plan.BackwardScratch.like(zhat, options)
+    forward_scratch, scratch = plan.ForwardScratch.like(zhat, options, target), plan.BackwardScratch.like(zhat, options, target)
     yield from plan.forward(z, labels, prototypes, options, loss, residuals, forward_scratch, target)
     upstream = Upstream(_empty(), _empty(n) if is_per_row else None)
     yield from plan.backward(upstream, residuals, labels, prototypes, options, scratch, grad_z, target)
@@ -303,8 +262,11 @@ def launches_of_pairs(case: Case, n_left: int | None) -> Iterator[Any]:
     dtype, n, width, target = DTYPES[case.dtype], case.n_rows, case.width, tiles.Target(case.capability, PROCESSORS)
     options = LossOptions(1, "label", _empty(), 0.0, "cosine", "mean", dtype)
     zhat, groups, n_results = _empty(n, width, dtype=dtype), _empty(3, n, dtype=torch.int32), n if n_left is None else n_left
-    yield from plan.pair_softmax(zhat, groups, n_left, options, _empty(4, n_results), target)
-    yield from plan.pair_gradient(zhat, groups, n_left, _empty(4, n), options, _empty(n_results, width), target)
+    sides = -1 if n_left is None else n_left, n_left is not None
+    statistics = _empty(plan.softmax_splits(zhat, *sides, target), 4, n_results)
+    yield from plan.pair_softmax(zhat, groups, n_left, options, statistics, target)
+    sums = _empty(plan.gradient_splits(zhat, *sides, target), n_results, width)
+    yield from plan.pair_gradient(zhat, groups, n_left, _empty(4, n), options, sums, target)
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -473,7 +435,7 @@ def report_table(reports: Sequence[Report], everything: bool, spills_allowed: in
         caption="far loop: instructions of a thread for one tile; rcp: reciprocals of them; clocks: of a tile, predicted, by the "
         "unit that limits",
     )
-    left = ("kernel", "dtype", "tile", "form", "instructions", "limit")
+    left = ("kernel", "dtype", "tile", "instructions", "limit")
     for name, title in SHOWN.items():
         table.add_column(title, no_wrap=True, justify="left" if name in left else "right")
     for report in reports:
@@ -508,21 +470,19 @@ CUDA kernels are checked by python -m benchmarks.resources_cuda."""
 def main(arguments: Sequence[str] | None = None) -> int:
     version = triton_version()
     release = ".".join(version.split(".")[:2])
-    whole, spills_allowed = SELECTIONS.get(release, Selection()), SPILLS_ALLOWED.get(release, 0)
+    whole, spills_allowed = Selection(), SPILLS_ALLOWED.get(release, 0)
     path = TABLES / f"triton-{version}.csv"
     parser = argparse.ArgumentParser(prog="python -m benchmarks.resources", description=HELP)
     add = parser.add_argument
     add("--targets", nargs="+", type=int, choices=SHARED_MEMORY_KB, default=whole.targets, metavar="SM", help="%(default)s")
     add("--dtypes", nargs="+", choices=DTYPES, default=whole.dtypes, help="%(default)s")
     add("--dims", nargs="+", type=int, default=whole.widths, metavar="D", help="widths of the embeddings (%(default)s)")
-    add("--heights", nargs="+", type=int, choices=ROWS, default=whole.heights, help="rows of a program's tile (%(default)s)")
-    add("--forms", nargs="+", choices=FORMS, default=whole.forms, help="what is asked of the loss (%(default)s)")
     add("--all", action="store_true", help="compile also what the committed table has: the whole selection anew")
     add("--update", action="store_true", help="write what was found as the committed table; goes on where it was interrupted")
     add("--everything", action="store_true", help="print the kernels without matrix products too; they are checked in any case")
     add("--csv", type=Path, metavar="FILE", help="write the table there too")
     given = parser.parse_args(arguments)
-    selection = Selection(given.targets, given.dtypes, given.dims, given.heights, given.forms)
+    selection = Selection(given.targets, given.dtypes, given.dims)
     if os.environ.get("TRITON_INTERPRET") == "1":
         parser.error("TRITON_INTERPRET=1 is in the environment: the interpreter compiles nothing; unset it")
     if given.update and selection != whole:
@@ -548,7 +508,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console.print(report_table(reports, given.everything, spills_allowed))
     found = [(report, fault) for report in reports for fault in report.faults(spills_allowed)]
     for r, fault in found:
-        console.print(f"{r.kernel} sm_{r.sm} {r.dtype} D={r.D} {r.tile}, {r.form}: {fault}", style="red")
+        console.print(f"{r.kernel} sm_{r.sm} {r.dtype} D={r.D} {r.tile}: {fault}", style="red")
     n_spilling = sum(0 < report.spilled_bytes <= spills_allowed for report in reports)
     if n_spilling:
         console.print(f"{n_spilling} kernels spill, up to the {spills_allowed} bytes allowed on Triton {release}", style="yellow")

@@ -57,8 +57,9 @@ def test_one_way_costs_its_own_pairs_only(n_left: int) -> None:
         for launch in resources.launches_of_pairs(case, n_left):
             name, arguments = launch.kernel.__name__, launch.arguments
             if name in ("softmax_kernel", "gradient_kernel"):
-                assert launch.grid == (-(-n_left // arguments["BLOCK_M"]),)
+                assert launch.grid == (-(-n_left // arguments["BLOCK_M"]), arguments["n_splits"])
             if name == "product_kernel":
                 assert arguments["row_end"] <= n_left <= arguments["first_column"]
+                assert launch.grid[0] == arguments["n_straight"]
             if name == "pair_kernel":
                 assert launch.grid[0] * arguments["BLOCK_M"] < n_left + 128

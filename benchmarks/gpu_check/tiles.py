@@ -76,7 +76,7 @@ def run(trial: Trial, n_rows: int, device: torch.device, time_it: bool) -> dict[
     """
     from clop_kernels.backends.triton import tiles
 
-    shipped = getattr(tiles, trial.kernel)(n_rows, trial.D, DTYPES[trial.dtype], tiles.target_of(device))
+    shipped = getattr(tiles, trial.kernel)(trial.D, DTYPES[trial.dtype], tiles.target_of(device))
     chosen = shipped
     if trial.tile is not None:
         rows, columns, warps, stages, registers = trial.tile
@@ -130,7 +130,7 @@ def _launch(trial: Trial, tile: Any, n_rows: int, device: torch.device) -> tuple
             chosen = launches.forward(z, None, None, options, floats(), residuals, scratch, target)
             result = residuals.inverse_total
         else:
-            of_backward = launches.BackwardScratch.like(zhat, options)
+            of_backward = launches.BackwardScratch.like(zhat, options, target)
             upstream = Upstream(torch.ones((), device=device), None)
             chosen = launches.backward(upstream, residuals, None, None, options, of_backward, torch.empty_like(z), target)
             assert of_backward.sums is not None

@@ -65,7 +65,7 @@ def forward(
     scratch = launches.ForwardScratch.like(zhat, options, target)
     with tiles.device_guard(embeddings.device):
         for launch in launches.forward(
-            embeddings, labels, used_prototypes(prototypes, labels), options, loss, residuals, scratch, target
+            embeddings, labels, _as_float32(used_prototypes(prototypes, labels)), options, loss, residuals, scratch, target
         ):
             launch.run()
     return loss, residuals
@@ -83,7 +83,7 @@ def backward(
     """The upstream gradient, () or (N,), to the gradients of the raw embeddings, the temperature and the prototypes."""
     n_rows = embeddings.shape[0]
     target = tiles.target_of(embeddings.device)
-    used = used_prototypes(prototypes, labels)
+    used = _as_float32(used_prototypes(prototypes, labels))
     grad_embeddings = grad_temperature = grad_prototypes = None
     if n_rows == 0:
         grad_embeddings = torch.zeros_like(embeddings)
@@ -97,7 +97,7 @@ def backward(
     with tiles.device_guard(embeddings.device):
         if needs.embeddings or needs.temperature:
             grad_embeddings = torch.empty_like(embeddings, memory_format=torch.contiguous_format)
-            scratch = launches.BackwardScratch.like(residuals.normalized, options)
+            scratch = launches.BackwardScratch.like(residuals.normalized, options, target)
             for launch in launches.backward(upstream, residuals, labels, used, options, scratch, grad_embeddings, target):
                 launch.run()
             if needs.temperature:
@@ -112,25 +112,35 @@ def backward(
     return Gradients(grad_embeddings if needs.embeddings else None, grad_temperature, grad_prototypes)
 
 
+def _as_float32(prototypes: Tensor | None) -> Tensor | None:
+    return None if prototypes is None else prototypes.to(torch.float32)
+
+
 def pair_softmax(zhat: Tensor, groups: Tensor, n_left: int | None, options: LossOptions) -> Softmax:
     """See :mod:`clop_kernels.backends.contract`."""
     n_rows = zhat.shape[0] if n_left is None else n_left
-    statistics = zhat.new_empty((4, n_rows), dtype=torch.float32)
     target = tiles.target_of(zhat.device)
+    n_splits = launches.softmax_splits(zhat, -1 if n_left is None else n_left, n_left is not None, target)
+    statistics = zhat.new_empty((n_splits, 4, n_rows), dtype=torch.float32)
     with tiles.device_guard(zhat.device):
         for launch in launches.pair_softmax(zhat, groups, n_left, options, statistics, target):
             launch.run()
-    return Softmax(*statistics.unbind())
+    if n_splits == 1:
+        return Softmax(*statistics[0].unbind())
+    shifts, negative, positive, positive_logits = statistics.unbind(1)
+    shift = shifts.amax(0)
+    share = torch.exp2(shifts - shift)
+    return Softmax(shift, (negative * share).sum(0), (positive * share).sum(0), positive_logits.sum(0))
 
 
 def pair_gradient(zhat: Tensor, groups: Tensor, n_left: int | None, coefficients: Tensor, options: LossOptions) -> Tensor:
     """See :mod:`clop_kernels.backends.contract`."""
     n_rows, scale = zhat.shape[0] if n_left is None else n_left, launches.m_scale(zhat.dtype)
-    if scale != 1:
-        coefficients = torch.cat([coefficients[:3] * scale, coefficients[3:]])
-    sums = zhat.new_empty((n_rows, zhat.shape[1]), dtype=torch.float32)
     target = tiles.target_of(zhat.device)
+    n_splits = launches.gradient_splits(zhat, -1 if n_left is None else n_left, n_left is not None, target)
+    sums = zhat.new_empty((n_splits, n_rows, zhat.shape[1]), dtype=torch.float32)
     with tiles.device_guard(zhat.device):
         for launch in launches.pair_gradient(zhat, groups, n_left, coefficients, options, sums, target):
             launch.run()
-    return sums if scale == 1 else sums.div_(scale)
+    total = sums[0] if n_splits == 1 else sums.sum(0)
+    return total if scale == 1 else total.div_(scale)

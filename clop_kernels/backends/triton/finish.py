@@ -10,7 +10,7 @@ Where rows are taken as they are, dz_i = g_i.
 The temperature's gradient needs the same dot products: S is linear in 1/tau and in each of its two rows, so
 dL/dtau = -1/(2 tau) sum_i zhat_i . dL_contrastive/dzhat_i, one partial sum a program.
 
-Tile picture: whole rows, BLOCK_M of them a program. Bytes: 4 N D of sums and N D of zhat in, N D out. Flops: O(N D).
+Tile picture: whole rows, BLOCK_M of them a program. Bytes: for each split 4 N D of sums, N D of zhat in, N D out. Flops: O(N D).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 
 from ..contract import EPS as _EPS
-from .device import LN_2, load_rows, logit_scale, row_of
+from .device import LN_2, from_position, load_rows, logit_scale, row_of
 from .prologue import load_targets
 
 EPS = tl.constexpr(_EPS)
@@ -27,31 +27,36 @@ LARGEST_FLOAT16 = tl.constexpr(65504.0)
 
 
 @triton.jit
-def distance_gradient(unit, target, DISTANCE: tl.constexpr):
+def distance_gradient(unit, target, distance):
     """d distance / d zhat, (M, BLOCK_D) float32; zero where a row lies on its prototype."""
-    if DISTANCE == "cosine":
-        return -target
+    offset = unit - target
+    if distance == 0:
+        offset = -target + tl.zeros_like(unit)
+    elif distance == 1:
+        length = tl.sqrt_rn(tl.sum(offset * offset, 1))
+        offset = offset / tl.where(length == 0.0, 1.0, length)[:, None]
     else:
-        offset = unit - target
-        if DISTANCE == "euclidean":
-            length = tl.sqrt_rn(tl.sum(offset * offset, 1))
-            return offset / tl.where(length == 0.0, 1.0, length)[:, None]
-        else:
-            return tl.where(offset > 0, 1.0, tl.where(offset < 0, -1.0, offset))
+        offset = tl.where(offset > 0, 1.0, tl.where(offset < 0, -1.0, offset))
+    return offset
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_instances", "n_classes"])
+@triton.jit(
+    do_not_specialize=[
+        "n_rows", "n_instances", "n_classes", "views", "n_splits", "is_weighted", "normalize", "distance", "is_mean",
+    ],
+    do_not_specialize_on_alignment=["row_weights", "groups", "labels", "prototypes", "upstream", "temperature"],
+)  # fmt: skip
 def finish_kernel(
-    sums,  # (N, D) float32, by position: sum_j M_ij zhat_j times M_SCALE; None where nothing was compared
+    sums,  # (splits, N, D) float32, by position: sum_j M_ij zhat_j times M_SCALE, in as many summands
     zhat,  # (N, D), by position
     norms,  # (N,), by position
-    weights,  # (N,) float32, by position: w_i, or None: 1 each
-    groups,  # (3, N) int32, or None
-    labels,  # (B,) int64, or None
-    prototypes,  # (K, D) contiguous, or None
+    row_weights,  # (N,) float32, by position: w_i, read if is_weighted; else they are 1 each
+    groups,  # (3, N) int32, read where ``views`` is 0
+    labels,  # (B,) int64
+    prototypes,  # (K, D) float32 contiguous; none if n_classes is 0
     upstream,  # () float32: what w is in units of
     counts,  # (2,) float32: anchors, labelled rows
-    temperature,  # () float32, or None
+    temperature,  # device.logit_scale
     scale,
     scale_rest,
     prototype_weight,
@@ -60,10 +65,12 @@ def finish_kernel(
     n_rows,
     n_instances,
     n_classes,
-    VIEWS: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    DISTANCE: tl.constexpr,
-    MEAN: tl.constexpr,
+    views,  # as in device.Pairs
+    n_splits,  # 0: nothing was compared
+    is_weighted,
+    normalize,
+    distance,  # index into contract.DISTANCES
+    is_mean,
     WIDTH: tl.constexpr,
     PITCH: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -72,31 +79,31 @@ def finish_kernel(
 ):
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     is_row = rows < n_rows
-    row = row_of(rows, groups, n_instances, VIEWS, is_row)
+    row = row_of(rows, groups, n_instances, views, is_row)
     width = tl.arange(0, BLOCK_D)
-    scale, scale_rest = logit_scale(temperature, scale, scale_rest)
-    inverse_temperature = (scale + scale_rest) * LN_2
+    scale = logit_scale(temperature, scale, scale_rest)
+    inverse_temperature = (scale.value + scale.rest) * LN_2
 
     of_contrastive = tl.load(upstream) * inverse_temperature * (1.0 / M_SCALE)
     of_prototypes = tl.load(upstream) * prototype_weight
-    if MEAN:
+    if is_mean != 0:
         of_contrastive /= tl.maximum(tl.load(counts), 1.0)
         of_prototypes /= tl.maximum(tl.load(counts + 1), 1.0)
-    unit = load_rows(zhat, rows, n_rows, width, PITCH, WIDTH, BLOCK_D, False).to(tl.float32)
+    unit = load_rows(zhat, rows, n_rows, width, PITCH, WIDTH, BLOCK_D).to(tl.float32)
     gradient = tl.zeros((BLOCK_M, BLOCK_D), tl.float32)
-    if sums is not None:
-        gradient = load_rows(sums, rows, n_rows, width, WIDTH, WIDTH, BLOCK_D, False) * of_contrastive
+    for split in range(0, n_splits):
+        gradient += load_rows(from_position(sums, split * n_rows.to(tl.int64), WIDTH), rows, n_rows, width, WIDTH, WIDTH, BLOCK_D)
+    gradient *= of_contrastive
     dots = tl.sum(gradient * unit, 1)
     tl.store(temperature_sums + tl.program_id(0), tl.sum(tl.where(is_row, dots, 0.0), 0) * (-0.5 * inverse_temperature))
-    if prototypes is not None:
+    if n_classes > 0:
         label = tl.load(labels + row % n_instances, mask=is_row, other=-1)
         target = load_targets(prototypes, label, width, n_classes, WIDTH)
-        pull = tl.where(label >= 0, of_prototypes, 0.0)
-        if weights is not None:
-            pull *= tl.load(weights + rows, mask=is_row, other=0.0)
-        gradient += distance_gradient(unit, target, DISTANCE) * pull[:, None]
+        w = tl.load(row_weights + rows, mask=rows < n_rows * is_weighted, other=1.0)
+        pull = tl.where(label >= 0, of_prototypes * w, 0.0)
+        gradient += distance_gradient(unit, target, distance) * pull[:, None]
 
-    if NORMALIZE:
+    if normalize != 0:
         # zhat = z / max(|z|, EPS): the norm takes the radial part out of the gradient, where it is not below EPS.
         norm = tl.load(norms + rows, mask=is_row, other=1.0)
         radial = tl.where(norm < EPS, 0.0, tl.sum(gradient * unit, 1))

@@ -10,8 +10,9 @@ which for n_i = 1 is the same number, found without a subtraction. Pairs that ar
 have M_ij = 0; the sum over j is over the others. M is symmetric and needs no sum over the other rows, so a program that owns
 rows i makes their whole sum: no atomics, the same bits from run to run.
 
-In a pass over pairs alone a, b and c are given, for not all of a row's positives are at hand; one way only rows on the left
-have a sum.
+a, b, c and the shift are made once, before, by coefficients_kernel: a_i is all that a far tile needs of a row or column, and a
+division for each column of each tile took 190 of 674 instructions. In a pass over pairs alone they are given, for not all of a
+row's positives are at hand; one way only rows on the left have a sum.
 
 Tile picture. A program owns BLOCK_M rows and walks over all columns, BLOCK_N at a time. It is attention with
 K = V = zhat: one column tile k on chip serves both products::
@@ -20,11 +21,14 @@ K = V = zhat: one column tile k on chip serves both products::
 
 Near tiles, the ones that may hold positives, the diagonal or the ragged end, take the masked form; far tiles none of it.
 
+The columns are those of one of ``n_splits`` programs that share the rows, as in softmax.py. Each leaves its own sums, and
+finish.py adds them in the order of the splits: N D floats to write and to read for each, of at most a few rounds of programs.
+
 The sums leave as float32, and the O(N D) rest has a launch of its own: in this kernel it would hold three (M, D) tiles at
 once, which at D = 128 and 256 spilled 0.5 and 1.6 KB a thread, the bytes that the detour through memory costs anyway.
 
 Flops 4 N^2 D, exponentials N^2 (online: 2 N^2); float32 operations per pair: scale, a_i + a_j, multiply, round. Bytes:
-zhat once a program from L2, N^2 D itemsize / BLOCK_M in all, 2 BLOCK_M flops a byte in bfloat16; HBM O(N D). Rows of two
+zhat once a block of rows from L2, N^2 D itemsize / BLOCK_M in all, 2 BLOCK_M flops a byte in bfloat16; HBM O(N D). Rows of two
 sides, L + R = N: a program's columns are the other side's, and for N^2 read 2 L R.
 
 Units. w_i is 1 for an anchor, or the upstream gradient over its largest, so that M <= 2 whatever the loss is scaled by;
@@ -42,60 +46,42 @@ import triton.language as tl
 
 from .device import (
     NO_LOGIT,
+    Pairs,
     as_operand,
-    far_columns,
-    fits_unshifted,
+    far_column,
     from_position,
     group_of,
-    is_pair,
-    is_positive,
+    load_far,
     load_rows,
     logit_scale,
+    masks,
     n_positives_of,
     near_columns,
     scaled,
+    share_of,
     span_of,
 )
 
 
 @triton.jit
-def load_softmax(
-    positions, total, shift, weights, coefficients, end, ONLINE: tl.constexpr, M_SCALE: tl.constexpr, ALL: tl.constexpr,
-):  # fmt: skip
-    """a_i * M_SCALE, the shift (anything if not ONLINE) and w_i of some positions; a_i = 0 from position ``end`` on."""
+def load_of_pairs(positions, coefficients, n_rows, end, ONLINE: tl.constexpr, M_SCALE: tl.constexpr, ALL: tl.constexpr):
+    """a_i * M_SCALE and the shift (anything if not ONLINE) of some positions; a_i = 0 from position ``end`` on."""
     mask = None if ALL else positions < end
     other = None if ALL else 0.0
-    w = tl.full(positions.shape, M_SCALE, tl.float32)
-    if coefficients is not None:
-        a = tl.load(coefficients + positions, mask=mask, other=other)
-    else:
-        t = tl.load(total + positions, mask=mask, other=None if ALL else float("inf"))
-        if weights is not None:
-            w *= tl.load(weights + positions, mask=mask, other=other)
-        a = w / t
-    m = a
+    a = tl.load(coefficients + positions, mask=mask, other=other) * M_SCALE
+    shift = a
     if ONLINE:
-        m = tl.load(shift + positions, mask=mask, other=other)
-    return a, m, w
+        shift = tl.load(coefficients + 3 * n_rows.to(tl.int64) + positions, mask=mask, other=other)
+    return a, shift
 
 
 @triton.jit
-def load_positive_form(
-    positions, a, w, negative, coefficients, groups, n_rows, n_left, side_end, VIEWS: tl.constexpr
-):  # fmt: skip
-    """b_i and c_i, times M_SCALE, of some positions of a side, and their runs of positives."""
-    mask = positions < side_end
-    start, end = group_of(positions, groups, n_rows, n_left, VIEWS, mask)
-    if coefficients is not None:
-        b = tl.load(coefficients + n_rows + positions, mask=mask, other=0.0)
-        c = tl.load(coefficients + 2 * n_rows + positions, mask=mask, other=0.0)
-    else:
-        n_positives = n_positives_of(start, end, n_left)
-        b = tl.where(n_positives == 1, 0.0, a)
-        remainder = a * tl.load(negative + positions, mask=mask, other=0.0)
-        share = tl.where(n_positives > 0, w / tl.maximum(n_positives, 1).to(tl.float32), 0.0)
-        c = tl.where(n_positives == 1, remainder, share)
-    return b, c, start, end
+def load_of_positives(positions, coefficients, n_rows, end, M_SCALE: tl.constexpr):
+    """b_i and c_i, times M_SCALE, of some positions below ``end``."""
+    mask = positions < end
+    b = tl.load(coefficients + n_rows + positions, mask=mask, other=0.0) * M_SCALE
+    c = tl.load(coefficients + 2 * n_rows.to(tl.int64) + positions, mask=mask, other=0.0) * M_SCALE
+    return b, c
 
 
 @triton.jit
@@ -109,19 +95,15 @@ def far_pairs(s, a_i, shift_i, a_j, shift_j, ONLINE: tl.constexpr):
 
 @triton.jit
 def near_pairs(
-    s, rows, columns, start, end, a_i, b_i, c_i, shift_i, a_j, shift_j, w_j, negative, coefficients, groups, n_rows, n_left,
-    column_end, VIEWS: tl.constexpr, PAIRS: tl.constexpr, ONLINE: tl.constexpr,
+    s, rows, columns, start, end, a_i, b_i, c_i, shift_i, a_j, shift_j, coefficients, span, pairs, ONLINE: tl.constexpr,
+    M_SCALE: tl.constexpr,
 ):  # fmt: skip
     """(M, N) tile of M_ij: positives, pairs that are not compared, and columns past the end, which are zero."""
-    compared = is_pair(rows, columns, start, end, column_end, n_left, PAIRS)
-    if PAIRS == "negatives":
-        return tl.where(compared, far_pairs(s, a_i, shift_i, a_j, shift_j, ONLINE), 0.0)
-    else:
-        s = tl.where(compared, s, NO_LOGIT)
-        of_others = far_pairs(s, a_i, shift_i, a_j, shift_j, ONLINE)
-        b_j, c_j, _, _ = load_positive_form(columns, a_j, w_j, negative, coefficients, groups, n_rows, n_left, column_end, VIEWS)
-        of_positives = far_pairs(s, b_i, shift_i, b_j, shift_j, ONLINE) - (c_i[:, None] + c_j[None, :])
-        return tl.where(is_positive(rows, columns, start, end, n_left), of_positives, of_others)
+    compared, among_positives = masks(rows, columns, start, end, span, pairs)
+    s = tl.where(compared, s, NO_LOGIT)
+    b_j, c_j = load_of_positives(columns, coefficients, pairs.n_rows, span.column_end, M_SCALE)
+    of_positives = far_pairs(s, b_i, shift_i, b_j, shift_j, ONLINE) - (c_i[:, None] + c_j[None, :])
+    return tl.where(among_positives, of_positives, far_pairs(s, a_i, shift_i, a_j, shift_j, ONLINE))
 
 
 @triton.jit
@@ -129,19 +111,12 @@ def row_gradient(
     q,
     zhat,
     rows,
-    total,
-    shift,
-    negative,
-    weights,
-    coefficients,
-    groups,
     span,
+    split,
+    n_splits,
     scale,
-    scale_rest,
-    n_rows,
-    n_left,
-    VIEWS: tl.constexpr,
-    PAIRS: tl.constexpr,
+    coefficients,
+    pairs,
     WIDTH: tl.constexpr,
     PITCH: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -151,54 +126,57 @@ def row_gradient(
     EXACT_SCALE: tl.constexpr,
     M_SCALE: tl.constexpr,
 ):
-    """sum_j M_ij zhat_j over the columns of the span, (M, BLOCK_D) float32, times M_SCALE."""
+    """sum_j M_ij zhat_j over a split's columns, (M, BLOCK_D) float32, times M_SCALE."""
     width = tl.arange(0, BLOCK_D)
-    a_i, shift_i, w_i = load_softmax(rows, total, shift, weights, coefficients, span.row_end, ONLINE, M_SCALE, False)
-    b_i, c_i, start, end = load_positive_form(rows, a_i, w_i, negative, coefficients, groups, n_rows, n_left, span.row_end, VIEWS)
+    a_i, shift_i = load_of_pairs(rows, coefficients, pairs.n_rows, span.row_end, ONLINE, M_SCALE, False)
+    b_i, c_i = load_of_positives(rows, coefficients, pairs.n_rows, span.row_end, M_SCALE)
+    start, end = group_of(rows, pairs, rows < span.row_end)
     gradient = tl.zeros((rows.shape[0], BLOCK_D), tl.float32)
     of_columns, n_columns = from_position(zhat, span.column_base, PITCH), span.column_end - span.column_base
-    for index in range(0, span.n_near):
+    first_tile, end_tile = share_of(span.n_near, split, n_splits)
+    for index in range(first_tile, end_tile):
         local = near_columns(index, span, BLOCK_N)
         columns = span.column_base + local
-        k = load_rows(of_columns, local, n_columns, width, PITCH, WIDTH, BLOCK_D, False)
+        k = load_rows(of_columns, local, n_columns, width, PITCH, WIDTH, BLOCK_D)
         s = tl.dot(q, tl.trans(k), tl.zeros((rows.shape[0], BLOCK_N), tl.float32), input_precision=PRECISION)
-        s = scaled(s, scale, scale_rest, EXACT_SCALE)
-        a_j, shift_j, w_j = load_softmax(columns, total, shift, weights, coefficients, span.column_end, ONLINE, M_SCALE, False)
+        s = scaled(s, scale, EXACT_SCALE)
+        a_j, shift_j = load_of_pairs(columns, coefficients, pairs.n_rows, span.column_end, ONLINE, M_SCALE, False)
         m = near_pairs(
-            s, rows, columns, start, end, a_i, b_i, c_i, shift_i, a_j, shift_j, w_j, negative, coefficients, groups, n_rows,
-            n_left, span.column_end, VIEWS, PAIRS, ONLINE,
-        )  # fmt: skip
+            s, rows, columns, start, end, a_i, b_i, c_i, shift_i, a_j, shift_j, coefficients, span, pairs, ONLINE, M_SCALE
+        )
         gradient = tl.dot(as_operand(m, k.dtype, PRECISION), k, gradient, input_precision=PRECISION)
-    for index in range(0, span.n_far):
-        local = far_columns(index, span, BLOCK_N)
-        columns = span.column_base + local
-        k = load_rows(of_columns, local, n_columns, width, PITCH, WIDTH, BLOCK_D, True)
+    first_tile, end_tile = share_of(span.n_far, split, n_splits)
+    for index in range(first_tile, end_tile):
+        first = far_column(index, span, BLOCK_N)
+        k = load_far(of_columns, first, width, PITCH, WIDTH, BLOCK_N, BLOCK_D)
         s = tl.dot(q, tl.trans(k), tl.zeros((rows.shape[0], BLOCK_N), tl.float32), input_precision=PRECISION)
-        s = scaled(s, scale, scale_rest, EXACT_SCALE)
-        a_j, shift_j, _ = load_softmax(columns, total, shift, weights, coefficients, span.column_end, ONLINE, M_SCALE, True)
+        s = scaled(s, scale, EXACT_SCALE)
+        columns = span.column_base + first + tl.arange(0, BLOCK_N)
+        a_j, shift_j = load_of_pairs(columns, coefficients, pairs.n_rows, span.column_end, ONLINE, M_SCALE, True)
         m = far_pairs(s, a_i, shift_i, a_j, shift_j, ONLINE)
         gradient = tl.dot(as_operand(m, k.dtype, PRECISION), k, gradient, input_precision=PRECISION)
     return gradient
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_left"])
+@triton.jit(
+    do_not_specialize=["n_rows", "n_left", "views", "is_one_way", "negatives_only", "n_splits"],
+    do_not_specialize_on_alignment=["groups", "temperature"],
+)
 def gradient_kernel(
     zhat,  # (N, D), by position
-    shift,  # (N,), by position; so are all down to weights
-    total,
-    negative,
-    weights,  # (N,) float32: w_i, or None: 1 each
-    coefficients,  # (4, N) float32, contract.Coefficients, a, b and c times M_SCALE, in place of the last three; or None
-    groups,  # (3, N) int32, or None
-    temperature,  # () float32, or None
+    coefficients,  # (4, N) float32: contract.Coefficients
+    groups,  # down to negatives_only: device.Pairs
+    n_rows,
+    n_left,
+    views,
+    is_one_way,
+    negatives_only,
+    temperature,  # device.logit_scale
     scale,
     scale_rest,
-    sums,  # (N, D) float32, by position, written: sum_j M_ij zhat_j times M_SCALE
-    n_rows,
-    n_left,  # or None: no sides
-    VIEWS: tl.constexpr,
-    PAIRS: tl.constexpr,
-    SOFTMAX: tl.constexpr,  # as in softmax_kernel
+    largest_unshifted,  # as in softmax_kernel
+    sums,  # (splits, rows, D) float32, by position, written: sum_j M_ij zhat_j over a split's columns, times M_SCALE
+    n_splits,
     WIDTH: tl.constexpr,
     PITCH: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -208,26 +186,59 @@ def gradient_kernel(
     EXACT_SCALE: tl.constexpr,
     M_SCALE: tl.constexpr,
 ):
-    span = span_of(tl.program_id(0), groups, n_rows, n_left, VIEWS, PAIRS, BLOCK_M, BLOCK_N)
+    pairs = Pairs(groups, n_rows, n_left, views, is_one_way, negatives_only)
+    span = span_of(tl.program_id(0), pairs, BLOCK_M, BLOCK_N)
+    split = tl.program_id(1)
     rows = span.first + tl.arange(0, BLOCK_M)
-    scale, scale_rest = logit_scale(temperature, scale, scale_rest)
+    scale = logit_scale(temperature, scale, scale_rest)
     width = tl.arange(0, BLOCK_D)
-    q = load_rows(zhat, rows, span.row_end, width, PITCH, WIDTH, BLOCK_D, False)
-    if SOFTMAX == "device":
-        if fits_unshifted(scale):
-            products = row_gradient(
-                q, zhat, rows, total, shift, negative, weights, coefficients, groups, span, scale, scale_rest,
-                n_rows, n_left, VIEWS, PAIRS, WIDTH, PITCH, BLOCK_N, BLOCK_D, False, PRECISION, EXACT_SCALE, M_SCALE,
-            )  # fmt: skip
-        else:
-            products = row_gradient(
-                q, zhat, rows, total, shift, negative, weights, coefficients, groups, span, scale, scale_rest,
-                n_rows, n_left, VIEWS, PAIRS, WIDTH, PITCH, BLOCK_N, BLOCK_D, True, PRECISION, EXACT_SCALE, M_SCALE,
-            )  # fmt: skip
+    q = load_rows(zhat, rows, span.row_end, width, PITCH, WIDTH, BLOCK_D)
+    if scale.value <= largest_unshifted:
+        products = row_gradient(
+            q, zhat, rows, span, split, n_splits, scale, coefficients, pairs,
+            WIDTH, PITCH, BLOCK_N, BLOCK_D, False, PRECISION, EXACT_SCALE, M_SCALE,
+        )  # fmt: skip
     else:
         products = row_gradient(
-            q, zhat, rows, total, shift, negative, weights, coefficients, groups, span, scale, scale_rest,
-            n_rows, n_left, VIEWS, PAIRS, WIDTH, PITCH, BLOCK_N, BLOCK_D, SOFTMAX == "online", PRECISION, EXACT_SCALE, M_SCALE,
+            q, zhat, rows, span, split, n_splits, scale, coefficients, pairs,
+            WIDTH, PITCH, BLOCK_N, BLOCK_D, True, PRECISION, EXACT_SCALE, M_SCALE,
         )  # fmt: skip
-    pointers = sums + rows.to(tl.int64)[:, None] * WIDTH + width[None, :]
+    n_results = tl.where(is_one_way != 0, n_left, n_rows)
+    place = split.to(tl.int64) * n_results + rows.to(tl.int64)
+    pointers = sums + place[:, None] * WIDTH + width[None, :]
     tl.store(pointers, products, mask=(rows[:, None] < span.row_end) & (width[None, :] < WIDTH))
+
+
+@triton.jit(
+    do_not_specialize=["n_rows", "n_left", "views", "negatives_only", "is_weighted"],
+    do_not_specialize_on_alignment=["groups", "row_weights"],
+)
+def coefficients_kernel(
+    shift,  # (N,), by position; so are the next three
+    inverse_total,
+    negative,
+    row_weights,  # w_i, read if is_weighted; else they are 1 each
+    groups,  # down to negatives_only: device.Pairs
+    n_rows,
+    n_left,
+    views,
+    negatives_only,
+    is_weighted,
+    coefficients,  # (4, N) float32, written: contract.Coefficients
+    BLOCK_M: tl.constexpr,
+):
+    """First launch of the backward pass of a loss: what M is made of. O(N)."""
+    pairs = Pairs(groups, n_rows, n_left, views, 0, negatives_only)
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    is_row = rows < n_rows
+    start, end = group_of(rows, pairs, is_row)
+    n_positives = n_positives_of(start, end, pairs)
+    w = tl.load(row_weights + rows, mask=rows < n_rows * is_weighted, other=1.0)
+    a = w * tl.load(inverse_total + rows, mask=is_row, other=0.0)
+    remainder = a * tl.load(negative + rows, mask=is_row, other=0.0)
+    share = tl.where(n_positives > 0, w / tl.maximum(n_positives, 1).to(tl.float32), 0.0)
+    n_rows = n_rows.to(tl.int64)
+    tl.store(coefficients + rows, a, mask=is_row)
+    tl.store(coefficients + n_rows + rows, tl.where(n_positives == 1, 0.0, a), mask=is_row)
+    tl.store(coefficients + 2 * n_rows + rows, tl.where(n_positives == 1, remainder, share), mask=is_row)
+    tl.store(coefficients + 3 * n_rows + rows, tl.load(shift + rows, mask=is_row, other=0.0), mask=is_row)

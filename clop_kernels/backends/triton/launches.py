@@ -2,23 +2,26 @@
 
 :mod:`clop_kernels.backends.triton` runs them; ``python -m benchmarks.resources`` compiles the very same ones ahead of time
 for GPUs that need not be there.
+
+A kernel is compiled anew for each type and constant among its arguments. Those depend on the width, the dtypes and the GPU
+alone; what else a loss is told are numbers and tensors, empty ones where there is none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..contract import LossOptions, Residuals
+from ..contract import DISTANCES, LossOptions, Residuals
 from ..positions import Upstream, allows_tf32, logit_scale
 from . import tiles
-from .device import LARGEST_UNSHIFTED_LOGIT
+from .device import LARGEST_UNSHIFTED_LOGIT, LOG2_E
 from .finish import finish_kernel
-from .gradient import gradient_kernel
+from .gradient import coefficients_kernel, gradient_kernel
 from .prologue import operands_kernel, prologue_kernel
 from .prototype_gradient import prototype_kernel
 from .softmax import loss_kernel, softmax_kernel
@@ -27,12 +30,6 @@ from .wide import pair_kernel, product_kernel
 
 RANKED_INSTANCES = 4096
 """Up to so many labels the prologue orders the rows itself: B^2 comparisons, against the several launches of a sort."""
-
-_OF_A_LOSS = (
-    "distances", "labels", "prototype_weight", "n_instances", "n_classes", "PER_ROW", "weights", "total", "negative",
-    "shift_out", "total_out", "negative_out", "terms", "partial_sums",
-)  # fmt: skip
-"""Arguments of the kernels over pairs that a pass which stands alone does without."""
 
 
 @dataclass(frozen=True)
@@ -62,27 +59,59 @@ def _launch(kernel: Any, grid: tuple[int, ...], tile: Tile, arguments: Mapping[s
 class ForwardScratch(NamedTuple):
     """What lives only within the forward pass."""
 
+    statistics: Tensor  # (splits, 4, N) float32
     distances: Tensor  # (N,) float32
-    partial_sums: Tensor  # (5, programs of softmax_kernel) float32
+    partial_sums: Tensor  # (5, programs of loss_kernel) float32
+    n_finished: Tensor  # () int32
 
     @staticmethod
     def like(zhat: Tensor, options: LossOptions, target: Target) -> ForwardScratch:
-        n_rows, width = zhat.shape
-        n_programs = _span_programs(n_rows, _n_left(n_rows, options), tiles.softmax(n_rows, width, zhat.dtype, target))
-        return ForwardScratch(zhat.new_empty(n_rows, dtype=torch.float32), zhat.new_empty((5, n_programs), dtype=torch.float32))
+        n_rows = zhat.shape[0]
+        n_splits = softmax_splits(zhat, _n_left(options), False, target) if _is_compared(n_rows, options) else 1
+        return ForwardScratch(
+            zhat.new_empty((n_splits, 4, n_rows), dtype=torch.float32),
+            zhat.new_empty(n_rows, dtype=torch.float32),
+            zhat.new_empty((5, _programs(n_rows, tiles.BY_ROW)), dtype=torch.float32),
+            zhat.new_empty((), dtype=torch.int32),
+        )
 
 
 class BackwardScratch(NamedTuple):
     """What lives only within the backward pass; the sum of ``temperature_sums`` is the temperature's gradient."""
 
-    sums: Tensor | None  # (N, D) float32; None where nothing is compared
+    coefficients: Tensor  # (4, N) float32
+    sums: Tensor  # (splits, N, D) float32; no splits where nothing is compared
     temperature_sums: Tensor  # (programs of finish_kernel,) float32
 
     @staticmethod
-    def like(zhat: Tensor, options: LossOptions) -> BackwardScratch:
+    def like(zhat: Tensor, options: LossOptions, target: Target) -> BackwardScratch:
         n_rows, width = zhat.shape
-        sums = None if _pairs(n_rows, options) == "none" else zhat.new_empty((n_rows, width), dtype=torch.float32)
-        return BackwardScratch(sums, zhat.new_empty(_programs(n_rows, tiles.whole_rows(width)), dtype=torch.float32))
+        n_splits = gradient_splits(zhat, _n_left(options), False, target) if _is_compared(n_rows, options) else 0
+        return BackwardScratch(
+            zhat.new_empty((4, n_rows), dtype=torch.float32),
+            zhat.new_empty((n_splits, n_rows, width), dtype=torch.float32),
+            zhat.new_empty(_programs(n_rows, tiles.whole_rows(width)), dtype=torch.float32),
+        )
+
+
+def softmax_splits(zhat: Tensor, n_left: int, is_one_way: bool, target: Target) -> int:
+    """How many summands softmax_kernel leaves of each row's statistics."""
+    tile = tiles.softmax(zhat.shape[1], zhat.dtype, target)
+    return _splits(zhat, n_left, is_one_way, tile, target)
+
+
+def gradient_splits(zhat: Tensor, n_left: int, is_one_way: bool, target: Target) -> int:
+    """How many summands there are of sum_j M_ij zhat_j: one of wide rows."""
+    if tiles.is_wide(zhat.shape[1], zhat.dtype):
+        return 1
+    return _splits(zhat, n_left, is_one_way, tiles.gradient(zhat.shape[1], zhat.dtype, target), target)
+
+
+def _splits(zhat: Tensor, n_left: int, is_one_way: bool, tile: Tile, target: Target) -> int:
+    n_rows = zhat.shape[0]
+    n_columns = n_rows if n_left < 0 else n_rows - n_left if is_one_way else max(n_left, n_rows - n_left)
+    n_tiles = tiles.cdiv(n_columns, tile.block_n)
+    return tiles.splits(_blocks(n_rows, n_left, is_one_way, tile), n_tiles, tile.at_once(zhat.element_size(), target))
 
 
 def m_scale(dtype: torch.dtype) -> float:
@@ -111,29 +140,30 @@ def forward(
     scratch: ForwardScratch,
     target: Target,
 ) -> Iterator[Launch]:
-    """The three launches of the forward pass, in TF32 four; each tensor they write is given."""
+    """The three launches of the forward pass, in TF32 four, without pairs two. Each tensor they write is given."""
     n_rows, width = embeddings.shape
-    shared = _shared(residuals, labels, prototypes, options, target) | {
+    is_compared = _is_compared(n_rows, options)
+    shared = _of_loss(residuals, labels, prototypes, options, target) | {
         "z": embeddings,
         "stride_z_row": embeddings.stride(0),
         "stride_z_column": embeddings.stride(1),
         "shift_out": residuals.shift,
-        "total_out": residuals.total,
+        "inverse_total_out": residuals.inverse_total,
         "negative_out": residuals.negative,
         "loss": loss,
-        "terms": loss,
-        "statistics": None,
-        "RANKED": is_ranked(labels, options),
-        "PER_ROW": options.reduction == "none",
-        "n_partial": scratch.partial_sums.shape[1],
+        "n_splits": scratch.statistics.shape[0],
+        "n_views": options.n_views,
+        "is_ranked": int(is_ranked(labels, options)),
+        "is_per_row": int(options.reduction == "none"),
         **scratch._asdict(),
     }
-    whole = _tile_for_form(tiles.whole_rows(width), shared, target)
+    whole = tiles.whole_rows(width)
     yield _launch(prologue_kernel, (_programs(n_rows, whole),), whole, shared | {"BLOCK_B": max(16, 1024 // whole.block_m)})
-    tile = _tile_for_form(tiles.softmax(n_rows, width, residuals.normalized.dtype, target), shared, target)
-    of_pairs = yield from _for_matrix_units(shared)
-    yield _launch(softmax_kernel, (_span_programs(n_rows, shared["n_left"], tile),), tile, of_pairs)
-    yield _launch(loss_kernel, (1,), tiles.ONE_PROGRAM, shared | {"BLOCK": tiles.ONE_PROGRAM.block_m}, debug=True)
+    if is_compared:
+        yield from _softmax(shared, target)
+    else:
+        scratch.statistics.zero_()
+    yield _launch(loss_kernel, (_programs(n_rows, tiles.BY_ROW),), tiles.BY_ROW, shared, debug=True)
 
 
 def is_ranked(labels: Tensor | None, options: LossOptions) -> bool:
@@ -153,60 +183,61 @@ def backward(
     grad_embeddings: Tensor,
     target: Target,
 ) -> Iterator[Launch]:
-    """The launches that make the gradient of the embeddings: two, or for wide rows a few a panel; one if nothing is compared.
+    """The launches that make the gradient of the embeddings: three, of wide rows two and two a panel; one without pairs.
 
     In TF32 one more, for the forward pass may have had another precision.
     """
     n_rows, width = residuals.normalized.shape
-    shared = _shared(residuals, labels, prototypes, options, target) | {
-        "weights": upstream.weights,
-        "coefficients": None,
-        "upstream": upstream.unit,
+    shared = _of_loss(residuals, labels, prototypes, options, target) | _of_upstream(upstream, residuals) | {
         "grad_z": grad_embeddings,
+        "n_splits": scratch.sums.shape[0],
         **scratch._asdict(),
-    }
-    if shared["PAIRS"] != "none":
+    }  # fmt: skip
+    if _is_compared(n_rows, options):
+        yield _launch(coefficients_kernel, (_programs(n_rows, tiles.BY_ROW),), tiles.BY_ROW, shared)
         yield from _pairwise_sums(shared, target)
-    whole = _tile_for_form(tiles.whole_rows(width), shared, target)
+    whole = tiles.whole_rows(width)
     yield _launch(finish_kernel, (_programs(n_rows, whole),), whole, shared)
 
 
 def pair_softmax(
     zhat: Tensor, groups: Tensor, n_left: int | None, options: LossOptions, statistics: Tensor, target: Target
 ) -> Iterator[Launch]:
-    """The launches of the pass over pairs alone that leaves ``statistics``, (4, rows): contract.Softmax."""
-    shared = yield from _for_matrix_units(_alone(zhat, groups, n_left, options, target) | {"statistics": statistics})
-    n_rows, width = statistics.shape[1], zhat.shape[1]
-    tile = _with_all_registers(tiles.softmax(n_rows, width, zhat.dtype, target), target)
-    yield _launch(softmax_kernel, (_programs(n_rows, tile),), tile, shared)
+    """The launches of the pass over pairs alone that leaves ``statistics``, (splits, 4, rows): contract.Softmax in summands."""
+    shared = _of_pairs_alone(zhat, groups, n_left, options, target)
+    yield from _softmax(shared | {"statistics": statistics, "n_splits": statistics.shape[0]}, target)
 
 
 def pair_gradient(
     zhat: Tensor, groups: Tensor, n_left: int | None, coefficients: Tensor, options: LossOptions, sums: Tensor, target: Target
 ) -> Iterator[Launch]:
-    """The launches of the pass over pairs alone that makes ``sums``, (rows, D), of coefficients with M_SCALE in them."""
-    shared = _alone(zhat, groups, n_left, options, target)
-    yield from _pairwise_sums(shared | {"coefficients": coefficients, "shift": coefficients[3], "sums": sums}, target)
+    """The launches of the pass over pairs alone that makes ``sums``, (splits, rows, D), times M_SCALE and in summands."""
+    shared = _of_pairs_alone(zhat, groups, n_left, options, target)
+    yield from _pairwise_sums(shared | {"coefficients": coefficients, "sums": sums, "n_splits": sums.shape[0]}, target)
+
+
+def _softmax(shared: dict[str, Any], target: Target) -> Iterator[Launch]:
+    """The statistics of all rows into ``shared["statistics"]``."""
+    shared = yield from _for_matrix_units(shared)
+    zhat = shared["zhat"]
+    tile = tiles.softmax(zhat.shape[1], zhat.dtype, target)
+    yield _launch(softmax_kernel, (_blocks_of(shared, tile), shared["n_splits"]), tile, shared)
 
 
 def _pairwise_sums(shared: dict[str, Any], target: Target) -> Iterator[Launch]:
     """sum_j M_ij zhat_j into ``shared["sums"]``."""
     shared = yield from _for_matrix_units(shared)
-    zhat, n_rows = shared["zhat"], shared["sums"].shape[0]
-    width = zhat.shape[1]
-    if tiles.is_wide(width, zhat.dtype):
+    zhat = shared["zhat"]
+    if tiles.is_wide(zhat.shape[1], zhat.dtype):
         yield from _wide_products(shared, target)
     else:
-        tile = _tile_for_form(tiles.gradient(n_rows, width, zhat.dtype, target), shared, target)
-        if tile.block_n == 128 and shared["n_left"] is not None and not shared["NORMALIZE"]:
-            tile = replace(tile, block_n=64, num_stages=3)  # this form has the most to keep: with 128 it spills on Triton 3.8
-        n_programs = _programs(n_rows, tile) if shared["PAIRS"] == "one-way" else _span_programs(n_rows, shared["n_left"], tile)
-        yield _launch(gradient_kernel, (n_programs,), tile, shared)
+        tile = tiles.gradient(zhat.shape[1], zhat.dtype, target)
+        yield _launch(gradient_kernel, (_blocks_of(shared, tile), shared["n_splits"]), tile, shared)
 
 
 def _for_matrix_units(shared: dict[str, Any]) -> Generator[Launch, None, dict[str, Any]]:
     """The arguments of a pass over pairs, after the launch that rounds its rows, if there must be one: see device.as_operand."""
-    if shared["PRECISION"] != "tf32" or shared["PAIRS"] == "none":
+    if shared["PRECISION"] != "tf32":
         return shared
     zhat = shared["zhat"]
     operands = zhat.new_empty_strided(zhat.shape, zhat.stride())
@@ -217,28 +248,29 @@ def _for_matrix_units(shared: dict[str, Any]) -> Generator[Launch, None, dict[st
 
 def _wide_products(shared: dict[str, Any], target: Target) -> Iterator[Launch]:
     """sum_j M_ij zhat_j into ``shared["sums"]``, panel by panel."""
-    zhat, n_left = shared["zhat"], shared["n_left"]
+    zhat, n_left, side = shared["zhat"], shared["n_left"], tiles.PANEL
     n_rows, width = zhat.shape
-    row_end, column_base = (n_rows, 0) if n_left is None else (n_left, n_left)
-    panel = tiles.panel(max(row_end, n_rows - column_base), zhat.dtype)
-    shared = shared | {"PANEL": panel, "pairs": zhat.new_empty(panel, panel)}
-    pair_tile, product_tile = _tile_for_form(tiles.pairs(zhat.dtype), shared, target), tiles.product(zhat.dtype, target)
-
-    def product(to: range, of: range, transposed: bool, add: bool) -> Launch:
-        strides = {"stride_row": 1, "stride_column": panel} if transposed else {"stride_row": panel, "stride_column": 1}
-        ends = {"first_row": to.start, "row_end": to.stop, "first_column": of.start, "column_end": of.stop, "ADD": add}
-        grid = (_programs(len(to), product_tile), tiles.cdiv(width, product_tile.block_n))
-        return _launch(product_kernel, grid, product_tile, shared | strides | ends)
-
-    for i in range(0, row_end, panel):
-        for j in range(i if n_left is None else column_base, n_rows, panel):
-            rows, columns = range(i, min(i + panel, row_end)), range(j, min(j + panel, n_rows))
-            grid = (_programs(len(rows), pair_tile), tiles.cdiv(len(columns), pair_tile.block_n))
-            yield _launch(pair_kernel, grid, pair_tile, shared | {"first_row": i, "first_column": j})
-            # The first row of panels meets every block of columns for the first time, the first column those of a left side.
-            yield product(rows, columns, transposed=False, add=j > column_base)
-            if j > i and shared["PAIRS"] != "one-way":
-                yield product(columns, rows, transposed=True, add=i > 0)
+    row_end, column_base = (n_rows, 0) if n_left < 0 else (n_left, n_left)
+    shared = shared | {"PANEL": side, "panel": zhat.new_empty(min(side, row_end), side)}
+    pair_tile, product_tile = tiles.pairs(zhat.dtype), tiles.product(zhat.dtype, target)
+    for i in range(0, row_end, side):
+        for j in range(i if n_left < 0 else column_base, n_rows, side):
+            rows, columns = range(i, min(i + side, row_end)), range(j, min(j + side, n_rows))
+            of_panel = shared | {
+                "first_row": i,
+                "row_end": rows.stop,
+                "first_column": j,
+                "column_end": columns.stop,
+                # The first row of panels meets every block of columns for the first time, the first column those of a left side.
+                "adds": int(j > column_base),
+                "adds_transposed": int(i > 0),
+                "n_straight": _programs(len(rows), product_tile),
+            }
+            grid = _programs(len(rows), pair_tile), tiles.cdiv(len(columns), pair_tile.block_n)
+            yield _launch(pair_kernel, grid, pair_tile, of_panel)
+            is_twice = j > i and not shared["is_one_way"]
+            n_programs = _programs(len(rows), product_tile) + (_programs(len(columns), product_tile) if is_twice else 0)
+            yield _launch(product_kernel, (n_programs, tiles.cdiv(width, product_tile.block_n)), product_tile, of_panel)
 
 
 def prototypes_backward(
@@ -253,14 +285,12 @@ def prototypes_backward(
 ) -> Launch:
     """The launch that makes the prototypes' gradient, in as many parts as ``partial_gradients``, (parts, K, D), has."""
     n_parts, n_classes, width = partial_gradients.shape
-    shared = _shared(residuals, None, prototypes, options, target) | {
+    shared = _of_loss(residuals, None, prototypes, options, target) | _of_upstream(upstream, residuals) | {
         "by_class": by_class,
         "bounds": bounds,
-        "weights": upstream.weights,
-        "upstream": upstream.unit,
         "partial_gradients": partial_gradients,
-        "SPLITS": n_parts,
-    }
+        "n_splits": n_parts,
+    }  # fmt: skip
     return _launch(prototype_kernel, (n_classes, n_parts), tiles.whole_rows(width), shared)
 
 
@@ -269,93 +299,92 @@ def prototype_parts(n_classes: int, target: Target) -> int:
     return max(1, 4 * target.n_processors // n_classes)
 
 
-def _shared(
+# ---- arguments, under the names that all kernels use ----------------------------------------------------------------------
+
+
+def _of_loss(
     residuals: Residuals, labels: Tensor | None, prototypes: Tensor | None, options: LossOptions, target: Target
 ) -> dict[str, Any]:
-    """The arguments that several kernels have in common, under the names that all of them use."""
-    return _shared_by_pairs(residuals.normalized, residuals.groups, options, target) | {
+    """The arguments that kernels of a loss have in common."""
+    zhat = residuals.normalized
+    return _of_pairs(zhat, residuals.groups, residuals.norms, options, target) | {
         "norms": residuals.norms,
         "shift": residuals.shift,
-        "total": residuals.total,
+        "inverse_total": residuals.inverse_total,
         "negative": residuals.negative,
         "counts": residuals.counts,
-        "labels": labels,
-        "prototypes": prototypes,
-        "prototype_weight": options.prototype_weight,
-        "n_instances": residuals.normalized.shape[0] // options.n_views,
+        "labels": zhat.new_empty(0, dtype=torch.int64) if labels is None else labels,
+        "prototypes": zhat.new_empty(0, dtype=torch.float32) if prototypes is None else prototypes,
+        "prototype_weight": float(options.prototype_weight),
+        "n_instances": zhat.shape[0] // options.n_views,
         "n_classes": 0 if prototypes is None else prototypes.shape[0],
-        "DISTANCE": options.distance,
-        "MEAN": options.reduction == "mean",
+        "is_labelled": int(labels is not None),
+        "distance": DISTANCES.index(options.distance),
+        "normalize": int(options.normalize),
+        "is_mean": int(options.reduction == "mean"),
     }
 
 
-def _alone(zhat: Tensor, groups: Tensor, n_left: int | None, options: LossOptions, target: Target) -> dict[str, Any]:
-    """The arguments of a pass over pairs that stands alone. What the kernels read or write of a loss is None."""
-    shared = _shared_by_pairs(zhat, groups, replace(options, n_left=n_left), target)
-    one_way = {} if n_left is None else {"PAIRS": "one-way"}
-    return dict.fromkeys(_OF_A_LOSS) | shared | one_way
+def _of_upstream(upstream: Upstream, residuals: Residuals) -> dict[str, Any]:
+    is_weighted = upstream.weights is not None
+    return {
+        "upstream": upstream.unit,
+        "row_weights": upstream.weights if is_weighted else residuals.norms,
+        "is_weighted": int(is_weighted),
+    }
 
 
-def _shared_by_pairs(zhat: Tensor, groups: Tensor, options: LossOptions, target: Target) -> dict[str, Any]:
-    """Those of them that say which rows there are, and who is compared."""
-    n_rows, width = zhat.shape
+def _of_pairs_alone(zhat: Tensor, groups: Tensor, n_left: int | None, options: LossOptions, target: Target) -> dict[str, Any]:
+    """The arguments of a pass over pairs that stands alone: of two sides one way."""
+    nothing = zhat.new_empty(0, dtype=torch.float32)
+    shared = _of_pairs(zhat, groups, nothing, options, target)
+    return shared | {"n_left": -1 if n_left is None else n_left, "is_one_way": int(n_left is not None)}
+
+
+def _of_pairs(zhat: Tensor, groups: Tensor, nothing: Tensor, options: LossOptions, target: Target) -> dict[str, Any]:
+    """Those that say which rows there are, who is compared, and on what scale. ``nothing`` stands in for a temperature."""
     scale, scale_rest = logit_scale(options.temperature)
+    by_label = options.positives == "label"
     return {
         "zhat": zhat,
-        "groups": groups if options.positives == "label" else None,
-        "temperature": options.temperature if isinstance(options.temperature, Tensor) else None,
+        "groups": groups,
+        "n_rows": zhat.shape[0],
+        "n_left": _n_left(options),
+        "views": 0 if by_label else 1 if options.n_left is not None else options.n_views,
+        "is_one_way": 0,
+        "negatives_only": int(options.negatives_only),
+        "temperature": options.temperature if isinstance(options.temperature, Tensor) else nothing,
         "scale": scale,
         "scale_rest": scale_rest,
-        "n_rows": n_rows,
-        "n_left": _n_left(n_rows, options),
-        "VIEWS": options.n_views if options.n_left is None else 1,  # of an instance, side by side
-        "PAIRS": _pairs(n_rows, options),
-        "NORMALIZE": options.normalize,
-        "WIDTH": width,
+        # Rows of any length have similarities of any size.
+        "largest_unshifted": LARGEST_UNSHIFTED_LOGIT.value * LOG2_E.value if options.normalize else 0.0,
+        "WIDTH": zhat.shape[1],
         "PITCH": zhat.stride(0),  # between its rows nothing is read: contract.unit_rows
-        "SOFTMAX": _softmax_path(options),
         "PRECISION": precision(zhat.dtype, target),
         "EXACT_SCALE": zhat.dtype == torch.float32,
         "M_SCALE": m_scale(zhat.dtype),
     }
 
 
-def _pairs(n_rows: int, options: LossOptions) -> str:
-    """Who is compared, as kernels take it: see device.py."""
-    if not options.has_pairs or options.n_left in (0, n_rows):
-        return "none"
-    return "negatives" if options.negatives_only else "all"
+def _is_compared(n_rows: int, options: LossOptions) -> bool:
+    """Whether there is a pair to look at."""
+    return options.has_pairs and options.n_left not in (0, n_rows)
 
 
-def _n_left(n_rows: int, options: LossOptions) -> int | None:
-    return None if _pairs(n_rows, options) == "none" else options.n_left
-
-
-def _softmax_path(options: LossOptions) -> str:
-    """Rows of any length have similarities of any size; others are below 1/tau, which of a tensor only the device can read."""
-    if not options.normalize:
-        return "online"
-    if isinstance(options.temperature, Tensor):
-        return "device"
-    return "unshifted" if 1.0 / options.temperature <= LARGEST_UNSHIFTED_LOGIT.value else "online"
-
-
-def _tile_for_form(tile: Tile, shared: dict[str, Any], target: Target) -> Tile:
-    """The tile, with all registers that there are in the forms where the compiler, left to choose, would spill for occupancy."""
-    has_its_choice = shared["n_left"] is None and shared["PAIRS"] != "negatives" and shared["NORMALIZE"]
-    return tile if has_its_choice else _with_all_registers(tile, target)
-
-
-def _with_all_registers(tile: Tile, target: Target) -> Tile:
-    return replace(tile, max_registers=255 if target.capability else None)
+def _n_left(options: LossOptions) -> int:
+    return -1 if options.n_left is None else options.n_left
 
 
 def _programs(n_rows: int, tile: Tile) -> int:
     return tiles.cdiv(n_rows, tile.block_m)
 
 
-def _span_programs(n_rows: int, n_left: int | None, tile: Tile) -> int:
-    """Programs that own rows of one side each: span_of."""
-    if n_left is None:
+def _blocks_of(shared: dict[str, Any], tile: Tile) -> int:
+    return _blocks(shared["n_rows"], shared["n_left"], bool(shared["is_one_way"]), tile)
+
+
+def _blocks(n_rows: int, n_left: int, is_one_way: bool, tile: Tile) -> int:
+    """Blocks of rows, which are of one side each: span_of."""
+    if n_left < 0:
         return _programs(n_rows, tile)
-    return _programs(n_left, tile) + _programs(n_rows - n_left, tile)
+    return _programs(n_left, tile) + (0 if is_one_way else _programs(n_rows - n_left, tile))

@@ -30,26 +30,27 @@ def sort_key(label, instance):
 
 
 @triton.jit
-def ranked_position(row, is_row, labels, groups, n_rows, n_instances, VIEWS: tl.constexpr, BLOCK_B: tl.constexpr):
-    """The position of each row by counting, and its line of the table ``groups``."""
+def ranked_position(row, is_row, labels, groups, n_rows, n_instances, n_views, BLOCK_B: tl.constexpr):
+    """The position of each row by counting, and its line of the table ``groups``. Lanes count apart, and are added at the end."""
     instance = row % n_instances
     key = sort_key(tl.load(labels + instance, mask=is_row, other=0), instance)
-    n_before = tl.zeros_like(row)
-    n_equal = tl.zeros_like(row)
-    n_equal_before = tl.zeros_like(row)
+    before = tl.zeros((row.shape[0], BLOCK_B), tl.int32)
+    equal = before
+    equal_before = before
     for first in range(0, n_instances, BLOCK_B):
         other = first + tl.arange(0, BLOCK_B)
         is_instance = other < n_instances
         other_key = sort_key(tl.load(labels + other, mask=is_instance, other=0), other)
-        is_before = (other_key[None, :] < key[:, None]) & is_instance[None, :]
         is_equal = (other_key[None, :] == key[:, None]) & is_instance[None, :]
-        n_before += tl.sum(is_before.to(tl.int32), 1)
-        n_equal += tl.sum(is_equal.to(tl.int32), 1)
-        n_equal_before += tl.sum((is_equal & (other[None, :] < instance[:, None])).to(tl.int32), 1)
-    position = VIEWS * (n_before + n_equal_before) + row // n_instances
+        before += ((other_key[None, :] < key[:, None]) & is_instance[None, :]).to(tl.int32)
+        equal += is_equal.to(tl.int32)
+        equal_before += (is_equal & (other[None, :] < instance[:, None])).to(tl.int32)
+    n_before = tl.sum(before, 1)
+    n_equal = tl.sum(equal, 1)
+    position = n_views * (n_before + tl.sum(equal_before, 1)) + row // n_instances
     tl.store(groups + position, row, mask=is_row)
-    tl.store(groups + n_rows + position, VIEWS * n_before, mask=is_row)
-    tl.store(groups + 2 * n_rows + position, VIEWS * (n_before + n_equal), mask=is_row)
+    tl.store(groups + n_rows + position, n_views * n_before, mask=is_row)
+    tl.store(groups + 2 * n_rows + position, n_views * (n_before + n_equal), mask=is_row)
     return position
 
 
@@ -57,43 +58,45 @@ def ranked_position(row, is_row, labels, groups, n_rows, n_instances, VIEWS: tl.
 def load_targets(prototypes, label, columns, n_classes, WIDTH: tl.constexpr):
     """The prototype of each label, (M, BLOCK_D) float32; of a label that has none, some other: its value is not used."""
     nearest = tl.minimum(tl.maximum(label, 0), n_classes - 1)
-    return tl.load(prototypes + nearest[:, None] * WIDTH + columns[None, :], mask=columns[None, :] < WIDTH, other=0.0).to(
-        tl.float32
-    )
+    return tl.load(prototypes + nearest[:, None] * WIDTH + columns[None, :], mask=columns[None, :] < WIDTH, other=0.0)
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_instances", "n_classes"])
+@triton.jit(
+    do_not_specialize=["n_rows", "n_instances", "n_classes", "n_views", "views", "is_ranked", "normalize", "distance"],
+    do_not_specialize_on_alignment=["labels", "prototypes", "groups"],
+)
 def prologue_kernel(
     z,  # (N, D), any strides
     stride_z_row,
     stride_z_column,
-    labels,  # (B,) int64, or None
-    prototypes,  # (K, D) contiguous, or None
-    groups,  # (3, N) int32, written if RANKED, else read; or None
+    labels,  # (B,) int64, read if there are prototypes or is_ranked
+    prototypes,  # (K, D) float32 contiguous; none if n_classes is 0
+    groups,  # (3, N) int32: written if is_ranked, read where ``views`` is 0
     zhat,  # (N, D) compute dtype, by position
     norms,  # (N,) float32, by position
     distances,  # (N,) float32, by position: 0 for a row without label or prototype, NaN for a row that is not finite
+    n_finished,  # () int32, set to 0 for loss_kernel
     n_rows,
     n_instances,
     n_classes,
-    VIEWS: tl.constexpr,
-    RANKED: tl.constexpr,
-    NORMALIZE: tl.constexpr,
-    DISTANCE: tl.constexpr,
+    n_views,  # of an instance
+    views,  # as in device.Pairs
+    is_ranked,
+    normalize,
+    distance,  # index into contract.DISTANCES
     WIDTH: tl.constexpr,
     PITCH: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_B: tl.constexpr,
 ):
-    index = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    is_row = index < n_rows
-    if RANKED:
-        row = index
-        position = ranked_position(row, is_row, labels, groups, n_rows, n_instances, VIEWS, BLOCK_B)
+    position = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    is_row = position < n_rows
+    if is_ranked != 0:
+        row = position
+        position = ranked_position(row, is_row, labels, groups, n_rows, n_instances, n_views, BLOCK_B)
     else:
-        position = index
-        row = row_of(position, groups, n_instances, VIEWS, is_row)
+        row = row_of(position, groups, n_instances, views, is_row)
 
     columns = tl.arange(0, BLOCK_D)
     inside = is_row[:, None] & (columns[None, :] < WIDTH)
@@ -102,31 +105,32 @@ def prologue_kernel(
 
     # Scaled by its largest entry first, so that no square overflows: any finite row has a finite direction, and norm.
     largest = tl.maximum(tl.max(tl.abs(raw), 1), EPS)
-    if NORMALIZE:
-        unit = tl.div_rn(raw, largest[:, None])
-        norm = tl.sqrt_rn(tl.sum(unit * unit, 1))
+    unit = tl.div_rn(raw, largest[:, None])
+    norm = tl.sqrt_rn(tl.sum(unit * unit, 1))
+    if normalize != 0:  # noqa: SIM108
         unit = tl.div_rn(unit, tl.maximum(norm, tl.div_rn(EPS, largest))[:, None])
     else:
-        unit = raw * tl.div_rn(1.0, largest)[:, None]  # for the norm alone, which no one divides by
-        norm = tl.sqrt_rn(tl.sum(unit * unit, 1))
         unit = raw
     rounded = unit.to(zhat.dtype.element_ty)
     tl.store(zhat + position.to(tl.int64)[:, None] * PITCH + columns[None, :], rounded, mask=inside)
     tl.store(norms + position, norm * largest, mask=is_row)
+    if tl.program_id(0) == 0:
+        tl.store(n_finished, 0)
 
     unit = rounded.to(tl.float32)
-    distance = 0.0 * tl.sum(unit, 1)
-    if prototypes is not None:
+    to_prototype = 0.0 * tl.sum(unit, 1)
+    if n_classes > 0:
         label = tl.load(labels + row % n_instances, mask=is_row, other=-1)
         target = load_targets(prototypes, label, columns, n_classes, WIDTH)
-        if DISTANCE == "cosine":
+        offset = unit - target
+        if distance == 0:
             to_target = 1.0 - tl.sum(unit * target, 1)
-        elif DISTANCE == "euclidean":
-            to_target = tl.sqrt_rn(tl.sum((unit - target) * (unit - target), 1))
+        elif distance == 1:
+            to_target = tl.sqrt_rn(tl.sum(offset * offset, 1))
         else:
-            to_target = tl.sum(tl.abs(unit - target), 1)
-        distance += tl.where(label >= 0, to_target, 0.0)
-    tl.store(distances + position, distance, mask=is_row)
+            to_target = tl.sum(tl.abs(offset), 1)
+        to_prototype += tl.where(label >= 0, to_target, 0.0)
+    tl.store(distances + position, to_prototype, mask=is_row)
 
 
 @triton.jit(do_not_specialize=["n_rows"])

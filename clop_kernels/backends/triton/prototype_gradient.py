@@ -1,8 +1,8 @@
 """The gradient of the prototypes, for whoever trains them: a segment sum over the rows of each class.
 
-Tile picture: program (k, s) adds the rows of class k whose place within the class is in the s-th of SPLITS parts, BLOCK_M
+Tile picture: program (k, s) adds the rows of class k whose place within the class is in the s-th of n_splits parts, BLOCK_M
 whole rows at a time, always in the same order; the parts are then added up. No atomics: the same bits from run to run.
-Bytes: each labelled row of zhat once, and SPLITS K D partial sums. Flops: O(N D).
+Bytes: each labelled row of zhat once, and n_splits K D partial sums. Flops: O(N D).
 """
 
 from __future__ import annotations
@@ -14,24 +14,28 @@ from .device import load_rows
 from .finish import distance_gradient
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_classes"])
+@triton.jit(
+    do_not_specialize=["n_rows", "n_classes", "n_splits", "is_weighted", "distance", "is_mean"],
+    do_not_specialize_on_alignment=["by_class", "bounds", "row_weights", "prototypes", "upstream"],
+)
 def prototype_kernel(
     zhat,  # (N, D), by position
     by_class,  # (N,) int64: positions, sorted by label
     bounds,  # (K + 1,) int64: class k is by_class[bounds[k]:bounds[k + 1]]
-    weights,  # (N,) float32, or None
-    prototypes,  # (K, D)
+    row_weights,  # (N,) float32, read if is_weighted; else they are 1 each
+    prototypes,  # (K, D) float32
     upstream,
     counts,
     prototype_weight,
-    partial_gradients,  # (SPLITS, K, D) float32
+    partial_gradients,  # (n_splits, K, D) float32
     n_rows,
     n_classes,
-    DISTANCE: tl.constexpr,
-    MEAN: tl.constexpr,
+    n_splits,
+    is_weighted,
+    distance,  # index into contract.DISTANCES
+    is_mean,
     WIDTH: tl.constexpr,
     PITCH: tl.constexpr,
-    SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
@@ -41,26 +45,24 @@ def prototype_kernel(
     in_width = width < WIDTH
     begin = tl.load(bounds + k)
     finish = tl.load(bounds + k + 1)
-    share = tl.cdiv(finish - begin, SPLITS)
+    share = tl.cdiv(finish - begin, n_splits)
     begin += split * share
     finish = tl.minimum(begin + share, finish)
-    target = tl.load(prototypes + k * WIDTH + width, mask=in_width, other=0.0).to(tl.float32)[None, :]
+    target = tl.load(prototypes + k * WIDTH + width, mask=in_width, other=0.0)[None, :]
     pull = tl.load(upstream) * prototype_weight
-    if MEAN:
+    if is_mean != 0:
         pull /= tl.maximum(tl.load(counts + 1), 1.0)
     sums = tl.zeros((BLOCK_D,), tl.float32)
     for first in range(begin, finish, BLOCK_M):
         place = first + tl.arange(0, BLOCK_M)
         is_row = place < finish
         rows = tl.load(by_class + place, mask=is_row, other=n_rows)
-        unit = load_rows(zhat, rows, n_rows, width, PITCH, WIDTH, BLOCK_D, False).to(tl.float32)
+        unit = load_rows(zhat, rows, n_rows, width, PITCH, WIDTH, BLOCK_D).to(tl.float32)
         # The distances depend on zhat - c, all but the cosine, whose derivative with respect to c is -zhat.
         direction = unit
-        if DISTANCE != "cosine":
-            direction = distance_gradient(unit, target, DISTANCE)
-        w = tl.where(is_row, 1.0, 0.0)
-        if weights is not None:
-            w = tl.load(weights + rows, mask=is_row, other=0.0)
-        sums -= tl.sum(direction * w[:, None], 0)
+        if distance != 0:
+            direction = distance_gradient(unit, target, distance)
+        w = tl.load(row_weights + rows, mask=place < finish * is_weighted, other=1.0)
+        sums -= tl.sum(direction * tl.where(is_row, w, 0.0)[:, None], 0)
     pointers = partial_gradients + (split * n_classes + k) * WIDTH + width
     tl.store(pointers, sums * pull, mask=in_width)

@@ -1,6 +1,6 @@
-"""Second launch: the softmax statistics of every row of S = zhat zhat^T log2(e) / tau, and its term of the loss.
+"""Second and third launch: the softmax statistics of every row of S = zhat zhat^T log2(e) / tau, its term, and the loss.
 
-Tile picture. A program owns BLOCK_M rows and walks over all columns, BLOCK_N at a time; nothing of S leaves registers::
+Tile picture. A program owns BLOCK_M rows and walks over columns, BLOCK_N at a time; nothing of S leaves registers::
 
                   far   near  near   far     ragged (near)
     rows i  [ q ] | S |  | P | | P |  | S |   | S |        negative_i += sum_j 2^S_ij     over pairs that are not positives
@@ -9,8 +9,12 @@ Tile picture. A program owns BLOCK_M rows and walks over all columns, BLOCK_N at
 Where a whole row fits (see tiles.py), its tile q stays on chip and a column tile costs one load; beyond, both operands pass
 by in chunks of BLOCK_K of the width.
 
-Flops 2 N^2 D, exponentials N^2, and per pair two float32 operations: scale and add. Bytes: zhat once a program from L2,
-N^2 D itemsize / BLOCK_M in all; BLOCK_M flops a byte in bfloat16. Wide rows: see tiles.py.
+The columns are those of one of ``n_splits`` programs that share the rows: where there are few blocks of rows, that is how all
+processors get work, and tiles stay as tall as matrix units ask for. Each leaves its statistics, 16 bytes a row, and loss_kernel
+adds them in the order of the splits.
+
+Flops 2 N^2 D, exponentials N^2, and per pair two float32 operations: scale and add. Bytes: zhat once a block of rows from L2,
+N^2 D itemsize / BLOCK_M in all, whatever the number of splits; BLOCK_M flops a byte in bfloat16. Wide rows: see tiles.py.
 
 Rows of two sides, L + R = N: a program owns rows of one and walks over the columns of the other, so no tile is of rows that
 are not compared. The picture is the same with the run of positives in place of the diagonal. 4 L R D flops, 2 L R
@@ -36,20 +40,21 @@ from .device import (
     LEAST_SHIFT,
     LN_2,
     NO_LOGIT,
-    far_columns,
-    fits_unshifted,
+    Pairs,
+    far_column,
     from_position,
     group_of,
-    is_pair,
-    is_positive,
+    load_far,
     load_rows,
     log1p,
     logit_scale,
+    masks,
     n_positives_of,
     near_columns,
     own_rows,
     row_of,
     scaled,
+    share_of,
     span_of,
 )
 
@@ -58,30 +63,38 @@ from .device import (
 def similarities(
     q,
     of_rows,
-    of_columns,
     rows,
-    columns,
     row_end,
+    of_columns,
+    columns,
     column_end,
     WIDTH: tl.constexpr,
     PITCH: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    ALL_COLUMNS: tl.constexpr,
+    IS_FAR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """zhat_i . zhat_j for rows (M,) of one matrix and columns (N,), which are rows of another.
+    """zhat_i . zhat_j for rows (M,) of one matrix and BLOCK_N columns, which are rows of another: of a far tile the first one.
 
     q is the rows' tile where a whole row fits, and unused where not.
     """
-    products = tl.zeros((rows.shape[0], columns.shape[0]), tl.float32)
+    products = tl.zeros((rows.shape[0], BLOCK_N), tl.float32)
     if BLOCK_K >= WIDTH:
-        k = load_rows(of_columns, columns, column_end, tl.arange(0, BLOCK_K), PITCH, WIDTH, BLOCK_K, ALL_COLUMNS)
+        width = tl.arange(0, BLOCK_K)
+        if IS_FAR:
+            k = load_far(of_columns, columns, width, PITCH, WIDTH, BLOCK_N, BLOCK_K)
+        else:
+            k = load_rows(of_columns, columns, column_end, width, PITCH, WIDTH, BLOCK_K)
         products = tl.dot(q, tl.trans(k), products, input_precision=PRECISION)
     else:
         for first in range(0, WIDTH, BLOCK_K):
             chunk = first + tl.arange(0, BLOCK_K)
-            a = load_rows(of_rows, rows, row_end, chunk, PITCH, WIDTH, BLOCK_K, False)
-            b = load_rows(of_columns, columns, column_end, chunk, PITCH, WIDTH, BLOCK_K, ALL_COLUMNS)
+            a = load_rows(of_rows, rows, row_end, chunk, PITCH, WIDTH, BLOCK_K)
+            if IS_FAR:
+                b = load_far(of_columns, columns, chunk, PITCH, WIDTH, BLOCK_N, BLOCK_K)
+            else:
+                b = load_rows(of_columns, columns, column_end, chunk, PITCH, WIDTH, BLOCK_K)
             products = tl.dot(a, tl.trans(b), products, input_precision=PRECISION)
     return products
 
@@ -99,13 +112,11 @@ def row_sums(
     q,
     zhat,
     rows,
-    start,
-    end,
     span,
+    split,
+    n_splits,
     scale,
-    scale_rest,
-    n_left,
-    PAIRS: tl.constexpr,
+    pairs,
     WIDTH: tl.constexpr,
     PITCH: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -114,7 +125,7 @@ def row_sums(
     PRECISION: tl.constexpr,
     EXACT_SCALE: tl.constexpr,
 ):
-    """Of each row: shift, sums of 2^(S_ij - shift) over negatives and positives, and the sum of the positives' S_ip.
+    """Of each row and a split's columns: shift, sums of 2^(S_ij - shift) over negatives and positives, and the positives' S_ip.
 
     Without ONLINE the shift is zero and stays so, else it is the running maximum.
     """
@@ -122,33 +133,91 @@ def row_sums(
     shift = zero + LEAST_SHIFT if ONLINE else zero
     negative, positive, positive_logits = zero, zero, zero
     of_columns, n_columns = from_position(zhat, span.column_base, PITCH), span.column_end - span.column_base
-    of_rows, local_rows, n_own = own_rows(zhat, rows, span, n_left, PITCH)
-    for index in range(0, span.n_near):
+    of_rows, local_rows, n_own = own_rows(zhat, rows, span, PITCH)
+    start, end = group_of(rows, pairs, rows < span.row_end)
+    first_tile, end_tile = share_of(span.n_near, split, n_splits)
+    for index in range(first_tile, end_tile):
         local = near_columns(index, span, BLOCK_N)
-        s = similarities(q, of_rows, of_columns, local_rows, local, n_own, n_columns, WIDTH, PITCH, BLOCK_K, False, PRECISION)
-        columns = span.column_base + local
-        s = scaled(s, scale, scale_rest, EXACT_SCALE)
-        among_positives = is_positive(rows, columns, start, end, n_left)
-        compared = is_pair(rows, columns, start, end, span.column_end, n_left, PAIRS)
-        if PAIRS != "negatives":
-            positive_logits += tl.sum(tl.where(among_positives, s, 0.0), 1)
+        s = similarities(
+            q, of_rows, local_rows, n_own, of_columns, local, n_columns, WIDTH, PITCH, BLOCK_N, BLOCK_K, False, PRECISION
+        )
+        s = scaled(s, scale, EXACT_SCALE)
+        compared, among_positives = masks(rows, span.column_base + local, start, end, span, pairs)
+        positive_logits += tl.sum(tl.where(among_positives, s, 0.0), 1)
         s = tl.where(compared, s, NO_LOGIT)
         if ONLINE:
             s, shift, negative, positive = shifted(s, shift, negative, positive)
         powers = tl.exp2(s)
-        if PAIRS == "negatives":
-            negative += tl.sum(powers, 1)
-        else:
-            positive += tl.sum(tl.where(among_positives, powers, 0.0), 1)
-            negative += tl.sum(tl.where(among_positives, 0.0, powers), 1)
-    for index in range(0, span.n_far):
-        local = far_columns(index, span, BLOCK_N)
-        s = similarities(q, of_rows, of_columns, local_rows, local, n_own, n_columns, WIDTH, PITCH, BLOCK_K, True, PRECISION)
-        s = scaled(s, scale, scale_rest, EXACT_SCALE)
+        positive += tl.sum(tl.where(among_positives, powers, 0.0), 1)
+        negative += tl.sum(tl.where(among_positives, 0.0, powers), 1)
+    first_tile, end_tile = share_of(span.n_far, split, n_splits)
+    for index in range(first_tile, end_tile):
+        first = far_column(index, span, BLOCK_N)
+        s = similarities(
+            q, of_rows, local_rows, n_own, of_columns, first, n_columns, WIDTH, PITCH, BLOCK_N, BLOCK_K, True, PRECISION
+        )
+        s = scaled(s, scale, EXACT_SCALE)
         if ONLINE:
             s, shift, negative, positive = shifted(s, shift, negative, positive)
         negative += tl.sum(tl.exp2(s), 1)
+    if ONLINE:
+        # It is no less anyway. But of two paths that end alike the compiler would make one end, and keep the tiles of both.
+        shift = tl.maximum(shift, LEAST_SHIFT)
     return shift, negative, positive, positive_logits
+
+
+@triton.jit(
+    do_not_specialize=["n_rows", "n_left", "views", "is_one_way", "negatives_only", "n_splits"],
+    do_not_specialize_on_alignment=["groups", "temperature", "statistics"],
+)
+def softmax_kernel(
+    zhat,  # (N, D), by position
+    groups,  # down to negatives_only: device.Pairs
+    n_rows,
+    n_left,
+    views,
+    is_one_way,
+    negatives_only,
+    temperature,  # device.logit_scale
+    scale,
+    scale_rest,
+    largest_unshifted,  # up to this scale no similarity needs a shift; of rows of any length none is so small: 0
+    statistics,  # (splits, 4, rows) float32, written: contract.Softmax of each split's columns, by position
+    n_splits,
+    WIDTH: tl.constexpr,
+    PITCH: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+    EXACT_SCALE: tl.constexpr,
+):
+    pairs = Pairs(groups, n_rows, n_left, views, is_one_way, negatives_only)
+    span = span_of(tl.program_id(0), pairs, BLOCK_M, BLOCK_N)
+    split = tl.program_id(1)
+    rows = span.first + tl.arange(0, BLOCK_M)
+    scale = logit_scale(temperature, scale, scale_rest)
+
+    # Unused, and so left out, if wide.
+    q = load_rows(zhat, rows, span.row_end, tl.arange(0, BLOCK_K), PITCH, WIDTH, BLOCK_K)
+    if scale.value <= largest_unshifted:
+        shift, negative, positive, positive_logits = row_sums(
+            q, zhat, rows, span, split, n_splits, scale, pairs,
+            WIDTH, PITCH, BLOCK_N, BLOCK_K, False, PRECISION, EXACT_SCALE,
+        )  # fmt: skip
+    else:
+        shift, negative, positive, positive_logits = row_sums(
+            q, zhat, rows, span, split, n_splits, scale, pairs,
+            WIDTH, PITCH, BLOCK_N, BLOCK_K, True, PRECISION, EXACT_SCALE,
+        )  # fmt: skip
+
+    is_row = rows < span.row_end
+    n_results = tl.where(is_one_way != 0, n_left, n_rows)
+    to = statistics + split.to(tl.int64) * 4 * n_results
+    tl.store(to + rows, shift, mask=is_row)
+    tl.store(to + n_results + rows, negative, mask=is_row)
+    tl.store(to + 2 * n_results.to(tl.int64) + rows, positive, mask=is_row)
+    tl.store(to + 3 * n_results.to(tl.int64) + rows, positive_logits, mask=is_row)
 
 
 @triton.jit
@@ -167,139 +236,115 @@ def contrastive_term(shift, negative, positive, positive_logits, n_positives):
     return tl.where(is_dominated, log1p(negative / tl.where(is_dominated, positive, 1.0)), term)
 
 
-@triton.jit(do_not_specialize=["n_rows", "n_left", "n_instances", "n_classes"])
-def softmax_kernel(
-    zhat,  # (N, D), by position
+@triton.jit
+def merged(statistics, rows, is_row, n_rows, n_splits):
+    """shift, negative, positive and positive_logits of some rows over the columns of all splits, added in their order."""
+    shift = tl.load(statistics + rows, mask=is_row, other=0.0)
+    negative = tl.load(statistics + n_rows + rows, mask=is_row, other=0.0)
+    positive = tl.load(statistics + 2 * n_rows + rows, mask=is_row, other=0.0)
+    positive_logits = tl.load(statistics + 3 * n_rows + rows, mask=is_row, other=0.0)
+    for split in range(1, n_splits):
+        of_split = statistics + split * 4 * n_rows
+        next_shift = tl.load(of_split + rows, mask=is_row, other=0.0)
+        larger = tl.maximum(shift, next_shift)
+        so_far, to_come = tl.exp2(shift - larger), tl.exp2(next_shift - larger)
+        negative = negative * so_far + tl.load(of_split + n_rows + rows, mask=is_row, other=0.0) * to_come
+        positive = positive * so_far + tl.load(of_split + 2 * n_rows + rows, mask=is_row, other=0.0) * to_come
+        positive_logits += tl.load(of_split + 3 * n_rows + rows, mask=is_row, other=0.0)
+        shift = larger
+    return shift, negative, positive, positive_logits
+
+
+@triton.jit
+def sum_of(partial_sums, which, n_programs, BLOCK: tl.constexpr):
+    """Of all programs' partial sums, in their order. Other programs have written them: they are read from L2."""
+    total = tl.zeros((BLOCK,), tl.float32)
+    for first in range(0, n_programs, BLOCK):
+        index = first + tl.arange(0, BLOCK)
+        total += tl.load(partial_sums + which * n_programs + index, mask=index < n_programs, other=0.0, cache_modifier=".cg")
+    return tl.sum(total, 0)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "n_rows", "n_left", "views", "negatives_only", "n_instances", "n_classes", "n_splits", "is_labelled", "is_mean",
+        "is_per_row",
+    ],
+    do_not_specialize_on_alignment=["groups", "labels", "temperature"],
+)  # fmt: skip
+def loss_kernel(
+    statistics,  # (splits, 4, N), as softmax_kernel leaves them
     distances,  # (N,), by position
-    labels,  # (B,) int64, or None
-    groups,  # (3, N) int32, or None
-    temperature,  # () float32, or None
-    scale,
-    scale_rest,
-    prototype_weight,
-    shift_out,  # (N,), by position
-    total_out,  # (N,), by position; infinite for a row that is no anchor, whose share of every gradient is then zero
-    negative_out,  # (N,), by position
-    terms,  # (N,), by row: the row's loss, if PER_ROW
-    partial_sums,  # (5, programs): of the contrastive terms, distances, anchors, labelled rows, labels out of range
-    statistics,  # (4, rows), contract.Softmax by position, written in place of all of these; or None
+    labels,  # (B,) int64
+    groups,  # down to negatives_only: device.Pairs
     n_rows,
-    n_left,  # or None: no sides
+    n_left,
+    views,
+    negatives_only,
+    temperature,  # device.logit_scale
+    scale,
+    prototype_weight,
+    shift_out,  # (N,), by position; so are the next two
+    inverse_total_out,  # 0 for a row that is no anchor, whose share of every gradient is then zero
+    negative_out,
+    loss,  # () float32, or with is_per_row (N,), by row
+    counts,  # (2,) float32: anchors, labelled rows
+    partial_sums,  # (5, programs): of the contrastive terms, distances, anchors, labelled rows, labels out of range
+    n_finished,  # () int32, 0: how many programs are done
     n_instances,
     n_classes,  # labels below it are in range; 0: no prototypes, all are
-    VIEWS: tl.constexpr,
-    PAIRS: tl.constexpr,
-    SOFTMAX: tl.constexpr,  # "unshifted", "online", or "device": the kernel reads the temperature and chooses
-    PER_ROW: tl.constexpr,
-    WIDTH: tl.constexpr,
-    PITCH: tl.constexpr,
+    n_splits,
+    is_labelled,
+    is_mean,
+    is_per_row,
     BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    PRECISION: tl.constexpr,
-    EXACT_SCALE: tl.constexpr,
 ):
+    """Third launch: of each row the softmax of all splits, what the backward pass needs of it, its term, and the loss.
+
+    The last program to finish adds the partial sums of all, in their order: the same bits from run to run.
+    """
     program = tl.program_id(0)
-    span = span_of(program, groups, n_rows, n_left, VIEWS, PAIRS, BLOCK_M, BLOCK_N)
-    rows = span.first + tl.arange(0, BLOCK_M)
-    is_row = rows < span.row_end
-    start, end = group_of(rows, groups, n_rows, n_left, VIEWS, is_row)
-    scale, scale_rest = logit_scale(temperature, scale, scale_rest)
+    n_programs = tl.num_programs(0)
+    pairs = Pairs(groups, n_rows, n_left, views, 0, negatives_only)
+    rows = program * BLOCK_M + tl.arange(0, BLOCK_M)
+    is_row = rows < n_rows
+    start, end = group_of(rows, pairs, is_row)
+    n_positives = n_positives_of(start, end, pairs)
+    shift, negative, positive, positive_logits = merged(statistics, rows, is_row, n_rows.to(tl.int64), n_splits)
+    total = negative + positive
+    # Where positives are no pairs, a row with negatives is an anchor: not total > 0, so that a NaN among them shows in its term.
+    is_anchor = tl.where(negatives_only != 0, total != 0.0, n_positives > 0) & is_row
+    tl.store(shift_out + rows, shift, mask=is_row)
+    tl.store(inverse_total_out + rows, tl.where(is_anchor, 1.0 / total, 0.0), mask=is_row)
+    tl.store(negative_out + rows, negative, mask=is_row)
 
-    # Unused, and so left out, if wide.
-    q = load_rows(zhat, rows, span.row_end, tl.arange(0, BLOCK_K), PITCH, WIDTH, BLOCK_K, False)
-    if SOFTMAX == "device":
-        if fits_unshifted(scale):
-            shift, negative, positive, positive_logits = row_sums(
-                q, zhat, rows, start, end, span, scale, scale_rest, n_left,
-                PAIRS, WIDTH, PITCH, BLOCK_N, BLOCK_K, False, PRECISION, EXACT_SCALE,
-            )  # fmt: skip
-        else:
-            shift, negative, positive, positive_logits = row_sums(
-                q, zhat, rows, start, end, span, scale, scale_rest, n_left,
-                PAIRS, WIDTH, PITCH, BLOCK_N, BLOCK_K, True, PRECISION, EXACT_SCALE,
-            )  # fmt: skip
-    else:
-        shift, negative, positive, positive_logits = row_sums(
-            q, zhat, rows, start, end, span, scale, scale_rest, n_left,
-            PAIRS, WIDTH, PITCH, BLOCK_N, BLOCK_K, SOFTMAX == "online", PRECISION, EXACT_SCALE,
-        )  # fmt: skip
+    term = tl.where(is_anchor, contrastive_term(shift, negative, positive, positive_logits, n_positives), 0.0)
+    distance = tl.load(distances + rows, mask=is_row, other=0.0)
+    row = row_of(rows, groups, n_instances, views, is_row)
+    label = tl.load(labels + row % n_instances, mask=rows < n_rows * is_labelled, other=-1)
+    is_misfit = (label < -1) | ((n_classes > 0) & (label >= n_classes))
+    tl.store(loss + row, term + prototype_weight * distance, mask=rows < n_rows * is_per_row)
+    tl.store(partial_sums + program, tl.sum(term, 0))
+    tl.store(partial_sums + n_programs + program, tl.sum(distance, 0))
+    tl.store(partial_sums + 2 * n_programs + program, tl.sum(is_anchor.to(tl.float32), 0))
+    tl.store(partial_sums + 3 * n_programs + program, tl.sum((label >= 0).to(tl.float32), 0))
+    tl.store(partial_sums + 4 * n_programs + program, tl.sum(is_misfit.to(tl.float32), 0))
 
-    if statistics is not None:
-        tl.store(statistics + rows, shift, mask=is_row)
-        tl.store(statistics + span.row_end + rows, negative, mask=is_row)
-        tl.store(statistics + 2 * span.row_end + rows, positive, mask=is_row)
-        tl.store(statistics + 3 * span.row_end + rows, positive_logits, mask=is_row)
-    else:
-        n_positives = n_positives_of(start, end, n_left)
-        total = negative + positive
-        is_anchor = n_positives > 0
-        if PAIRS == "negatives":
-            n_positives = tl.zeros_like(start)
-            is_anchor = total != 0.0  # and not > 0, so that a NaN among its negatives shows in its term
-        tl.store(shift_out + rows, shift, mask=is_row)
-        tl.store(total_out + rows, tl.where(is_anchor, total, float("inf")), mask=is_row)
-        tl.store(negative_out + rows, negative, mask=is_row)
-
-        is_anchor = is_row & is_anchor
-        term = tl.where(is_anchor, contrastive_term(shift, negative, positive, positive_logits, n_positives), 0.0)
-        distance = tl.load(distances + rows, mask=is_row, other=0.0)
-        row = row_of(rows, groups, n_instances, VIEWS, is_row)
-        is_labelled = rows < 0
-        is_misfit = rows < 0
-        if labels is not None:
-            label = tl.load(labels + row % n_instances, mask=is_row, other=-1)
-            is_labelled = label >= 0
-            is_misfit = (label < -1) | ((n_classes > 0) & (label >= n_classes))
-        if PER_ROW:
-            tl.store(terms + row, term + prototype_weight * distance, mask=is_row)
-        n_programs = tl.num_programs(0)
-        tl.store(partial_sums + program, tl.sum(term, 0))
-        tl.store(partial_sums + n_programs + program, tl.sum(distance, 0))
-        tl.store(partial_sums + 2 * n_programs + program, tl.sum(is_anchor.to(tl.float32), 0))
-        tl.store(partial_sums + 3 * n_programs + program, tl.sum(is_labelled.to(tl.float32), 0))
-        tl.store(partial_sums + 4 * n_programs + program, tl.sum(is_misfit.to(tl.float32), 0))
-
-
-@triton.jit(do_not_specialize=["n_partial"])
-def loss_kernel(
-    partial_sums,  # (5, n_partial), as softmax_kernel leaves them
-    temperature,  # () float32, or None
-    loss,  # () float32, written unless PER_ROW
-    counts,  # (2,) float32: anchors, labelled rows
-    prototype_weight,
-    n_partial,
-    MEAN: tl.constexpr,
-    PER_ROW: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Third launch, one program: the partial sums, always in the same order, to the loss. Asserts that the input is valid."""
-    lane = tl.arange(0, BLOCK)
-    contrastive = tl.zeros((BLOCK,), tl.float32)
-    distance = contrastive
-    n_anchors = contrastive
-    n_labelled = contrastive
-    n_misfits = contrastive
-    for first in range(0, n_partial, BLOCK):
-        index = first + lane
-        mask = index < n_partial
-        contrastive += tl.load(partial_sums + index, mask=mask, other=0.0)
-        distance += tl.load(partial_sums + n_partial + index, mask=mask, other=0.0)
-        n_anchors += tl.load(partial_sums + 2 * n_partial + index, mask=mask, other=0.0)
-        n_labelled += tl.load(partial_sums + 3 * n_partial + index, mask=mask, other=0.0)
-        n_misfits += tl.load(partial_sums + 4 * n_partial + index, mask=mask, other=0.0)
-    anchors = tl.sum(n_anchors, 0)
-    labelled = tl.sum(n_labelled, 0)
-    tl.store(counts, anchors)
-    tl.store(counts + 1, labelled)
-    tl.device_assert(tl.sum(n_misfits, 0) == 0.0, "clop_kernels: labels holds a value below -1 or without a prototype")
-    if temperature is not None:
-        tau = tl.load(temperature)
-        tl.device_assert((tau > 0.0) & (tau < float("inf")), "clop_kernels: temperature is not a positive finite number")
-    if not PER_ROW:
-        contrastive_sum = tl.sum(contrastive, 0)
-        distance_sum = tl.sum(distance, 0)
-        if MEAN:
-            contrastive_sum /= tl.maximum(anchors, 1.0)
+    tl.debug_barrier()  # the stores of all threads come before one of them says that they have been made
+    if tl.atomic_add(n_finished, 1, sem="acq_rel") == n_programs - 1:
+        contrastive = sum_of(partial_sums, 0, n_programs, BLOCK_M)
+        distance_sum = sum_of(partial_sums, 1, n_programs, BLOCK_M)
+        anchors = sum_of(partial_sums, 2, n_programs, BLOCK_M)
+        labelled = sum_of(partial_sums, 3, n_programs, BLOCK_M)
+        misfits = sum_of(partial_sums, 4, n_programs, BLOCK_M)
+        tl.store(counts, anchors)
+        tl.store(counts + 1, labelled)
+        tl.device_assert(misfits == 0.0, "clop_kernels: labels holds a value below -1 or without a prototype")
+        if scale == 0.0:
+            tau = tl.load(temperature)
+            tl.device_assert((tau > 0.0) & (tau < float("inf")), "clop_kernels: temperature is not a positive finite number")
+        if is_mean != 0:
+            contrastive /= tl.maximum(anchors, 1.0)
             distance_sum /= tl.maximum(labelled, 1.0)
-        tl.store(loss, contrastive_sum + prototype_weight * distance_sum)
+        if is_per_row == 0:
+            tl.store(loss, contrastive + prototype_weight * distance_sum)

@@ -1,21 +1,20 @@
-"""Which tile a kernel gets on which GPU: a small table, and no tuning at import or first call.
+"""Which tile a kernel gets on which GPU, and over how many programs columns are split: no tuning at import or first call.
 
-Each entry compiles without spilling and within the shared memory of its part, which ``python -m benchmarks.resources``
+A tile depends on the width, the dtype and the GPU, and never on the number of rows: nothing is compiled when that changes.
+Each compiles without spilling and within the shared memory of its part, which ``python -m benchmarks.resources``
 shows for sm_80, sm_90, sm_100 and sm_120 and CI holds. Where several did, the entry is the one with the most flops per
 byte of L2, unless measurements decided: ``python -m benchmarks.gpu_check --steps fill-tiles tiles`` makes them.
 
-What an H200 decided, in bfloat16, for sm_90. Of all that were tried the chosen tile is within 3% of the fastest, at each
-number of rows (``tiles.csv`` of benchmarks/results/nvidia-h200/2026-11-27-884de6d; tests/test_triton.py holds it):
+What an H200 decided, in bfloat16, for sm_90 (``tiles.csv`` of benchmarks/results/nvidia-h200/2026-11-27-884de6d, where columns
+were not split yet):
 
-- gradient, D = 128: 64 x 128 with 4 warps, at 77% of the rate of a plain matrix product for N = 65536 where 128 x 128 with
-  8 had 58%. With two stages a processor holds two programs, which together do 1.2 times as much as one with three, but
-  for a last round that fills half of them: see :func:`gradient`.
-- gradient, D = 256: 128 x 64, and 64 rows where that leaves processors idle, though it leaves more of them idle than
-  32 rows do. With three stages four rounds of programs take 0.88 of the time, one and two 1.03 to 1.05; three were not tried.
-- softmax, D = 128: three stages at 128 x 64 take 0.75 to 0.83 of the time; for N = 65536 that is 87% of the rate of a matrix
-  product.
+- gradient, D = 128: 64 x 128 with 4 warps and two stages, of which a processor holds two programs: 77% of the rate of a plain
+  matrix product for N = 65536, where 128 x 128 with 8 warps had 58%.
+- gradient, D = 256: 128 x 64. With three stages four rounds of programs take 0.88 of the time of two.
+- softmax, D = 128: three stages at 128 x 64 take 0.75 to 0.83 of the time of two; for N = 65536 that is 87% of the rate of a
+  matrix product.
 
-Not measured yet, so chosen by what follows: other widths, float32, wide rows, other GPUs.
+Not measured yet, so chosen by what follows: other widths, float32, wide rows, other GPUs, and split columns anywhere.
 
 What the reports decided:
 
@@ -26,15 +25,13 @@ What the reports decided:
 - Wide rows pass both operands through L2, so their tiles are square and large where registers allow: 64 flops a byte at
   128 x 128 and 85 at 128 x 256 in bfloat16. `pairs`, a third of the backward pass's flops, stays at 128 x 64, 43 flops a
   byte: its form with both softmax paths spills beyond.
-- A program of 128 rows for N = 2048 would leave 116 of 132 processors idle: the tile is the tallest that keeps
-  three quarters of them busy, 32 rows at least.
 """
 
 from __future__ import annotations
 
 import functools
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -58,6 +55,12 @@ class Tile:
     num_stages: int
     max_registers: int | None = None
 
+    def at_once(self, itemsize: int, target: Target) -> int:
+        """How many programs the GPU holds at a time, by their registers and their shared memory."""
+        n_warps = 2048 // (self.max_registers or 255)
+        shared = (self.block_m + self.num_stages * self.block_n) * self.block_k * itemsize
+        return target.n_processors * max(1, min(n_warps // self.num_warps, target.shared_memory // shared))
+
 
 @dataclass(frozen=True)
 class Target:
@@ -76,12 +79,17 @@ class Target:
         """sm_90 and sm_100: 227 KB of shared memory, and matrix units that read it."""
         return self.capability in (90, 100, 103)
 
+    @property
+    def shared_memory(self) -> int:
+        """Bytes a processor has for the tiles of its programs; 64 KB stand for a GPU of which nothing is known."""
+        return 1024 * (227 if self.is_datacenter else {80: 163, 86: 99, 89: 99, 120: 99}.get(self.capability, 64))
+
 
 @functools.cache
 def target_of(device: torch.device) -> Target:
-    """The target that a device is; the CPU stands for Triton's interpreter."""
+    """The target that a device is. The CPU, for Triton's interpreter, has several processors, so that columns are split."""
     if device.type == "cpu":
-        return Target(0, 1)
+        return Target(0, 4)
     properties = torch.get_device_module(device).get_device_properties(device)
     is_nvidia = device.type == "cuda" and torch.version.hip is None
     capability = 10 * properties.major + properties.minor if is_nvidia else 0
@@ -93,9 +101,8 @@ def device_guard(device: torch.device) -> AbstractContextManager[Any]:
     return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
 
 
-ONE_PROGRAM = Tile(256, 1, 1, 4, 1)
-
-_HEIGHTS = (128, 64, 32)
+BY_ROW = Tile(128, 1, 1, 4, 1)
+"""Of kernels that have a few numbers a row."""
 
 
 def cdiv(a: int, b: int) -> int:
@@ -123,56 +130,62 @@ def whole_rows(width: int) -> Tile:
     return Tile(max(1, min(32, 4096 // block)), 1, block, min(16, max(4, block // 512)), 1)
 
 
-def height(n_rows: int, target: Target) -> int:
-    """The most rows a program can own that leave at most a quarter of the processors without one."""
-    return next((h for h in _HEIGHTS if 4 * cdiv(n_rows, h) >= 3 * target.n_processors), _HEIGHTS[-1])
+MOST_ROUNDS = 4
+"""Columns are split into no more programs than the GPU holds at this many times: so few, and so little memory for their sums."""
+
+TILES_OF_A_PROGRAM = 3
+"""What a program costs besides its tiles, in tiles: loads of its rows and of the first columns, stores of its sums."""
 
 
-def softmax(n_rows: int, width: int, dtype: torch.dtype, target: Target) -> Tile:
-    rows = height(n_rows, target)
+@functools.cache
+def splits(n_blocks: int, n_tiles: int, at_once: int) -> int:
+    """Over how many programs the columns of a block of rows are split.
+
+    Programs run in rounds of ``at_once``, and a round takes as long as the tiles of one program. One program a block leaves
+    processors idle where there are fewer blocks, or a few more, than a round has: 2048 rows are 16 blocks of 128, on 132
+    processors. The choice is the fewest splits of those that take the least time by that count; it was not yet measured.
+
+    Args:
+        n_blocks: of rows, in both sides.
+        n_tiles: of columns, that the block with the most walks over.
+        at_once: programs the GPU holds at a time.
+    """
+
+    def time(n_splits: int) -> int:
+        return cdiv(n_blocks * n_splits, at_once) * (cdiv(n_tiles, n_splits) + TILES_OF_A_PROGRAM)
+
+    most = max(1, min(n_tiles, MOST_ROUNDS * at_once // max(1, n_blocks)))
+    return min(range(1, most + 1), key=time)
+
+
+def softmax(width: int, dtype: torch.dtype, target: Target) -> Tile:
     block = padded(width)
     if is_wide(width, dtype):
         if dtype != torch.float32:
-            columns = 32 if rows < 128 else 128 if target.capability == 90 else 64
-            return _tile(rows, columns, 64, 3 if rows == 128 else 2, target)
-        return _tile(rows, 64, 32, 3, target) if target.is_datacenter else _tile(rows, 32, 32, 2, target)
-    if block == 256 and not target.is_datacenter:
-        rows = min(rows, 64)
-    columns = 32 if block <= 32 and not target.is_datacenter else 64
-    is_deep = target.capability == 90 and rows == 128 and block == 128
-    return _tile(rows, columns, block, 3 if is_deep else 2, target)
+            return _tile(128, 128 if target.capability == 90 else 64, 64, 3, target)
+        return _tile(128, 64, 32, 3, target) if target.is_datacenter else _tile(128, 32, 32, 2, target)
+    rows = 64 if block == 256 and not target.is_datacenter else 128
+    columns = 32 if block in (16, 32, 256) and not target.is_datacenter else 64
+    tile = _tile(rows, columns, block, 3 if target.capability == 90 and block == 128 else 2, target)
+    if target.capability == 90 and block <= 128 and dtype != torch.float32:
+        return replace(tile, max_registers=128)  # two programs a processor, without a spill; elsewhere with one
+    return tile
 
 
-def gradient(n_rows: int, width: int, dtype: torch.dtype, target: Target) -> Tile:
-    """For rows that are not wide.
-
-    On sm_90 at D = 128 a round of 64-row programs, one a processor, takes 0.6 of the time of a round of two a processor: one or
-    three rounds of one are faster than one or two of two, and no other number is.
-    """
-    rows = height(n_rows, target)
+def gradient(width: int, dtype: torch.dtype, target: Target) -> Tile:
+    """For rows that are not wide."""
     block = padded(width)
-    if target.capability == 90 and dtype != torch.float32 and block in (128, 256):
-        if block == 128:
-            rounds = cdiv(cdiv(n_rows, 64), target.n_processors)
-            return _tile(64, 128, block, 3 if rounds in (1, 3) else 2, target)
-        rounds = cdiv(cdiv(n_rows, 128), target.n_processors)
-        return _tile(max(rows, 64), 64, block, 3 if rounds > 2 else 2, target)
     if dtype == torch.float32:
-        return _tile(min(rows, 64), 32, block, 2, target)
-    if block == 256 and not target.is_datacenter:
-        return Tile(min(rows, 64), 32, block, 8 if rows > 32 else 4, 2)
-    columns = 32 if block == 256 and rows == 32 else 64
-    if target.capability == 90 and rows == 128:
-        columns = 128
-    return _tile(rows, columns, block, 3 if block <= 64 else 2, target)
+        return _tile(64, 32, block, 2, target)
+    if target.capability == 90 and block >= 128:
+        return _tile(64, 128, block, 2, target) if block == 128 else _tile(128, 64, block, 3, target)
+    if block == 256:
+        return _tile(128, 32, block, 3, target) if target.is_datacenter else Tile(64, 32, block, 8, 2)
+    return _tile(128, 128 if target.capability == 90 else 64, block, 3 if block <= 64 else 2, target)
 
 
-def panel(n_rows: int, dtype: torch.dtype) -> int:
-    """The side of the square of M that wide rows keep in L2: 32 MB in half precision, 16 MB in float32.
-
-    ``n_rows`` of two sides is that of the longer one.
-    """
-    return min(2048 if dtype == torch.float32 else 4096, next_power_of_2(max(n_rows, 16)))
+PANEL = 4096
+"""The side of the square of M that wide rows keep: 32 MB in half precision, 64 MB in float32, of few rows less."""
 
 
 def pairs(dtype: torch.dtype) -> Tile:
@@ -186,7 +199,5 @@ def product(dtype: torch.dtype, target: Target) -> Tile:
 
 
 def _tile(rows: int, columns: int, block_k: int, num_stages: int, target: Target) -> Tile:
-    """128 rows take 8 warps. Fewer are for small N, where no processor has a second program to save registers for."""
-    if rows == 128:
-        return Tile(rows, columns, block_k, 8, num_stages)
-    return Tile(rows, columns, block_k, 4, num_stages, max_registers=255 if target.capability else None)
+    """128 rows take 8 warps, and all registers that there are: left to choose, the compiler spills a few for occupancy."""
+    return Tile(rows, columns, block_k, 8 if rows == 128 else 4, num_stages, 255 if target.capability else None)

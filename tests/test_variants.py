@@ -1,0 +1,46 @@
+"""How many kernels Triton compiles, by a stand-in for its driver: :mod:`tests.standin`, in a process of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+MOST_OF_THE_GPU_TESTS = 400
+"""A GPU takes about a second of a core for each. On November 28, 2026 they were 987, and then 335."""
+
+
+def run(*arguments: str, **environment: str) -> str:
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", *arguments]
+    environment = os.environ | environment | {"TRITON_INTERPRET": "0"}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False).stdout
+
+
+def test_a_training_compiles_in_its_first_step_alone() -> None:
+    """Whatever the loss, the number of rows, the labels and the schedules: a kernel a width and dtype."""
+    found: dict[str, Any] = json.loads(run("tests.standin", "training"))
+    assert found.keys() == {"128 torch.bfloat16", "768 torch.float32"}
+    for of_width in found.values():
+        assert len(of_width["counts"]) == 50
+        assert len(set(of_width["counts"])) == 1, of_width["counts"]
+        assert set(of_width["kernels"].values()) == {1}, of_width["kernels"]
+
+
+def test_the_tests_of_a_gpu_compile_few_variants(tmp_path: Path) -> None:
+    """Those that need more than launches fail there, after they have launched; their verdict is not asked for."""
+    path = tmp_path / "variants.json"
+    chosen = "triton and not sanitizer and not past_2 and not 131072 and not memory_grows"
+    options = ("-p", "tests.standin", "tests/test_gpu.py", "-k", chosen, "--tb=no", "-p", "no:cacheprovider")
+    printed = run("pytest", "-q", *options, CLOP_VARIANTS=str(path))
+    assert " 151 passed" in printed, printed[-2000:]
+    counts = {name: len(keys) for name, keys in json.loads(path.read_text()).items()}
+    assert counts.keys() >= {"softmax_kernel", "gradient_kernel", "pair_kernel", "product_kernel", "prototype_kernel"}
+    assert 200 < sum(counts.values()) <= MOST_OF_THE_GPU_TESTS, counts
