@@ -37,8 +37,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from clop_kernels.backends.contract import LossOptions, Residuals, unit_rows
-from clop_kernels.backends.positions import Upstream
+from clop_kernels.backends.contract import LossOptions
 
 from . import sass
 
@@ -234,24 +233,9 @@ def launches(case: Case) -> Iterator[Any]:
 
 def launches_of(options: LossOptions, n: int, width: int, capability: int) -> Iterator[Any]:
     """The launches of a loss of n labelled rows and its gradients, on tensors without memory."""
-    from clop_kernels.backends.triton import launches as plan  # after the environment is set
-    from clop_kernels.backends.triton import tiles
+    from clop_kernels.backends.triton import tiles, warm_up  # after the environment is set
 
-    dtype, n_classes, is_per_row = options.compute_dtype, 10, options.reduction == "none"
-    z, grad_z = (_empty(n, width, dtype=dtype) for _ in range(2))
-    zhat = unit_rows(z, dtype)
-    labels, prototypes = _empty(n // options.n_views, dtype=torch.int64), _empty(n_classes, width)
-    groups = _empty(3, n if options.positives == "label" else 0, dtype=torch.int32)
-    residuals = Residuals(zhat, _empty(n), _empty(n), _empty(n), _empty(n), groups, _empty(2))
-    target = tiles.Target(capability, PROCESSORS)
-    loss = _empty(n) if is_per_row else _empty()
-    forward_scratch, scratch = plan.ForwardScratch.like(zhat, options, target), plan.BackwardScratch.like(zhat, options, target)
-    yield from plan.forward(z, labels, prototypes, options, loss, residuals, forward_scratch, target)
-    upstream = Upstream(_empty(), _empty(n) if is_per_row else None)
-    yield from plan.backward(upstream, residuals, labels, prototypes, options, scratch, grad_z, target)
-    by_class, bounds = _empty(n, dtype=torch.int64), _empty(n_classes + 1, dtype=torch.int64)
-    parts = _empty(4, n_classes, width)
-    yield plan.prototypes_backward(upstream, residuals, by_class, bounds, prototypes, options, parts, target)
+    return warm_up.launches_of(options, n, width, options.compute_dtype, tiles.Target(capability, PROCESSORS))
 
 
 def launches_of_pairs(case: Case, n_left: int | None) -> Iterator[Any]:

@@ -1,10 +1,12 @@
-"""``python -m clop_kernels info``: versions, devices, and which backends can run here."""
+"""``python -m clop_kernels``: ``info`` says which backends can run here, ``warm-up`` compiles Triton's kernels ahead."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
+import time
 from importlib import metadata
 from typing import Any
 
@@ -63,16 +65,68 @@ def _print(report: dict[str, Any]) -> None:
             print(f"  {name:13} {state}  {summaries[name]}{note}")
 
 
+_NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in _DTYPES}
+
+WARM_UP = """Compiles the Triton kernels of a training ahead of it, several at a time, into Triton's cache, so that the first
+step does not wait for them. What is compiled depends on the width of the embeddings, their dtype, that of the products and the
+GPU alone: seven or eight kernels serve every loss, number of rows, label and schedule.
+
+example: python -m clop_kernels warm-up --dims 128 768 --dtype float32 --compute-dtype bfloat16     a training under autocast"""
+
+
+def _warm_up(given: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        parser.error("TRITON_INTERPRET=1 is in the environment: the interpreter compiles nothing; unset it")
+    try:
+        from .backends.triton.warm_up import Gpu, Training, warm_up
+    except ModuleNotFoundError:
+        parser.error("Triton is not installed: `pip install triton`, or the build of it that came with torch for this GPU")
+    if given.sm is not None:
+        gpu = Gpu("cuda", given.sm, 32)
+    else:
+        try:
+            gpu = Gpu.here()
+        except RuntimeError as error:
+            parser.error(f"there is no GPU here ({error}): --sm 90 compiles for one of compute capability 9.0")
+    dtype = _NAMES[given.dtype]
+    compute_dtype = dtype if given.compute_dtype is None else _NAMES[given.compute_dtype]
+    trainings = [Training(width, dtype, compute_dtype, given.tf32) for width in given.dims]
+    begin = time.perf_counter()
+    for n_done, (training, kernel, seconds) in enumerate(warm_up(trainings, gpu, given.jobs), start=1):
+        print(f"{n_done:3}  {kernel:20} D = {training.width:<5} {seconds:5.1f} s", flush=True)
+    print(f"{n_done} kernels are in Triton's cache, after {time.perf_counter() - begin:.0f} s")
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected 1 or more")
+    return number
+
+
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m clop_kernels", description="Fused contrastive losses for PyTorch.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
     command = commands.add_parser("info", help="print versions, devices, which backends can run, and why the others cannot")
     command.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    report = info()
-    if parser.parse_args(arguments).json:
-        print(json.dumps(report, indent=2))
+    command = commands.add_parser(
+        "warm-up", help="compile what the first step of a training would compile", description=WARM_UP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    add = command.add_argument
+    add("--dims", type=_positive, nargs="+", required=True, metavar="D", help="widths of the embeddings")
+    add("--dtype", choices=_NAMES, default="float32", help="dtype of the embeddings (%(default)s)")
+    add("--compute-dtype", choices=_NAMES, help="dtype of the products, under autocast another one (that of the embeddings)")
+    add("--tf32", action="store_true", help="products of float32 may be TF32, as torch.backends.cuda.matmul.fp32_precision says")
+    add("--sm", type=_positive, metavar="SM", help="for an NVIDIA GPU of this compute capability, 90 for 9.0 (the GPU here)")
+    add("--jobs", type=_positive, default=os.cpu_count(), metavar="N", help="compilations at a time (%(default)s)")
+    given = parser.parse_args(arguments)
+    if given.command == "warm-up":
+        _warm_up(given, command)
+    elif given.json:
+        print(json.dumps(info(), indent=2))
     else:
-        _print(report)
+        _print(info())
 
 
 if __name__ == "__main__":

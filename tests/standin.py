@@ -4,6 +4,7 @@ What Triton would compile is found out so without a GPU: by its own binder, from
 one without Triton's interpreter, which is why tests run this in another::
 
     python -m tests.standin training                          what a training run compiles, step by step
+    python -m tests.standin cached                            what it compiles after a warm-up into TRITON_CACHE_DIR
     python -m pytest -p tests.standin tests/test_gpu.py       what the tests that need a GPU compile; CLOP_VARIANTS=FILE keeps it
 
 For those tests "cuda" is the CPU, and every result is right: only their launches count.
@@ -24,21 +25,6 @@ from torch.overrides import TorchFunctionMode
 CPU = torch.device("cpu")
 
 
-class Driver:
-    """All that a launch asks of Triton's driver before there is something compiled."""
-
-    def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
 class Variants:
     """What has been asked for so far: kernel -> keys, under which Triton keeps what it compiles."""
 
@@ -54,8 +40,11 @@ class Variants:
         return True
 
 
-def install() -> Variants:
-    """From now on ``backend="triton"`` takes the CPU for an H200. What it returns is whatever was in memory."""
+def install(compiles: bool = False) -> Variants:
+    """From now on ``backend="triton"`` takes the CPU for an H200. What it returns is whatever was in memory.
+
+    ``compiles``: kernels are compiled all the same, or taken from Triton's cache.
+    """
     assert os.environ.get("TRITON_INTERPRET") != "1", "the interpreter compiles nothing"
     from triton import knobs
     from triton.runtime import driver
@@ -63,16 +52,20 @@ def install() -> Variants:
     from clop_kernels import backends
     from clop_kernels.backends import contract
     from clop_kernels.backends.triton import launches, tiles
+    from clop_kernels.backends.triton.warm_up import Driver, Gpu
 
     variants, run = Variants(), launches.Launch.run
 
     def run_nothing(launch: launches.Launch) -> None:
         if launch.arguments.get("is_ranked"):  # what torch reads of what a kernel would have written
             launch.arguments["groups"].zero_()
-        run(launch)
+        if compiles:
+            launch.kernel.run(grid=launch.grid, warmup=True, **launch.arguments, **launch.options)
+        else:
+            run(launch)
 
-    driver.set_active(Driver())
-    knobs.runtime.jit_cache_hook = variants.hook
+    driver.set_active(Driver(Gpu("cuda", 90, 32)))
+    knobs.runtime.jit_cache_hook = None if compiles else variants.hook
     chosen = next(backend for backend in backends.BACKENDS if backend.name == "triton")
     object.__setattr__(chosen, "obstacle", lambda device, dtype: None)
     tiles.target_of = lambda device: tiles.Target(90, 132)  # type: ignore[assignment]
@@ -137,6 +130,16 @@ def training() -> dict[str, Any]:
     return found
 
 
+def cached() -> int:
+    """How many kernels of a training are not in Triton's cache: all are, after a warm-up."""
+    install(compiles=True)
+    cache = Path(os.environ["TRITON_CACHE_DIR"])
+    n_before = len(list(cache.iterdir()))
+    for number in range(7):
+        training_step(number, torch.bfloat16, 16)
+    return len(list(cache.iterdir())) - n_before
+
+
 # ---- a plugin of pytest, for the tests that need a GPU ---------------------------------------------------------------------
 
 
@@ -178,4 +181,4 @@ def pytest_sessionfinish(session: pytest.Session) -> None:
 
 
 if __name__ == "__main__":
-    print(json.dumps({"training": training}[sys.argv[1]]()))
+    print(json.dumps({"training": training, "cached": cached}[sys.argv[1]]()))

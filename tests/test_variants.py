@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+
+from clop_kernels import __main__
 
 ROOT = Path(__file__).parents[1]
 
@@ -44,3 +47,30 @@ def test_the_tests_of_a_gpu_compile_few_variants(tmp_path: Path) -> None:
     counts = {name: len(keys) for name, keys in json.loads(path.read_text()).items()}
     assert counts.keys() >= {"softmax_kernel", "gradient_kernel", "pair_kernel", "product_kernel", "prototype_kernel"}
     assert 200 < sum(counts.values()) <= MOST_OF_THE_GPU_TESTS, counts
+
+
+def test_nothing_is_left_to_compile_after_a_warm_up(tmp_path: Path) -> None:
+    """Of a width of 16, which compiles fastest, for an H200."""
+    cache = {"TRITON_CACHE_DIR": str(tmp_path)}
+    printed = run("clop_kernels", "warm-up", "--dims", "16", "--dtype", "bfloat16", "--sm", "90", **cache)
+    assert "7 kernels are in Triton's cache" in printed
+    assert run("tests.standin", "cached", **cache).split() == ["0"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ((), "there is no GPU here"),
+        (("--jobs", "0"), "0: expected 1 or more"),
+        (("--dtype", "float64"), "invalid choice: 'float64'"),
+    ],
+    ids=str,
+)
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_warm_up_says_what_is_wrong(
+    options: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(SystemExit):
+        __main__.main(["warm-up", "--dims", "16", *options])
+    assert message in capsys.readouterr().err

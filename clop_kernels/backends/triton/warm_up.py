@@ -1,0 +1,149 @@
+"""Compiles the kernels of a training ahead of it, in parallel, into the cache where Triton looks for them.
+
+What is compiled depends on the width of the rows, their dtype, the dtype of the products and the GPU, and on nothing else of a
+loss. The launches of one loss, on tensors without memory, are therefore all that a training will ask for.
+"""
+
+from __future__ import annotations
+
+import itertools
+import multiprocessing
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..contract import LossOptions, Residuals, unit_rows
+from ..positions import Upstream
+from . import launches
+from .launches import Launch
+from .tiles import Target
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU that need not be there, as Triton's GPUTarget describes it.
+
+    Attributes:
+        backend: "cuda", or what else Triton has.
+        arch: of an NVIDIA GPU its compute capability, 90 for sm_90.
+        warp_size: threads.
+    """
+
+    backend: str
+    arch: int | str
+    warp_size: int
+
+    @classmethod
+    def here(cls) -> Gpu:
+        """The current one.
+
+        Raises:
+            RuntimeError: if there is none.
+        """
+        from triton.runtime import driver
+
+        target = driver.active.get_current_target()
+        return cls(target.backend, target.arch, target.warp_size)
+
+    @property
+    def target(self) -> Target:
+        """The number of processors decides of no tile."""
+        return Target(self.arch if self.backend == "cuda" and isinstance(self.arch, int) else 0, 1)
+
+
+class Driver:
+    """What a launch asks of Triton's driver before its kernel is compiled: for a GPU that need not be there."""
+
+    def __init__(self, gpu: Gpu) -> None:
+        self._gpu = gpu
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget(self._gpu.backend, self._gpu.arch, self._gpu.warp_size)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@dataclass(frozen=True)
+class Training:
+    """What the kernels of a training depend on, besides the GPU.
+
+    Attributes:
+        width: D, numbers in a row.
+        dtype: of the embeddings.
+        compute_dtype: of the products: autocast's, or that of the embeddings.
+        allows_tf32: whether products of float32 may be TF32.
+    """
+
+    width: int
+    dtype: torch.dtype
+    compute_dtype: torch.dtype
+    allows_tf32: bool = False
+
+
+def kernels_of(training: Training, gpu: Gpu) -> list[Launch]:
+    """A launch of each kernel that a training needs."""
+    options = LossOptions(2, "label", _empty(), 1.0, "cosine", "mean", training.compute_dtype)
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if training.allows_tf32 else "ieee"
+    found: dict[str, Launch] = {}
+    for launch in launches_of(options, 256, training.width, training.dtype, gpu.target):
+        found.setdefault(launch.kernel.fn.__name__, launch)
+    return list(found.values())
+
+
+def warm_up(trainings: list[Training], gpu: Gpu, n_jobs: int) -> Iterator[tuple[Training, str, float]]:
+    """Compiles all kernels of some trainings, ``n_jobs`` at a time: as each is done, whose it is, its name and the seconds."""
+    # Processes that know nothing of this one: it may hold a GPU.
+    with ProcessPoolExecutor(n_jobs, multiprocessing.get_context("spawn")) as pool:
+        tasks = {
+            pool.submit(_compile, training, gpu, number): training
+            for training in trainings
+            for number in range(len(kernels_of(training, gpu)))
+        }
+        for task in as_completed(tasks):
+            yield tasks[task], *task.result()
+
+
+def _compile(training: Training, gpu: Gpu, number: int) -> tuple[str, float]:
+    from triton.runtime import driver
+
+    driver.set_active(Driver(gpu))
+    launch = kernels_of(training, gpu)[number]
+    begin = time.perf_counter()
+    launch.kernel.run(grid=launch.grid, warmup=True, **launch.arguments, **launch.options)
+    return launch.kernel.fn.__name__, time.perf_counter() - begin
+
+
+def launches_of(options: LossOptions, n_rows: int, width: int, dtype: torch.dtype, target: Target) -> Iterator[Launch]:
+    """The launches of a loss of (n_rows, width) labelled rows with prototypes, and of all its gradients, on the device "meta"."""
+    n_classes, is_per_row = 10, options.reduction == "none"
+    z, grad_z = (_empty(n_rows, width, dtype=dtype) for _ in range(2))
+    zhat = unit_rows(z, options.compute_dtype)
+    labels, prototypes = _empty(n_rows // options.n_views, dtype=torch.int64), _empty(n_classes, width)
+    groups = _empty(3, n_rows if options.positives == "label" else 0, dtype=torch.int32)
+    residuals = Residuals(zhat, _empty(n_rows), _empty(n_rows), _empty(n_rows), _empty(n_rows), groups, _empty(2))
+    of_forward = launches.ForwardScratch.like(zhat, options, target)
+    loss = _empty(n_rows) if is_per_row else _empty()
+    upstream = Upstream(_empty(), _empty(n_rows) if is_per_row else None)
+    of_backward = launches.BackwardScratch.like(zhat, options, target)
+    of_classes = _empty(n_rows, dtype=torch.int64), _empty(n_classes + 1, dtype=torch.int64)
+    parts = _empty(4, n_classes, width)
+    yield from itertools.chain(
+        launches.forward(z, labels, prototypes, options, loss, residuals, of_forward, target),
+        launches.backward(upstream, residuals, labels, prototypes, options, of_backward, grad_z, target),
+        [launches.prototypes_backward(upstream, residuals, *of_classes, prototypes, options, parts, target)],
+    )
+
+
+def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
