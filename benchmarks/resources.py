@@ -444,6 +444,41 @@ def write_table(reports: Iterable[Report], path: Path) -> None:
         writer.writerows(report.columns() for report in reports)
 
 
+GIGAHERTZ = 1.8
+"""The clock that predicted times are for: about what an H100 or H200 keeps under load."""
+
+
+def plan_table(reports: Sequence[Report], capability: int, dtype: str) -> Table:
+    """What a loss launches by the number of rows, how columns are split, and the time that the far loops alone predict."""
+    from clop_kernels.backends.triton import tiles
+
+    table = Table(
+        title=f"Predicted for sm_{capability}, {dtype}, {PROCESSORS} processors at {GIGAHERTZ} GHz: not measured",
+        caption="rounds of programs x (their tiles + what a program costs besides) x clocks of a tile; whole: columns not split",
+    )
+    for title in ("D", "N", "launches", "softmax splits", "us", "whole", "gradient splits", "us", "whole"):
+        table.add_column(title, justify="right", no_wrap=True)
+    clocks = {(r.kernel, r.D): r.loop.predicted_clocks for r in reports if (r.sm, r.dtype) == (capability, dtype) and r.loop}
+    target = tiles.Target(capability, PROCESSORS)
+    for width, n_rows in itertools.product((64, 128, 256), (512 * 2**k for k in range(8))):
+        found = list(launches(Case(capability, dtype, width, n_rows)))
+        cells = [str(sum(launch.kernel.__name__ != "prototype_kernel" for launch in found))]
+        for kernel in ("softmax", "gradient"):
+            if (f"{kernel}_kernel", width) not in clocks:
+                cells += ["", "", ""]
+                continue
+            launch = next(launch for launch in found if launch.kernel.__name__ == f"{kernel}_kernel")
+            n_blocks, n_splits = launch.grid
+            n_tiles = tiles.cdiv(n_rows, launch.arguments["BLOCK_N"])
+            tile = getattr(tiles, kernel)(width, DTYPES[dtype], target)
+            at_once = tile.at_once(DTYPES[dtype].itemsize, target)
+            of_tile = clocks[f"{kernel}_kernel", width] * (at_once // PROCESSORS) / (1000 * GIGAHERTZ)
+            times = [of_tile * tiles.time_of(n_blocks, n_tiles, at_once, PROCESSORS, n) for n in (n_splits, 1)]
+            cells += [str(n_splits), *(f"{time:.0f}" for time in times)]
+        table.add_row(str(width), str(n_rows), *cells)
+    return table
+
+
 HELP = """Compiles Triton kernels as a loss would launch them, for GPUs that need not be there, and prints what each takes:
 registers, spills, shared memory, instructions of the far loop, and the clocks of a tile that these predict. Ends with 1 if a
 kernel spills, needs more shared memory than its GPU has, or lacks matrix instructions. What the committed table of this version
@@ -464,6 +499,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     add("--all", action="store_true", help="compile also what the committed table has: the whole selection anew")
     add("--update", action="store_true", help="write what was found as the committed table; goes on where it was interrupted")
     add("--everything", action="store_true", help="print the kernels without matrix products too; they are checked in any case")
+    add(
+        "--plan",
+        action="store_true",
+        help="print instead what a loss launches by N, and the time that the committed table predicts",
+    )
     add("--csv", type=Path, metavar="FILE", help="write the table there too")
     given = parser.parse_args(arguments)
     selection = Selection(given.targets, given.dtypes, given.dims)
@@ -475,6 +515,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 180)
     committed = read_table(path)
     known = {} if given.all else {report.source: report for report in committed if report.is_counted}
+    if given.plan:
+        for target, dtype in itertools.product(selection.targets, selection.dtypes):
+            console.print(plan_table(committed, target, dtype))
+        return 0
     wanted = compilations(cases(selection))
     missing = [one for one in wanted if one.source not in known]
     with tempfile.TemporaryDirectory() as cache:

@@ -74,7 +74,7 @@ def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(tiles, "softmax", lambda width, dtype, target: tile(width, dtype))
     monkeypatch.setattr(tiles, "gradient", lambda width, dtype, target: tile(width, dtype))
-    monkeypatch.setattr(tiles, "splits", lambda n_blocks, n_tiles, at_once: 1 + n_blocks % 3)
+    monkeypatch.setattr(tiles, "splits", lambda n_blocks, *_: 1 + n_blocks % 3)
     monkeypatch.setattr(tiles, "pairs", lambda dtype: tiles.Tile(16, 16, 16, 4, 1))
     monkeypatch.setattr(tiles, "product", lambda dtype, target: tiles.Tile(16, 16, 16, 4, 1))
     monkeypatch.setattr(tiles, "PANEL", 32)
@@ -479,7 +479,7 @@ def test_labels_are_checked() -> None:
 @pytest.mark.parametrize("form", resources.FORMS)
 @pytest.mark.parametrize(("width", "dtype", "most"), [(128, "bfloat16", 6), (128, "float32", 7), (1024, "bfloat16", 7)])
 def test_few_launches(width: int, dtype: str, most: int, form: str) -> None:
-    """And one more for a learnable temperature."""
+    """With the gradient of the temperature."""
     launches = list(resources.launches(resources.Case(90, dtype, width, 2048, form)))
     assert len([launch for launch in launches if launch.kernel.__name__ != "prototype_kernel"]) <= most
 
@@ -514,10 +514,10 @@ def test_columns_are_split_where_blocks_are_few() -> None:
     from clop_kernels.backends.triton import tiles
 
     at_once = 264
-    found = [tiles.splits(n_blocks, 512, at_once) for n_blocks in (1, 32, 128, 264, 300, 396, 1024, 2**14)]
-    assert found == [256, 8, 2, 1, 3, 2, 1, 1]
+    found = [tiles.splits(n_blocks, 512, at_once, 132) for n_blocks in (1, 32, 128, 264, 300, 396, 1024, 2**14)]
+    assert found == [128, 8, 2, 1, 3, 2, 1, 1]
     for n_blocks, n_tiles in itertools.product(range(1, 600, 7), (1, 2, 3, 16, 500)):
-        n_splits = tiles.splits(n_blocks, n_tiles, at_once)
+        n_splits = tiles.splits(n_blocks, n_tiles, at_once, 132)
         assert 1 <= n_splits <= n_tiles
         assert n_splits == 1 or n_splits * n_blocks <= tiles.MOST_ROUNDS * at_once
 
@@ -538,7 +538,7 @@ def test_tiles_of_hopper_are_those_that_were_fastest() -> None:
     for (kernel, width, n_rows), of_tiles in seconds.items():
         chosen = getattr(tiles, kernel)(width, torch.bfloat16, target)
         n_blocks, n_tiles = tiles.cdiv(n_rows, chosen.block_m), tiles.cdiv(n_rows, chosen.block_n)
-        if tiles.splits(n_blocks, n_tiles, chosen.at_once(2, target)) > 1:
+        if tiles.splits(n_blocks, n_tiles, chosen.at_once(2, target), 132) > 1:
             continue
         n_compared += 1
         key = tuple(map(str, (chosen.block_m, chosen.block_n, chosen.num_warps, chosen.num_stages)))

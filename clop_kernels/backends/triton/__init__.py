@@ -6,17 +6,19 @@
     finish.py               the pairwise sums -> the gradient of the raw embeddings
     prototype_gradient.py   the gradient of trained prototypes
     device.py               what kernels share: which columns a program's rows are compared with, whose positives are where
-    launches.py             the launches of a call as data;  tiles.py  which tile is used where
+    launches.py             the launches of a call as data;  tiles.py  which tile is used where;  warm_up.py
 
-Launches: 3 forward and 2 backward, and 1 more for a temperature's gradient. float32 of D > 32, and D > 256, take 3 backward
-for each pair of panels of 4096 rows (float32: 2048). Trained prototypes, ``reduction="none"`` and sorting by more than
-RANKED_INSTANCES labels, or by the labels of two sides, take a few more, and TF32 takes 1 more a pass, which rounds the
-operands. Where no row can have a positive, and only the prototype term is left, no kernel looks at a pair: 3 forward and 1
-backward.
+Launches: 3 forward and 3 backward, the temperature's gradient included. float32 of D > 32, and D > 256, take 2 backward for each
+pair of panels of 4096 rows in place of 1. Trained prototypes, ``reduction="none"`` and sorting by more than RANKED_INSTANCES
+labels, or by the labels of two sides, take a few more, and TF32 takes 1 more a pass, which rounds the operands. Where no row can
+have a positive, and only the prototype term is left, no kernel looks at a pair: 2 and a memset forward, 1 and a memset backward.
 
 The passes over pairs alone, for a loss over a process group, are the launches of softmax.py, and of gradient.py or wide.py, with
-other inputs and outputs: 1 and 1, or for each pair of panels 3, and one way 2. float16 takes 3 small ones
-more, that put M_SCALE into the coefficients and take it off the sums.
+other inputs and outputs: 1 and 1, or 2 for each pair of panels. Where columns are split, a few small ones add the summands up;
+float16 takes 1 more, that takes M_SCALE off the sums.
+
+What a kernel is compiled for are the width, the dtypes and the GPU: one serves every loss and every number of rows.
+``python -m clop_kernels warm-up`` compiles them ahead (warm_up.py).
 
 float64 stays with the other backends: no matrix unit that Triton drives is exact in it. This module is imported when the
 backend is first used, so that importing the package does not need Triton. Run on an H200;
@@ -100,8 +102,7 @@ def backward(
             scratch = launches.BackwardScratch.like(residuals.normalized, options, target)
             for launch in launches.backward(upstream, residuals, labels, used, options, scratch, grad_embeddings, target):
                 launch.run()
-            if needs.temperature:
-                grad_temperature = scratch.temperature_sums.sum()
+            grad_temperature = scratch.grad_temperature if needs.temperature else None
         if needs.prototypes and used is not None:
             assert labels is not None
             n_classes, width = used.shape

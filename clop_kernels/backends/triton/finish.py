@@ -8,7 +8,8 @@ derivative of the normalisation, and stored once, in the input's dtype, at the r
 Where rows are taken as they are, dz_i = g_i.
 
 The temperature's gradient needs the same dot products: S is linear in 1/tau and in each of its two rows, so
-dL/dtau = -1/(2 tau) sum_i zhat_i . dL_contrastive/dzhat_i, one partial sum a program.
+dL/dtau = -1/(2 tau) sum_i zhat_i . dL_contrastive/dzhat_i. A program leaves a partial sum, and the last to finish adds them all,
+in their order: no launch of its own, and the same bits from run to run.
 
 Tile picture: whole rows, BLOCK_M of them a program. Bytes: for each split 4 N D of sums, N D of zhat in, N D out. Flops: O(N D).
 """
@@ -21,6 +22,7 @@ import triton.language as tl
 from ..contract import EPS as _EPS
 from .device import LN_2, from_position, load_rows, logit_scale, row_of
 from .prologue import load_targets
+from .softmax import sum_of
 
 EPS = tl.constexpr(_EPS)
 LARGEST_FLOAT16 = tl.constexpr(65504.0)
@@ -62,6 +64,8 @@ def finish_kernel(
     prototype_weight,
     grad_z,  # (N, D) contiguous, by row
     temperature_sums,  # (programs,) float32: parts of dL/dtau
+    grad_temperature,  # () float32, written: dL/dtau
+    n_finished,  # () int32, 0: how many programs are done
     n_rows,
     n_instances,
     n_classes,
@@ -115,3 +119,7 @@ def finish_kernel(
             gradient = tl.where((norm < EPS)[:, None] & (gradient == gradient), bounded, gradient)
     pointers = grad_z + row.to(tl.int64)[:, None] * WIDTH + width[None, :]
     tl.store(pointers, gradient.to(grad_z.dtype.element_ty), mask=is_row[:, None] & (width[None, :] < WIDTH))
+
+    tl.debug_barrier()  # as in loss_kernel
+    if tl.atomic_add(n_finished, 1, sem="acq_rel") == tl.num_programs(0) - 1:
+        tl.store(grad_temperature, sum_of(temperature_sums, 0, tl.num_programs(0), 256))

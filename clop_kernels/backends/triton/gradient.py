@@ -225,6 +225,7 @@ def coefficients_kernel(
     negatives_only,
     is_weighted,
     coefficients,  # (4, N) float32, written: contract.Coefficients
+    n_finished,  # () int32, set to 0 for finish_kernel
     BLOCK_M: tl.constexpr,
 ):
     """First launch of the backward pass of a loss: what M is made of. O(N)."""
@@ -242,3 +243,5 @@ def coefficients_kernel(
     tl.store(coefficients + n_rows + rows, tl.where(n_positives == 1, 0.0, a), mask=is_row)
     tl.store(coefficients + 2 * n_rows + rows, tl.where(n_positives == 1, remainder, share), mask=is_row)
     tl.store(coefficients + 3 * n_rows + rows, tl.load(shift + rows, mask=is_row, other=0.0), mask=is_row)
+    if tl.program_id(0) == 0:
+        tl.store(n_finished, 0)

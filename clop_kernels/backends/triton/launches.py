@@ -77,11 +77,13 @@ class ForwardScratch(NamedTuple):
 
 
 class BackwardScratch(NamedTuple):
-    """What lives only within the backward pass; the sum of ``temperature_sums`` is the temperature's gradient."""
+    """What lives only within the backward pass, but for the temperature's gradient, which is made in any case."""
 
     coefficients: Tensor  # (4, N) float32
     sums: Tensor  # (splits, N, D) float32; no splits where nothing is compared
     temperature_sums: Tensor  # (programs of finish_kernel,) float32
+    grad_temperature: Tensor  # () float32
+    n_finished: Tensor  # () int32
 
     @staticmethod
     def like(zhat: Tensor, options: LossOptions, target: Target) -> BackwardScratch:
@@ -91,6 +93,8 @@ class BackwardScratch(NamedTuple):
             zhat.new_empty((4, n_rows), dtype=torch.float32),
             zhat.new_empty((n_splits, n_rows, width), dtype=torch.float32),
             zhat.new_empty(_programs(n_rows, tiles.whole_rows(width)), dtype=torch.float32),
+            zhat.new_empty((), dtype=torch.float32),
+            zhat.new_empty((), dtype=torch.int32),
         )
 
 
@@ -111,7 +115,8 @@ def _splits(zhat: Tensor, n_left: int, is_one_way: bool, tile: Tile, target: Tar
     n_rows = zhat.shape[0]
     n_columns = n_rows if n_left < 0 else n_rows - n_left if is_one_way else max(n_left, n_rows - n_left)
     n_tiles = tiles.cdiv(n_columns, tile.block_n)
-    return tiles.splits(_blocks(n_rows, n_left, is_one_way, tile), n_tiles, tile.at_once(zhat.element_size(), target))
+    n_blocks, at_once = _blocks(n_rows, n_left, is_one_way, tile), tile.at_once(zhat.element_size(), target)
+    return tiles.splits(n_blocks, n_tiles, at_once, target.n_processors)
 
 
 def m_scale(dtype: torch.dtype) -> float:
@@ -196,6 +201,8 @@ def backward(
     if _is_compared(n_rows, options):
         yield _launch(coefficients_kernel, (_programs(n_rows, tiles.BY_ROW),), tiles.BY_ROW, shared)
         yield from _pairwise_sums(shared, target)
+    else:
+        scratch.n_finished.zero_()
     whole = tiles.whole_rows(width)
     yield _launch(finish_kernel, (_programs(n_rows, whole),), whole, shared)
 

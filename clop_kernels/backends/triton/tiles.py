@@ -80,6 +80,11 @@ class Target:
         return self.capability in (90, 100, 103)
 
     @property
+    def is_ampere(self) -> bool:
+        """sm_80 to sm_89, for which wide rows' kernels spill at some of the others' tiles."""
+        return 80 <= self.capability < 90
+
+    @property
     def shared_memory(self) -> int:
         """Bytes a processor has for the tiles of its programs; 64 KB stand for a GPU of which nothing is known."""
         return 1024 * (227 if self.is_datacenter else {80: 163, 86: 99, 89: 99, 120: 99}.get(self.capability, 64))
@@ -137,32 +142,40 @@ TILES_OF_A_PROGRAM = 3
 """What a program costs besides its tiles, in tiles: loads of its rows and of the first columns, stores of its sums."""
 
 
+ALONE = 0.6
+"""The time of a program that has a processor for itself, where two fit, in that of two: D = 128 on an H200."""
+
+
+def time_of(n_blocks: int, n_tiles: int, at_once: int, n_processors: int, n_splits: int) -> float:
+    """How long a pass takes, in tiles: programs run in rounds of ``at_once``, a round as long as the tiles of one program."""
+    n_rounds, rest = divmod(n_blocks * n_splits, at_once)
+    of_rest = 0 if rest == 0 else ALONE if rest <= n_processors < at_once else 1
+    return (n_rounds + of_rest) * (cdiv(n_tiles, n_splits) + TILES_OF_A_PROGRAM)
+
+
 @functools.cache
-def splits(n_blocks: int, n_tiles: int, at_once: int) -> int:
+def splits(n_blocks: int, n_tiles: int, at_once: int, n_processors: int) -> int:
     """Over how many programs the columns of a block of rows are split.
 
-    Programs run in rounds of ``at_once``, and a round takes as long as the tiles of one program. One program a block leaves
-    processors idle where there are fewer blocks, or a few more, than a round has: 2048 rows are 16 blocks of 128, on 132
-    processors. The choice is the fewest splits of those that take the least time by that count; it was not yet measured.
+    One program a block leaves processors idle where there are fewer blocks, or a few more, than a round has: 2048 rows are 16
+    blocks of 128, on 132 processors. The choice is the fewest splits of those that take the least time by :func:`time_of`. Not yet
+    measured.
 
     Args:
         n_blocks: of rows, in both sides.
         n_tiles: of columns, that the block with the most walks over.
         at_once: programs the GPU holds at a time.
+        n_processors: of the GPU.
     """
-
-    def time(n_splits: int) -> int:
-        return cdiv(n_blocks * n_splits, at_once) * (cdiv(n_tiles, n_splits) + TILES_OF_A_PROGRAM)
-
     most = max(1, min(n_tiles, MOST_ROUNDS * at_once // max(1, n_blocks)))
-    return min(range(1, most + 1), key=time)
+    return min(range(1, most + 1), key=lambda n_splits: time_of(n_blocks, n_tiles, at_once, n_processors, n_splits))
 
 
 def softmax(width: int, dtype: torch.dtype, target: Target) -> Tile:
     block = padded(width)
     if is_wide(width, dtype):
         if dtype != torch.float32:
-            return _tile(128, 128 if target.capability == 90 else 64, 64, 3, target)
+            return _tile(128, 128 if target.capability == 90 else 64, 64, 2 if target.is_ampere else 3, target)
         return _tile(128, 64, 32, 3, target) if target.is_datacenter else _tile(128, 32, 32, 2, target)
     rows = 64 if block == 256 and not target.is_datacenter else 128
     columns = 32 if block in (16, 32, 256) and not target.is_datacenter else 64
@@ -194,7 +207,7 @@ def pairs(dtype: torch.dtype) -> Tile:
 
 def product(dtype: torch.dtype, target: Target) -> Tile:
     if dtype != torch.float32:
-        return Tile(128, 256 if target.capability == 90 else 128, 64, 8, 3)  # sm_100 spills at 256
+        return Tile(128, 256 if target.capability == 90 else 128, 32 if target.is_ampere else 64, 8, 3)  # sm_100 spills at 256
     return Tile(64, 64, 32, 4, 3) if target.capability in (100, 103) else Tile(128, 64, 32, 8, 3)
 
 
