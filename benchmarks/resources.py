@@ -29,7 +29,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
@@ -270,25 +270,37 @@ def compile_one(compilation: Compilation) -> Report:
     launch = next(itertools.islice(launches(compilation.case), compilation.number, None))
     target = GPUTarget("cuda", compilation.case.capability, 32)
     compiled = triton.compile(_source(launch), target=target, options=launch.options)
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(compiled.asm["cubin"])
-        file.flush()
-        usage = _dumped("-res-usage", file.name)
-        listing = _dumped("-sass", file.name) if compilation.kernel in MATRIX_KERNELS else ""
-    numbers = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", usage))
+    cubin, loop = compiled.asm["cubin"], None
+    usage = usage_of(cubin)
+    if compilation.kernel in MATRIX_KERNELS:
+        loop = sass.loop_of(_dumped("-sass", cubin), compilation.case.capability, work_of(launch))
     found = [name for name, pattern in MATRIX_INSTRUCTIONS.items() if pattern in compiled.asm["ptx"]]
     # The stack of a kernel that asserts holds the arguments of the message.
-    spilled = 0 if launch.options["debug"] else int(numbers["STACK"]) + int(numbers["LOCAL"])
-    loop = sass.loop_of(listing, compilation.case.capability, work_of(launch)) if listing else None
-    return compilation.report(int(numbers["REG"]), spilled, round(compiled.metadata.shared / 1024, 1), " ".join(found), loop)
+    spilled = 0 if launch.options["debug"] else usage.spilled_bytes
+    return compilation.report(usage.registers, spilled, round(compiled.metadata.shared / 1024, 1), " ".join(found), loop)
 
 
-def _dumped(option: str, path: str) -> str:
+class Usage(NamedTuple):
+    """What a thread of a compiled kernel takes."""
+
+    registers: int
+    spilled_bytes: int
+
+
+def usage_of(cubin: bytes) -> Usage:
+    numbers = dict(re.findall(r"\b(REG|STACK|LOCAL):(\d+)", _dumped("-res-usage", cubin)))
+    return Usage(int(numbers["REG"]), int(numbers["STACK"]) + int(numbers["LOCAL"]))
+
+
+def _dumped(option: str, cubin: bytes) -> str:
     """What the cuobjdump that Triton brings says of a cubin."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    return subprocess.run([tool, option, path], capture_output=True, text=True, check=True).stdout
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, option, file.name], capture_output=True, text=True, check=True).stdout
 
 
 def work_of(launch: Any) -> sass.Work:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks import tile_table
 from benchmarks.gpu_check import __main__ as command
 from benchmarks.gpu_check import processes, summary
 from benchmarks.gpu_check.journal import WHOLE, Journal, Result, read
@@ -22,6 +23,7 @@ from benchmarks.gpu_check.plan import PLAN, Machine
 from benchmarks.gpu_check.processes import RENEW, Job, Runner
 from benchmarks.problems import Case
 from benchmarks.results import Environment, Row
+from benchmarks.tile_candidates import Tile
 
 ENVIRONMENT = Environment("cpu", "a stand-in", "2.13.0", "3.11.7", "", "", "", "abc1234", "2026-11-27T10:00:00+00:00")
 
@@ -175,9 +177,13 @@ def a_run(folder: Path) -> Journal:
             row = Row(provider, "1.0", provider == "triton", Case(n_rows), ENVIRONMENT, seconds, 10.0, 12.0, 0.2, 1.0, 0.5)
             add(Result("speed", f"{provider}: {row.case}", "measured", figures=row.columns()))
     for block_m, microseconds, is_shipped in ((128, 200.0, True), (64, 100.0, False), (128, 210.0, True)):
-        tile = {"kernel": "gradient", "dtype": "bfloat16", "D": 128, "N": 8192, "is_shipped": is_shipped, "block_m": block_m}
-        tile |= {"microseconds": microseconds, "share_of_matrix_rate": 0.5}
-        add(Result("tiles", f"gradient D=128 N=8192 {block_m}x64, 4 warps, 2 stages", "measured", figures=tile))
+        tile = Tile(block_m, 64, 128, 4, 2)
+        timed = tile_table.Row(
+            "gradient", "plain", "bfloat16", 128, 8192, tile, is_shipped, microseconds=microseconds, share_of_matrix_rate=0.5
+        )
+        add(Result("tiles", timed.name, "measured", figures=timed.figures() | {"sm": 90, "processors": 132}))
+    rejected = tile_table.Row("gradient", "plain", "bfloat16", 128, None, Tile(256, 64, None, 4, 2), outcome="rejected")
+    add(Result("tiles", rejected.name, "skipped", figures=rejected.figures(), details="spills 64 bytes a thread"))
     add(Result("tests", "tests/test_gpu.py::test_x[a]", "failed", 1.0, details="AssertionError: x | y"))
     add(Result("tests", WHOLE, "done", 95.0))
     add(Result("peers", WHOLE, "left out", details="the budget is spent"))
@@ -208,7 +214,12 @@ def test_the_report_says_what_a_reader_looks_for(tmp_path: Path) -> None:
     assert "| canary | cuda float32 N=66 D=37 {} | wrong | loss: relative error |" in lines
     assert "| tests | tests/test_gpu.py::test_x[a] | failed | AssertionError: x \\| y |" in lines
     assert "| cuda float32 | 2 | 3.0e-03 | 2.0e-07 |" in lines
-    assert "| gradient | bfloat16 | 128 | 8192 | 200.0 and 210.0 | 100.0 | 64x64, 4 warps, 2 stages | 2.000 | 0.5 |" in lines
+    shipped, fastest = "128x64x128, 4 warps, 2 stages | 200.0 and 210.0", "64x64x128, 4 warps, 2 stages | 100.0 | 2.000 | 0.50"
+    assert f"| gradient | plain | bfloat16 | 128 | 8192 | {shipped} | {fastest} |" in lines
+    rows = tile_table.read_table(tmp_path / "run" / "tiles.csv")
+    assert [row.microseconds for row, _ in rows] == [200.0, 100.0, 210.0, None]
+    assert {(where["device"], where["commit"]) for _, where in rows} == {("a stand-in", "abc1234")}
+    assert [where["processors"] for _, where in rows[:3]] == ["132"] * 3
     assert any(line.startswith("| 8192 | 128 | eager |") and "| 20.00 |" in line for line in lines)
     with tarfile.open(tmp_path / "run.tar.gz") as file:
         assert {"run/results.jsonl", "run/report.md", "run/speed.csv", "run/tiles.csv", "run/checks.csv"} <= set(file.getnames())

@@ -5,7 +5,6 @@ conftest.py switches the interpreter on where there is no GPU; tests/test_gpu.py
 
 from __future__ import annotations
 
-import csv
 import importlib
 import importlib.util
 import itertools
@@ -520,30 +519,6 @@ def test_columns_are_split_where_blocks_are_few() -> None:
         n_splits = tiles.splits(n_blocks, n_tiles, at_once, 132)
         assert 1 <= n_splits <= n_tiles
         assert n_splits == 1 or n_splits * n_blocks <= tiles.MOST_ROUNDS * at_once
-
-
-@interpreted
-def test_tiles_of_hopper_are_those_that_were_fastest() -> None:
-    """Within 6%, at each number of rows that was measured, if columns are not split: one tile serves all numbers."""
-    from clop_kernels.backends.triton import tiles
-
-    seconds: dict[tuple[str, int, int], dict[tuple[str, ...], list[float]]] = {}
-    with (ROOT / "benchmarks/results/nvidia-h200/2026-11-27-884de6d/tiles.csv").open(newline="") as file:
-        for row in csv.DictReader(file):
-            tile = (row["block_m"], row["block_n"], row["num_warps"], row["num_stages"])
-            of_case = seconds.setdefault((row["kernel"], int(row["D"]), int(row["N"])), {})
-            of_case.setdefault(tile, []).append(float(row["microseconds"]))
-    assert len(seconds) == 15
-    n_compared, target = 0, tiles.Target(90, 132)
-    for (kernel, width, n_rows), of_tiles in seconds.items():
-        chosen = getattr(tiles, kernel)(width, torch.bfloat16, target)
-        n_blocks, n_tiles = tiles.cdiv(n_rows, chosen.block_m), tiles.cdiv(n_rows, chosen.block_n)
-        if tiles.splits(n_blocks, n_tiles, chosen.at_once(2, target), 132) > 1:
-            continue
-        n_compared += 1
-        key = tuple(map(str, (chosen.block_m, chosen.block_n, chosen.num_warps, chosen.num_stages)))
-        assert min(of_tiles[key]) <= 1.06 * min(map(min, of_tiles.values())), (kernel, width, n_rows)
-    assert n_compared
 
 
 @interpreted

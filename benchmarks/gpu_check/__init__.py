@@ -3,8 +3,7 @@
     plan.py          the steps: what runs, in which order, with which time limits
     processes.py     runs a step's processes, each in a group that is killed whole at its limit
     journal.py       results.jsonl: a line for each result, written the moment it is known
-    workers.py       what runs in those processes: canaries, timings, tiles
-    tiles.py         the candidates for Triton's tiles, and how one is measured
+    workers.py       what runs in those processes: canaries, timings, the sweep over tiles of benchmarks/tile_sweep.py
     pytest_rows.py   a plugin of pytest that writes each test's outcome into the journal
     summary.py       report.md, the CSV files and the archive, made from the journal alone
 

@@ -10,13 +10,13 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from typing import Any
 
 from ..problems import Case
 from ..sweeps import PRESETS, Sweep
-from . import tiles
+from ..tile_candidates import GROUPS, OF_STAND_IN
 from .processes import Job
 
 
@@ -150,8 +150,10 @@ def _fill(machine: Machine) -> list[Job]:
 
 
 def _fill_tiles(machine: Machine) -> list[Job]:
-    trials = [asdict(trial) for group in tiles.trials() for trial in group if trial.tile is not None]
-    return _filling(machine, trials if machine.on_gpu else [])
+    if not machine.on_gpu:
+        return []
+    command = (sys.executable, "-m", "benchmarks.tile_sweep", "--compile-only", "--processes", str(machine.at_once))
+    return [Job("compile", command, 120, is_result=True)]
 
 
 def _filling(machine: Machine, items: list[dict[str, Any]]) -> list[Job]:
@@ -172,11 +174,8 @@ def _host(machine: Machine) -> list[Job]:
 
 
 def _tiles(machine: Machine) -> list[Job]:
-    groups = list(tiles.trials())
-    if not machine.on_gpu:  # Triton's interpreter has no bfloat16
-        groups = [[replace(trial, dtype="float16") for trial in group[:2]] for group in groups[::2]]
-    trials = [asdict(trial) for group in groups for trial in group]
-    return [Job.worker("tile", trials, 150, **machine.environment_for("triton"))]
+    names = [group.name for group in (GROUPS if machine.on_gpu else OF_STAND_IN[:2])]
+    return [Job.worker("tile", names, 180, **machine.environment_for("triton"))]
 
 
 # ---- tests -----------------------------------------------------------------------------------------------------------
@@ -249,8 +248,8 @@ PLAN = (
     Step("speed", "time and memory beside the plain loss and torch.compile of it", 90, _speed("gpu")),
     Step("tests", "the tests that need a GPU, many at a time: every option against float64", 120, _tests),
     Step("alone", "the tests that need the GPU to themselves: launches, streams, memory, the largest sizes", 120, _serial),
-    Step("fill-tiles", "compiles the candidates for Triton's tiles", 20, _fill_tiles, False),
-    Step("tiles", "which of Triton's tiles is fastest", 45, _tiles),
+    Step("fill-tiles", "compiles the candidates for Triton's tiles", 30, _fill_tiles, was_timed=False),
+    Step("tiles", "which of Triton's tiles is fastest", 100, _tiles, was_timed=False),
     Step("host", "the host's time of a small call", 10, _host, was_timed=False),
     Step(
         "peers", "other libraries, where they are installed: lightly, metric-learning, siglip-kernel", 40, _speed("gpu-peers"),

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .. import report
+from .. import report, tile_table
 from ..results import Row, markdown_table, write_csv
 from .journal import WHOLE, Result, read
 from .plan import PLAN
@@ -33,7 +33,11 @@ def write(folder: Path) -> Path:
         (folder / name).unlink(missing_ok=True)
     rows = [Row.of(as_text(result.figures)) for result in results if "rounds_ms" in result.figures]
     write_csv([row.columns() for row in rows], folder / "speed.csv")
-    tiles = [result.figures | _where(environment) for result, environment in found if "block_m" in result.figures]
+    tiles = [
+        tile_table.columns_of(result.figures, vars(environment) | result.figures)
+        for result, environment in found
+        if "block_m" in result.figures
+    ]
     write_csv(tiles, folder / "tiles.csv")
     checks = [
         vars(r) | {"figures": _words(r.figures)} | _where(environment)
@@ -105,7 +109,7 @@ def _sections(results: Sequence[Result]) -> Iterator[str]:
         yield markdown_table(list(_largest_errors(canaries)))
     if tiles := [result for result in results if "block_m" in result.figures]:
         yield "## Tiles: the fastest beside the one that is shipped"
-        yield markdown_table(list(_fastest_tiles(tiles)))
+        yield markdown_table(tile_table.fastest(tile_table.Row.of(result.figures) for result in tiles))
 
 
 def _of_step(name: str, results: Sequence[Result]) -> dict[str, str]:
@@ -132,22 +136,3 @@ def _largest_errors(canaries: Sequence[Result]) -> Iterator[dict[str, str]]:
         names = [name for name in own[0].figures if name != "same_bits"]
         largest = {name: f"{max(float(result.figures[name]) for result in own):.1e}" for name in names}
         yield {"backend and dtype": group, "calls": str(len(own)), **largest}
-
-
-def _fastest_tiles(tiles: Sequence[Result]) -> Iterator[dict[str, str]]:
-    groups: dict[tuple[Any, ...], list[Result]] = {}
-    for result in tiles:
-        groups.setdefault(tuple(result.figures[name] for name in ("kernel", "dtype", "D", "N")), []).append(result)
-    for (kernel, dtype, width, n_rows), own in groups.items():
-        timed = [r for r in own if r.outcome == "measured" and "microseconds" in r.figures]
-        shipped = [r.figures["microseconds"] for r in timed if r.figures["is_shipped"]]
-        if not shipped:
-            continue
-        best = min(timed, key=lambda r: float(r.figures["microseconds"]))
-        yield {
-            "kernel": kernel, "dtype": dtype, "D": str(width), "N": str(n_rows),
-            "shipped, us": " and ".join(f"{value:,.1f}" for value in shipped),
-            "fastest, us": f"{best.figures['microseconds']:,.1f}", "its tile": best.name.partition(f"N={n_rows} ")[2],
-            "shipped / fastest": f"{min(shipped) / best.figures['microseconds']:.3f}",
-            "share of matrix rate": str(best.figures["share_of_matrix_rate"]),
-        }  # fmt: skip

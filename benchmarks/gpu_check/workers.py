@@ -26,12 +26,11 @@ import clop_kernels
 from clop_kernels import backends
 from clop_kernels.backends import BackendUnavailableError
 
-from .. import measure
+from .. import measure, tile_candidates, tile_sweep
 from ..compare import NO_GRAPH, Comparison, progress_bar
 from ..problems import DTYPES, Case
 from ..providers import PROVIDERS
 from ..results import environment_of, version
-from . import tiles
 from .journal import Journal, Result
 from .processes import RENEW, end_with_parent
 
@@ -133,10 +132,6 @@ def speed(item: dict[str, Any], add: Add) -> None:
 
 def fill(item: dict[str, Any], add: Add) -> None:
     """Compiles what a later step times, into the caches that Triton and torch.compile keep on disk; nothing is timed."""
-    if "tile" in item:
-        trial = tiles.Trial(**item)
-        tiles.run(trial, tiles.ROWS[-1] if DEVICE.type == "cuda" else 64, DEVICE, time_it=False)
-        return
     case = Case(**item["case"])
     inputs = case.make_inputs(DEVICE)
     for name in item["providers"]:
@@ -148,16 +143,18 @@ def fill(item: dict[str, Any], add: Add) -> None:
 # ---- tiles -----------------------------------------------------------------------------------------------------------
 
 
-def tile(item: dict[str, Any], add: Add) -> None:
-    trial = tiles.Trial(**item)
-    backends.select("triton", DEVICE, DTYPES[trial.dtype])
-    rate = measure.matrix_tflops(DEVICE, DTYPES[trial.dtype]) if DEVICE.type == "cuda" else None
-    for n_rows in tiles.ROWS if DEVICE.type == "cuda" else (64,):
-        figures = tiles.run(trial, n_rows, DEVICE, time_it=True)
-        figures["share_of_matrix_rate"] = None if rate is None else round(figures["tflops"] / rate, 4)
-        is_right = figures["error"] <= 4 * torch.finfo(DTYPES[trial.dtype]).eps and figures["same_bits"]
-        name = "{kernel} D={D} N={N} {block_m}x{block_n}, {num_warps} warps, {num_stages} stages".format(**figures)
-        add(name, "measured" if is_right else "wrong", figures=figures)
+OUTCOMES = {"rejected": "skipped"}
+"""The journal's words for those of a sweep's rows that it has not: a candidate that spills is nothing to look at."""
+
+
+def tile(item: str, add: Add) -> None:
+    """A group of benchmarks.tile_candidates: figures are the columns of tiles.csv."""
+    group = next(group for group in (*tile_candidates.GROUPS, *tile_candidates.OF_STAND_IN) if group.name == item)
+    backends.select("triton", DEVICE, DTYPES[group.dtype])
+    target = tile_sweep.target_of(DEVICE)
+    for row in tile_sweep.sweep_group(group, DEVICE, target):
+        outcome = OUTCOMES.get(row.outcome, row.outcome)
+        add(row.name, outcome, figures=row.figures() | tile_sweep.of_target(target), details=row.reason)
 
 
 # ---- one call, for a profiler or a checker ---------------------------------------------------------------------------
