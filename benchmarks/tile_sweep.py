@@ -41,6 +41,7 @@ from torch import Tensor
 
 from . import measure, resources
 from .compare import progress_bar
+from .gpu_check.processes import end_with_parent
 from .problems import DTYPES
 from .results import Environment, environment_of
 from .tile_candidates import GROUPS, OF_STAND_IN, Group, Tile
@@ -253,6 +254,7 @@ def _use_stand_in_driver(capability: int) -> None:
 
 
 def _start_compiler() -> None:
+    end_with_parent()
     os.environ.pop("TRITON_INTERPRET", None)  # the interpreter compiles nothing
 
 
