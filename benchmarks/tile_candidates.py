@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def _tiles(*columns: tuple[int, ...], depth: int | None = None) -> tuple[Tile, .
 
 def _split(tile: Tile, *counts: int) -> tuple[Tile, ...]:
     """A tile with its columns split over so many programs, whatever the package would choose."""
-    return tuple(Tile(tile.block_m, tile.block_n, tile.block_k, tile.num_warps, tile.num_stages, 255, n) for n in counts)
+    return tuple(replace(tile, n_splits=n) for n in counts)
 
 
 # Where a processor can hold two programs of 8 warps, 128 registers make it do so; 4 warps of 255 registers are two anyway.
@@ -81,7 +81,7 @@ GROUPS = (
             (256, 64, 8, 2), (256, 128, 8, 2), (64, 128, 4, 2), (64, 128, 4, 3), (64, 256, 4, 2), (64, 64, 4, 3),
             (128, 64, 8, 3, 128),
         )
-        + _split(Tile(128, 64, None, 8, 3), 1, 2, 4),
+        + _split(Tile(128, 64, None, 8, 3, 128), 1, 2, 4),
     ),
     Group(
         "gradient", "plain", "bfloat16", 256,
