@@ -20,7 +20,7 @@ import torch
 from benchmarks import measure, tile_candidates, tile_sweep, tile_table
 from benchmarks.tile_candidates import Group, Tile
 from benchmarks.tile_sweep import Checked, Compiled, Sizes, Sweep, Timed
-from benchmarks.tile_table import CLOSE, TABLES, Row, Writer, read_table
+from benchmarks.tile_table import TABLES, Row, Writer, read_table
 
 ROOT = Path(__file__).resolve().parents[1]
 META = torch.device("meta")
@@ -302,7 +302,12 @@ def test_the_groups_can_be_read_first(capsys: pytest.CaptureFixture[str]) -> Non
 # ---- tiles.py against what was measured ------------------------------------------------------------------------------
 
 
-AWAITED: dict[tuple[str, str, str, int, int], str] = {}
+NEAR = 1.06
+"""A chosen tile takes at most this times the time of the fastest: one serves all numbers of rows, and two runs differ by 3%."""
+
+AWAITED: dict[tuple[str, str, str, int, int], str] = {
+    ("softmax", "plain", "bfloat16", 128, 65536): "two programs a processor, of 128 registers each, have not been measured yet",
+}
 """Cases whose tile was chosen by something else than a table, and why: until the next sweep measures it. Each has to fail."""
 
 
@@ -321,7 +326,7 @@ def measured_cases() -> Iterator[Any]:
 
 @pytest.mark.parametrize(("rows", "sm", "processors"), list(measured_cases()))
 def test_the_chosen_tile_is_as_good_as_the_fastest(rows: list[Row], sm: int, processors: int) -> None:
-    """Within 3%; more is not known of the difference between two runs."""
+    """Of each case by itself: other numbers of rows may have other fastest tiles."""
     tiles = pytest.importorskip("clop_kernels.backends.triton.tiles")
     kernel, form, dtype, width, n_rows = rows[0].case
     group = Group(kernel, form, dtype, width, ())
@@ -335,7 +340,7 @@ def test_the_chosen_tile_is_as_good_as_the_fastest(rows: list[Row], sm: int, pro
         times.append((tile_sweep.is_same(row.tile, chosen), row.microseconds))
     own = [microseconds for is_chosen, microseconds in times if is_chosen]
     assert own, f"{chosen} was not measured"
-    assert min(own) <= CLOSE * min(microseconds for _, microseconds in times)
+    assert min(own) <= NEAR * min(microseconds for _, microseconds in times)
 
 
 def test_the_table_of_the_h200_is_what_was_measured() -> None:

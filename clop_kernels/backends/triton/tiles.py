@@ -3,10 +3,9 @@
 A tile depends on the width, the dtype and the GPU, and never on the number of rows: nothing is compiled when that changes.
 Each compiles without spilling and within the shared memory of its part, which ``python -m benchmarks.resources``
 shows for sm_80, sm_90, sm_100 and sm_120 and CI holds. Where several did, the entry is the one with the most flops per
-byte of L2, unless measurements decided: ``python -m benchmarks.gpu_check --steps fill-tiles tiles`` makes them.
+byte of L2, unless measurements decided: ``python -m benchmarks.tile_sweep`` makes them, and tests/test_tile_sweep.py holds them.
 
-What an H200 decided, in bfloat16, for sm_90 (``tiles.csv`` of benchmarks/results/nvidia-h200/2026-11-27-884de6d, where columns
-were not split yet):
+What an H200 decided, in bfloat16, for sm_90 (benchmarks/results/tiles/sm_90.csv, where columns were not split yet):
 
 - gradient, D = 128: 64 x 128 with 4 warps and two stages, of which a processor holds two programs: 77% of the rate of a plain
   matrix product for N = 65536, where 128 x 128 with 8 warps had 58%.
