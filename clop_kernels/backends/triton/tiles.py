@@ -157,8 +157,8 @@ def splits(n_blocks: int, n_tiles: int, at_once: int, n_processors: int) -> int:
     """Over how many programs the columns of a block of rows are split.
 
     One program a block leaves processors idle where there are fewer blocks, or a few more, than a round has: 2048 rows are 16
-    blocks of 128, on 132 processors. The choice is the fewest splits of those that take the least time by :func:`time_of`. Not yet
-    measured.
+    blocks of 128, on 132 processors. The choice is the fewest splits of those that take the least time by :func:`time_of`; no GPU
+    has confirmed it yet.
 
     Args:
         n_blocks: of rows, in both sides.
