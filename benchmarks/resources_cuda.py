@@ -33,9 +33,9 @@ MATRIX_KERNELS = ("softmax_kernel", "gradient_kernel")
 
 _SHAPE = re.compile(
     r"(softmax_kernel|gradient_kernel)INS0_5ShapeINS0_(?:4Bf16|3F16|4Tf32ILi(\d)EE)E?"
-    r"Li(\d+)ELi(\d+)ELi(\d+)ELi(\d+)ELi(\d+)ELi(\d+)E"
+    r"Li(\d+)ELi(\d+)ELi(\d+)ELi(\d+)ELi(\d+)E"
 )
-"""Shape<Product, width, row warps, column warps, row tiles, columns, stages> of csrc/cuda/pairs.cuh, mangled."""
+"""Shape<Product, width, warps, row tiles, columns, stages> of csrc/cuda/pairs.cuh, mangled."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def reports() -> list[Report]:
             sm = int(arch)
             continue
         found.append(_report(function, sm, int(registers), int(stack) + int(local), int(shared), n_mma[sm, function]))
-    return sorted(found, key=lambda report: (report.sm, report.kernel, report.product, report.D, -report.rows))
+    return sorted(found, key=lambda report: (report.sm, report.kernel, report.product, report.D))
 
 
 def _matrix_instructions() -> Counter[tuple[int, str]]:
@@ -122,10 +122,10 @@ def _report(function: str, sm: int, registers: int, spilled: int, static_shared:
         name = re.search(r"([a-z]\w*?_kernel)", re.sub(r"^_ZN4clop4cuda\d+", "", function))
         return Report(name[1] if name else function, sm, "", 0, 0, 0, 0, 0, registers, spilled, static_shared / 1024, 0, n_mma)
     kernel, parts = match[1], match[2]
-    width, row_warps, column_warps, row_tiles, columns, stages = (int(number) for number in match.groups()[2:])
+    width, warps, row_tiles, columns, stages = (int(number) for number in match.groups()[2:])
     product = f"tf32 x{parts}" if parts else "bf16" if "4Bf16" in function else "f16"
     row_bytes = width * (4 if parts else 2)
-    rows, threads = 16 * row_warps * row_tiles, 32 * row_warps * column_warps
+    rows, threads = 16 * warps * row_tiles, 32 * warps
     shared = rows * row_bytes + stages * columns * (row_bytes + 8)
     blocks = min(
         REGISTERS // (-(-registers // 8) * 8 * threads),
@@ -157,7 +157,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             writer = csv.DictWriter(file, [field.name for field in fields(Report)])
             writer.writeheader()
             writer.writerows(asdict(report) for report in found)
-    faults = [f"{r.kernel} sm_{r.sm} {r.product} D={r.D}, {r.rows} rows: {fault}" for r in found for fault in r.faults()]
+    faults = [f"{r.kernel} sm_{r.sm} {r.product} D={r.D}: {fault}" for r in found for fault in r.faults()]
     for fault in faults:
         console.print(fault, style="red")
     console.print(f"{len(found)} kernels, {len(faults)} faults")

@@ -38,14 +38,24 @@ from .test_backends import assert_edge_case, edge_cases
 OBSTACLE = host.obstacle()
 pytestmark = pytest.mark.skipif(OBSTACLE is not None, reason=f"the CUDA kernels cannot be compiled for this CPU: {OBSTACLE}")
 
-TALL, SHORT = 1, 1000
-"""Processors of the GPU that the host stands for: few enough for tiles of 128 rows, or so many that rows are given out by 16."""
+FEW, MANY = 1, 1000
+"""Processors of the GPU that the host stands for: a block has its rows for itself, or shares them with as many as pay."""
 
 
-@pytest.fixture(params=[TALL, SHORT], ids=["tall", "short"])
+@pytest.fixture(params=[FEW, MANY], ids=["few", "many"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[host.Kernels]:
     """The backend ``cuda`` on the CPU, with zhat as a GPU has it; memory that it allocates begins as NaN."""
-    kernels = host.Kernels(request.param)
+    yield from _kernels_of(request.param, monkeypatch)
+
+
+@pytest.fixture
+def any_kernels(monkeypatch: pytest.MonkeyPatch) -> Iterator[host.Kernels]:
+    """The same, for what does not depend on the number of processors."""
+    yield from _kernels_of(FEW, monkeypatch)
+
+
+def _kernels_of(n_processors: int, monkeypatch: pytest.MonkeyPatch) -> Iterator[host.Kernels]:
+    kernels = host.Kernels(n_processors)
     here = tuple(
         dataclasses.replace(b, obstacle=lambda device, dtype: None, module=".cuda") if b.name == "cuda" else b
         for b in backends.BACKENDS
@@ -55,6 +65,7 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(backends, "BACKENDS", here)
     torch.use_deterministic_algorithms(True)
     yield kernels
+    kernels.module.set_order("forward", 0)
     torch.use_deterministic_algorithms(False)
 
 
@@ -78,7 +89,7 @@ def test_shapes_half_precision(shape: tuple[int, int], width: int, dtype: torch.
 
 
 @pytest.mark.parametrize("temperature", [0.1, 0.01])
-def test_width_one(temperature: float, kernels: host.Kernels) -> None:
+def test_width_one(temperature: float, any_kernels: host.Kernels) -> None:
     """Every cosine is 1 or -1, and every gradient zero."""
     problem = shaped_problem((5, 13), 1, temperature)
     expected, actual = problem.solve("reference", torch.float64), problem.solve("cuda", torch.float32)
@@ -97,7 +108,7 @@ def test_wide_rows_in_many_panels(
     reduction: str,
     positives: str,
     temperature: float,
-    kernels: host.Kernels,
+    any_kernels: host.Kernels,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(cuda, "is_wide", lambda width, compute_dtype: True)
@@ -120,17 +131,16 @@ def test_every_option(distance: str, reduction: str, positives: str, kernels: ho
 
 @pytest.mark.parametrize("n_instances", [1, 2, 127, 128, 300])
 @pytest.mark.parametrize("n_views", [1, 3])
-def test_groups_are_those_of_the_sort(n_instances: int, n_views: int, kernels: host.Kernels) -> None:
+def test_groups_are_those_of_the_sort(n_instances: int, n_views: int, any_kernels: host.Kernels) -> None:
     for order, n_classes in itertools.product(host.ORDERS, (1, 5, 1000)):
-        kernels.module.set_order(order, 7)
+        any_kernels.module.set_order(order, 7)
         labels = torch.randint(-1, n_classes, (n_instances,))
-        assert torch.equal(kernels.cuda_groups(labels, n_views, -1), label_groups(labels, n_views).table())
+        assert torch.equal(any_kernels.cuda_groups(labels, n_views, -1), label_groups(labels, n_views).table())
         for n_left in {0, 1, n_instances // 2, n_instances} if n_views == 1 else ():
-            assert torch.equal(kernels.cuda_groups(labels, 1, n_left), label_groups(labels, 1, n_left).table())
-    kernels.module.set_order("forward", 0)
+            assert torch.equal(any_kernels.cuda_groups(labels, 1, n_left), label_groups(labels, 1, n_left).table())
 
 
-def test_many_instances_are_sorted(kernels: host.Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_instances_are_sorted(any_kernels: host.Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     problem = random_problem(3, 40, 16, positives="label", n_classes=5)
     ranked = problem.solve("cuda", torch.float32)
     monkeypatch.setattr(cuda, "RANKED_INSTANCES", 0)
@@ -139,7 +149,7 @@ def test_many_instances_are_sorted(kernels: host.Kernels, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("width", [40, 100])
-@pytest.mark.usefixtures("kernels", "tf32")
+@pytest.mark.usefixtures("any_kernels", "tf32")
 def test_tf32_is_as_good_as_its_ten_bits(width: int) -> None:
     """Between float32's own accuracy, which it has by default, and float16's, which has as many bits."""
     problem = random_problem(2, 65, width)
@@ -174,7 +184,7 @@ def test_a_row_that_is_not_finite_shows(value: float, n_views: int, kernels: hos
     assert clop_kernels.ntxent_loss(z, n_views=n_views, backend="cuda").isnan()
 
 
-def test_float16_rows_of_zeros_saturate_and_overflow_shows(kernels: host.Kernels) -> None:
+def test_float16_rows_of_zeros_saturate_and_overflow_shows(any_kernels: host.Kernels) -> None:
     assert_float16_saturates_and_overflow_shows("cuda")
 
 
@@ -183,7 +193,7 @@ def test_layouts_do_not_matter(loss: str, kernels: host.Kernels) -> None:
     assert_layouts_do_not_matter(loss, "cuda")
 
 
-def test_rows_that_were_saved_side_by_side(kernels: host.Kernels) -> None:
+def test_rows_that_were_saved_side_by_side(any_kernels: host.Kernels) -> None:
     """As hooks may that move what is saved for the backward pass."""
     problem = random_problem(2, 20, 37)
     expected = problem.solve("cuda", torch.float32)
@@ -205,14 +215,13 @@ def test_any_order_of_the_threads_gives_the_same_bits(dtype: torch.dtype, kernel
         for order in host.ORDERS:
             kernels.module.set_order(order, 3)
             results.append(problem.solve("cuda", dtype))
-        kernels.module.set_order("forward", 0)
         for other in results[1:]:
             assert all(torch.equal(results[0][name], other[name]) for name in other)
 
 
 @pytest.mark.parametrize(("positives", "temperature"), [("instance", 0.1), ("label", 0.01)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-def test_agrees_with_triton(positives: str, temperature: float, dtype: torch.dtype, kernels: host.Kernels) -> None:
+def test_agrees_with_triton(positives: str, temperature: float, dtype: torch.dtype, any_kernels: host.Kernels) -> None:
     """Whose kernels run in Triton's interpreter: closer to each other than the rounding leaves both to the truth."""
     triton = next(b for b in backends.BACKENDS if b.name == "triton")
     if (reason := triton.obstacle(torch.device("cpu"), dtype)) is not None:
@@ -267,11 +276,87 @@ def run(problem: Problem, temperature: float | Tensor) -> dict[str, Tensor]:
     ],
 )
 def test_wrong_values_are_asserted_on_the_device(
-    labels: list[int], temperature: float, message: str, kernels: host.Kernels
+    labels: list[int], temperature: float, message: str, any_kernels: host.Kernels
 ) -> None:
     problem = dataclasses.replace(random_problem(2, 3, 4), labels=torch.tensor(labels))
     with pytest.raises(RuntimeError, match=message):
         run(problem, torch.tensor(temperature))
+
+
+# ---- blocks that share rows ------------------------------------------------------------------------------------------
+
+
+# Processors, problem, dtype, and how many blocks share left and right rows (without sides all rows), forward and backward.
+SHARED: list[tuple[int, Problem, torch.dtype, tuple[int, int], tuple[int, int]]] = [
+    (1, random_problem(2, 70, 40), torch.float32, (1, 1), (1, 1)),
+    (4, random_problem(2, 70, 40), torch.float32, (2, 1), (2, 1)),  # three tiles and two
+    (1000, random_problem(2, 70, 40, temperature=0.01), torch.float32, (5, 1), (3, 1)),  # two, two and one
+    (1000, random_problem(7, 43, 100, positives="label", reduction="none"), torch.float32, (10, 1), (5, 1)),
+    (1000, random_problem(7, 43, 200, distance="euclidean"), torch.bfloat16, (10, 1), (5, 1)),  # parts without near tiles
+    (1000, random_problem(2, 90, 24, normalize=False, temperature=1.0), torch.float32, (6, 1), (3, 1)),
+    (1000, two_sided_problem(10, 290, 40, labelled=True), torch.float32, (10, 1), (5, 1)),
+    (1000, two_sided_problem(290, 11, 40, labelled=True, temperature=0.01), torch.float32, (1, 10), (1, 5)),
+    (1000, two_sided_problem(150, 150, 24, labelled=False, reduction="none"), torch.float16, (3, 3), (3, 3)),
+    (1000, negatives_problem(300, 40), torch.float32, (10, 1), (5, 1)),
+    (1000, negatives_problem(300, 40, temperature=0.01), torch.float32, (10, 1), (5, 1)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("n_processors", "problem", "dtype", "forward", "backward"), SHARED)
+def test_blocks_that_share_rows(
+    n_processors: int,
+    problem: Problem,
+    dtype: torch.dtype,
+    forward: tuple[int, int],
+    backward: tuple[int, int],
+    any_kernels: host.Kernels,
+) -> None:
+    """Right, and whichever block ends last the same bits."""
+    any_kernels.n_processors = n_processors
+    assert_right(problem, dtype, ill_conditioned=not problem.options.get("normalize", True))
+    assert any_kernels.shares["softmax"][:2] == forward
+    assert any_kernels.shares["gradient"][:2] == backward
+    expected = problem.solve("cuda", dtype)
+    any_kernels.module.set_order("reverse", 0)
+    assert all(torch.equal(value, expected[name]) for name, value in problem.solve("cuda", dtype).items())
+
+
+@pytest.mark.parametrize("shape", [(310, None, 24), (300, 10, 100), (1100, 3, 32)], ids=str)
+@pytest.mark.parametrize("order", host.ORDERS)
+def test_pairs_alone_of_shared_rows(shape: tuple[int, int | None, int], order: str, any_kernels: host.Kernels) -> None:
+    any_kernels.n_processors = MANY
+    any_kernels.module.set_order(order, 5)
+    assert_pairs_accurate("cuda", torch.float32, *shape)
+    assert all(any_kernels.shares[kernel][0] > 3 for kernel in ("softmax", "gradient"))
+
+
+@pytest.mark.parametrize("row", [3, 150])
+def test_a_row_that_is_not_finite_shows_in_shared_rows(row: int, any_kernels: host.Kernels) -> None:
+    any_kernels.n_processors = MANY
+    z = torch.randn(160, 24)
+    z[row, 2] = torch.nan
+    z.requires_grad_()
+    loss = clop_kernels.ntxent_loss(z, reduction="none", backend="cuda")
+    (grad,) = torch.autograd.grad(loss.sum(), z)
+    assert any_kernels.shares["gradient"][0] > 1
+    assert loss.isnan().all()
+    assert grad.isnan().any(1).all()
+
+
+@pytest.mark.parametrize("width", [64, 128, 256])
+def test_sums_of_shared_rows_do_not_grow_with_the_rows(width: int, any_kernels: host.Kernels) -> None:
+    """At most three blocks of 128 rows for each that a processor has at once: 384 KB a processor."""
+    n_processors, places = 132, 1 if width == 256 else 2
+    for n_rows in (1, 2, 200, 512, 2048, 8192, 16384, 17000, 25000, 33000, 50000, 60000, 70000, 2**20):
+        loss = {"n_rows": n_rows, "width": width, "compute_dtype": 2, "n_views": 1, "groups": 1, "n_left": -1}
+        of_left, _, n_blocks = any_kernels.module.gradient_shares(loss, n_processors)
+        n_floats = any_kernels.module.gradient_split_floats(loss, n_processors)
+        assert n_blocks == of_left * -(-n_rows // 128)
+        assert n_floats == (n_blocks * 128 * width if of_left > 1 else 0)
+        assert n_floats <= 3 * places * n_processors * 128 * width <= n_processors * 384 * 256
+        assert of_left <= 16
+        if n_blocks >= 3 * places * n_processors:
+            assert of_left == 1
 
 
 # ---- two sides, rows as they are, negatives only, no pairs -----------------------------------------------------------
@@ -340,10 +425,10 @@ def test_rows_as_they_are(dtype: torch.dtype, norm: float, temperature: float, k
 
 @pytest.mark.parametrize("width", [7, 64, 300, 4100])
 @pytest.mark.parametrize("dtype", host.DTYPES, ids=str)
-def test_rows_as_they_are_to_the_last_bit(width: int, dtype: torch.dtype, kernels: host.Kernels) -> None:
+def test_rows_as_they_are_to_the_last_bit(width: int, dtype: torch.dtype, any_kernels: host.Kernels) -> None:
     z = torch.randn(9, width) * torch.logspace(-30, 30, 9)[:, None]
     zhat = unit_rows(z, dtype)
-    norms, _ = kernels.cuda_prologue(z, zhat, None, None, None, 1, 0, False, False)
+    norms, _ = any_kernels.cuda_prologue(z, zhat, None, None, None, 1, 0, False, False)
     assert torch.equal(zhat.float().nan_to_num(), z.to(dtype).float().nan_to_num())
     torch.testing.assert_close(norms, z.double().norm(dim=1).float(), rtol=1e-6, atol=0.0)
 
@@ -373,14 +458,14 @@ def test_positives_far_above_the_negatives_are_no_pairs(kernels: host.Kernels) -
 
 @pytest.mark.parametrize("reduction", REDUCTIONS)
 @pytest.mark.parametrize("width", [24, 300])
-def test_prototypes_alone(width: int, reduction: str, kernels: host.Kernels) -> None:
+def test_prototypes_alone(width: int, reduction: str, any_kernels: host.Kernels) -> None:
     for distance, dtype in zip(DISTANCES, host.DTYPES, strict=True):
         for normalize in (True, False):
             problem = random_problem(1, 70, width, reduction=reduction, distance=distance, normalize=normalize)
             assert_right(problem, dtype)
 
 
-def test_without_pairs_rows_do_not_meet(kernels: host.Kernels) -> None:
+def test_without_pairs_rows_do_not_meet(any_kernels: host.Kernels) -> None:
     """What is not finite stays where it is: nothing is computed of two rows."""
     problem = random_problem(1, 70, 24)
     z = problem.embeddings.float()
@@ -450,7 +535,7 @@ def test_pairs_alone(shape: tuple[int, int | None, int], dtype: torch.dtype, nor
 @pytest.mark.parametrize("shape", [shape for shape in PAIRS if shape[2] < 100], ids=str)
 @pytest.mark.parametrize("dtype", host.DTYPES, ids=str)
 @pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.usefixtures("kernels")
+@pytest.mark.usefixtures("any_kernels")
 def test_pairs_alone_in_many_panels(
     shape: tuple[int, int | None, int], dtype: torch.dtype, normalize: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -459,7 +544,7 @@ def test_pairs_alone_in_many_panels(
     assert_pairs(shape, dtype, normalize)
 
 
-def test_sums_over_many_columns_do_not_drift(kernels: host.Kernels) -> None:
+def test_sums_over_many_columns_do_not_drift(any_kernels: host.Kernels) -> None:
     """Matrix units cut their sums off: kept from tile to tile, a gradient's would be 3e-5 off."""
     assert_pairs_accurate("cuda", torch.float32, 4112, 16, 32)
 

@@ -25,6 +25,13 @@ __device__ inline uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// blockIdx.x, read anew: what is made of it twice, before a loop and after it, takes no registers in between.
+__device__ inline unsigned read_block_index() {
+  unsigned index;
+  asm volatile("mov.u32 %0, %%ctaid.x;" : "=r"(index));
+  return index;
+}
+
 // 2^x to 2 ulp; 0 where that is not a normal number.
 __device__ inline float exp2_approx(float x) {
   float y;
@@ -32,8 +39,15 @@ __device__ inline float exp2_approx(float x) {
   return y;
 }
 
-// Past L1, which does not see what other blocks write.
+// Past L1, which does not see what other blocks write. Four numbers lie at a multiple of 16 bytes.
 __device__ inline float load_from_l2(const float* pointer) { return __ldcg(pointer); }
+__device__ inline void load_from_l2(float (&x)[4], const float* pointer) {
+  const float4 four = __ldcg(reinterpret_cast<const float4*>(pointer));
+  x[0] = four.x, x[1] = four.y, x[2] = four.z, x[3] = four.w;
+}
+__device__ inline void store(float* pointer, const float (&x)[4]) {
+  *reinterpret_cast<float4*>(pointer) = make_float4(x[0], x[1], x[2], x[3]);
+}
 
 #define device_assert(condition, message) assert((condition) && message)
 
@@ -59,6 +73,18 @@ __device__ inline uint32_t pack_f16(float low, float high) {
 // Begins to copy 16 bytes, of which what is past the first `bytes` is zero and not read. Both addresses are multiples of 16.
 __device__ inline void copy_async(void* shared, const void* global, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes) : "memory");
+}
+
+// The same of 16 bytes, or of none. Any other number costs six instructions more.
+__device__ inline void copy_async(void* shared, const void* global, bool is_there) {
+  asm volatile(
+      "{\n"
+      ".reg .pred is_missing;\n"
+      "setp.eq.s32 is_missing, %2, 0;\n"
+      "cp.async.cg.shared.global [%0], [%1], 16, is_missing;\n"
+      "}" ::"r"(shared_address(shared)),
+      "l"(global), "r"(int(is_there))
+      : "memory");
 }
 
 // Ends a group of copies. Every thread must call it as often, with copies or without, for groups are counted.
@@ -100,8 +126,8 @@ CLOP_MMA(mma_f16, "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32")
 CLOP_MMA(mma_tf32, "mma.sync.aligned.m16n8k8.row.col.f32.tf32.tf32.f32")
 #undef CLOP_MMA
 
-inline cudaError_t set_to_zero(unsigned* number, cudaStream_t stream) {
-  return cudaMemsetAsync(number, 0, sizeof *number, stream);
+inline cudaError_t set_to_zero(unsigned* numbers, int64_t n, cudaStream_t stream) {
+  return cudaMemsetAsync(numbers, 0, n * sizeof *numbers, stream);
 }
 
 // Why a kernel has no code for the current device, or cudaSuccess.

@@ -108,16 +108,16 @@ __device__ float finish_row(const Backward& p, const Scale& scale, int position,
   return share;
 }
 
-// The warps' shares, the same in all lanes, to the block's, and in the last block all of them to the temperature's gradient.
-// scratch: 33 floats.
+// The warps' shares, the same in all lanes, to that of a block of rows, and in the last of these blocks all of them to the
+// temperature's gradient. scratch: 33 floats.
 template <int kThreads>
-__device__ void finish_temperature(const Backward& p, float share, float* scratch) {
+__device__ void finish_temperature(const Backward& p, float share, unsigned block_of_rows, unsigned n_blocks, float* scratch) {
   if (p.grad_temperature == nullptr) return;
   share = sum_of_block<kThreads>(threadIdx.x % 32 == 0 ? share : 0.0f, scratch);
-  if (threadIdx.x == 0) p.partial_sums[blockIdx.x] = share;
-  if (!is_last_block(p.n_finished, scratch + 32)) return;
+  if (threadIdx.x == 0) p.partial_sums[block_of_rows] = share;
+  if (!is_last_block(p.n_finished, n_blocks, scratch + 32)) return;
   float sum = 0.0f;
-  for (unsigned block = threadIdx.x; block < gridDim.x; block += kThreads) sum += load_from_l2(p.partial_sums + block);
+  for (unsigned block = threadIdx.x; block < n_blocks; block += kThreads) sum += load_from_l2(p.partial_sums + block);
   sum = sum_of_block<kThreads>(sum, scratch);
   if (threadIdx.x == 0) *p.grad_temperature = sum;
 }

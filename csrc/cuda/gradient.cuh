@@ -20,12 +20,18 @@
 // Units. w_i is 1 for an anchor, or the upstream gradient over its largest, so that M <= 2 whatever the loss is scaled by.
 //
 // Flops 4 N^2 D, exponentials N^2 (twice that for tau < 0.026, and for rows that are not normalised); of two sides 8 L R D and 2
-// L R. A pair costs a multiply-add, ex2, add, multiply and half a conversion besides. Bytes: zhat once a block from L2, N^2 D
-// itemsize / kRows, 256 flops a byte at 16 bits; device memory O(N D). From shared memory each warp reads a column tile twice,
-// once for each product, and its rows of q once a tile. Predicted for the H200 of softmax.cuh at N = 65536, 16 bits: D = 128, 2.2
-// Tflop, 3.5 ms of matrix units, 3.4 ms of shared memory, 1.1 ms of ex2; D = 256 (16 rows a warp) 7.1 ms of matrix units, 11.3 ms
-// of shared memory, which bounds it. With the forward pass 5.3 and 15.8 ms at best: 63% and 42% of 990 Tflop/s by 6 N^2 D. Measured
-// there, host and all: 11.4 and 26.9 ms; a profile has yet to say why.
+// L R. A pair costs a multiply-add, ex2, add, multiply and half a conversion besides. Bytes: zhat once a block of rows from L2,
+// N^2 D itemsize / 128, 256 flops a byte at 16 bits; device memory O(N D). Where n blocks share rows, their sums are 4 n N W bytes
+// that are written to L2 and read from there. From shared memory each warp reads a column tile twice, once for each product, and its
+// rows of q once a tile.
+// Predicted for the H200 of softmax.cuh at N = 65536, 16 bits: D = 128, 2.2 Tflop, 3.5 ms of matrix units, 3.4 ms of shared memory,
+// 1.1 ms of ex2; D = 256 (16 rows a warp) 7.1 ms of matrix units, 11.3 ms of shared memory, which bounds it. With the forward pass 5.3
+// and 15.8 ms at best: 63% and 42% of 990 Tflop/s by 6 N^2 D. Measured there, host and all, with walks of more instructions and before
+// blocks shared rows: 11.4 and 26.9 ms; a profile has yet to say why.
+//
+// Instructions a warp for a far tile of 32 columns, D = 128, 16 bits, one shift, in code for sm_90 that has no other path: 437 (510
+// before addresses went on from tile to tile), of which 128 mma, 48 ldmatrix, 5 cp.async, 144
+// for M.
 #pragma once
 
 #include "finish.cuh"
@@ -78,7 +84,7 @@ __global__ void __launch_bounds__(kCoefficientThreads) coefficients_kernel(const
   to.shift(position) = shift;
   to.of_positive(position) = of_positive;
   to.run(position) = run;
-  if (position == 0 && p.n_finished != nullptr) *p.n_finished = 0;
+  reset_counter(p.n_finished, p.n_rows, position);
 }
 
 // Tile of S -> tile of M, in place.
@@ -214,9 +220,7 @@ struct WarpRow {
 
 // As kSoftmaxBlocks in softmax.cuh.
 template <class S>
-constexpr int kGradientBlocks = !S::kIsShort      ? 1
-                                : S::kWidth <= 64 ? 3
-                                                  : 2;
+constexpr int kGradientBlocks = S::kThreads <= 128 ? 2 : 1;
 
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, kGradientBlocks<S>) gradient_kernel(const Backward p) {
@@ -238,16 +242,46 @@ __global__ void __launch_bounds__(S::kThreads, kGradientBlocks<S>) gradient_kern
     add_products<S>(gradient, s, memory.columns(stage), place);
   });
 
+  // The blocks that share the rows, in their order. Each leaves its fragments as they are, four numbers a thread at a time.
+  const Share<S> share_of_rows(p);
+  if (share_of_rows.n_blocks > 1) {
+    const auto place_of = [&](int block, int r, int n) {
+      const int64_t fragment = (share_of_rows.first_block + block) * (S::kRowTiles * kWidthTiles) + r * kWidthTiles + n;
+      return p.split_sums + (fragment * S::kThreads + threadIdx.x) * 4;
+    };
+#pragma unroll
+    for (int r = 0; r < S::kRowTiles; ++r)
+#pragma unroll
+      for (int n = 0; n < kWidthTiles; ++n) store(place_of(share_of_rows.block, r, n), gradient[r][n]);
+    if (!is_last_block(share_of_rows.n_finished(p), share_of_rows.n_blocks, memory.scratch())) return;
+#pragma unroll
+    for (int r = 0; r < S::kRowTiles; ++r)
+#pragma unroll
+      for (int n = 0; n < kWidthTiles; ++n) load_from_l2(gradient[r][n], place_of(0, r, n));
+#pragma unroll 1
+    for (int block = 1; block < share_of_rows.n_blocks; ++block)
+#pragma unroll
+      for (int r = 0; r < S::kRowTiles; ++r)
+#pragma unroll
+        for (int n = 0; n < kWidthTiles; ++n) {
+          float part[4];
+          load_from_l2(part, place_of(block, r, n));
+#pragma unroll
+          for (int k = 0; k < 4; ++k) gradient[r][n][k] += part[k];
+        }
+    __syncthreads();  // the flag of the last block has been read by all
+  }
+
   // The fragments leave registers by way of the memory where the columns were, as many rows of 16 at a time as it holds of all
-  // warps, and warps take whole rows, the sum of the column warps' parts. Numbers are swizzled as chunks are.
-  constexpr int kPartBytes = S::kColumnWarps * S::kRowWarps * S::kWidth * int(sizeof(float));
+  // warps, and warps take whole rows. Numbers are swizzled as chunks are.
+  constexpr int kPartBytes = S::kWarps * S::kWidth * int(sizeof(float));
   constexpr int kPartRows = S::kStages * S::kColumnBytes >= 16 * kPartBytes  ? 16
                             : S::kStages * S::kColumnBytes >= 8 * kPartBytes ? 8
                                                                              : 4;
   static_assert(S::kStages * S::kColumnBytes >= kPartRows * kPartBytes, "four rows of every warp fit where the columns were");
   float* const parts = memory.scratch();
-  const auto part = [&](int column_warp, int row_warp, int row, int column) -> float& {
-    return parts[((column_warp * S::kRowWarps + row_warp) * kPartRows + row) * S::kWidth + (column ^ (row % 4 * 8))];
+  const auto part = [&](int row_warp, int row, int column) -> float& {
+    return parts[(row_warp * kPartRows + row) * S::kWidth + (column ^ (row % 4 * 8))];
   };
   float share = 0.0f;
 #pragma unroll
@@ -260,14 +294,14 @@ __global__ void __launch_bounds__(S::kThreads, kGradientBlocks<S>) gradient_kern
         if (row < 0 || row >= kPartRows) continue;
 #pragma unroll
         for (int n = 0; n < kWidthTiles; ++n) {
-          float* const to = &part(place.column_warp, place.row_warp, row, 8 * n + 2 * place.t);
+          float* const to = &part(place.warp, row, 8 * n + 2 * place.t);
           to[0] = gradient[r][n][2 * h];
           to[1] = gradient[r][n][2 * h + 1];
         }
       }
       __syncthreads();
 #pragma unroll 1
-      for (int index = threadIdx.x / 32; index < S::kRowWarps * kPartRows; index += S::kThreads / 32) {
+      for (int index = threadIdx.x / 32; index < S::kWarps * kPartRows; index += S::kThreads / 32) {
         const int row_warp = index / kPartRows, row = index % kPartRows,
                   of_block = (row_warp * S::kRowTiles + r) * 16 + first + row;
         if (span.first_row + of_block >= span.row_end) continue;
@@ -276,14 +310,13 @@ __global__ void __launch_bounds__(S::kThreads, kGradientBlocks<S>) gradient_kern
         for (int k = 0; k < S::kWidth / 32; ++k) {
           const int column = place.lane + 32 * k;
           of_warp.zhat[k] = to_float(*memory.rows().template at<typename S::Element>(of_block, column));
-#pragma unroll
-          for (int warp = 0; warp < S::kColumnWarps; ++warp) of_warp.g[k] += part(warp, row_warp, row, column);
+          of_warp.g[k] = part(row_warp, row, column);
         }
         share += finish_row(p, scale, span.first_row + of_block, of_warp);
       }
       __syncthreads();
     }
-  finish_temperature<S::kThreads>(p, share, memory.scratch());
+  finish_temperature<S::kThreads>(p, share, share_of_rows.block_of_rows, share_of_rows.n_blocks_of_rows, memory.scratch());
 }
 
 }  // namespace clop::cuda

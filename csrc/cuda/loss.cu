@@ -1,5 +1,7 @@
 // The launches of the two passes: which kernels, on how many blocks, in which shape.
 
+#include <algorithm>
+
 #include "gradient.cuh"
 #include "groups.cuh"
 #include "prologue.h"
@@ -10,18 +12,7 @@
 namespace clop::cuda {
 namespace {
 
-constexpr int64_t kTallRows = 128, kShortRows = 16;
-
 int64_t n_blocks_for(int64_t n_rows, int64_t per_block) { return (n_rows + per_block - 1) / per_block; }
-
-// The blocks of a pass over pairs: each has rows of one side, and those of the right side come last; Span in pairs.cuh.
-int64_t n_blocks_for(const Loss& p, int64_t per_block) {
-  if (p.n_left < 0) return n_blocks_for(p.n_rows, per_block);
-  return n_blocks_for(p.n_left, per_block) + (p.pairs_alone ? 0 : n_blocks_for(p.n_rows - p.n_left, per_block));
-}
-
-// Blocks of few rows where there are not enough rows to give three quarters of the processors a tall block.
-bool is_short(const Loss& p, int64_t n_processors) { return 4 * n_blocks_for(p, kTallRows) < 3 * n_processors; }
 
 template <class S>
 struct Tag {
@@ -29,28 +20,79 @@ struct Tag {
 };
 
 // Calls visit(Tag<Shape>) for the shape that the rows ask for.
-template <class Product, int kWidth, class Visit>
-cudaError_t with_shape(bool is_short, Visit&& visit) {
-  static_assert(Tall<Product, kWidth>::kRows == kTallRows && Short<Product, kWidth>::kRows == kShortRows, "heights");
-  return is_short ? visit(Tag<Short<Product, kWidth>>()) : visit(Tag<Tall<Product, kWidth>>());
-}
-
 template <class Visit>
-cudaError_t with_shape(const Loss& p, bool is_short, Visit&& visit) {
+cudaError_t with_shape(const Loss& p, Visit&& visit) {
   switch (p.compute_dtype) {
     case Dtype::bfloat16:
-      if (p.width <= 64) return with_shape<Bf16, 64>(is_short, visit);
-      if (p.width <= 128) return with_shape<Bf16, 128>(is_short, visit);
-      return with_shape<Bf16, 256>(is_short, visit);
+      if (p.width <= 64) return visit(Tag<ShapeOf<Bf16, 64>>());
+      if (p.width <= 128) return visit(Tag<ShapeOf<Bf16, 128>>());
+      return visit(Tag<ShapeOf<Bf16, 256>>());
     case Dtype::float16:
-      if (p.width <= 64) return with_shape<F16, 64>(is_short, visit);
-      if (p.width <= 128) return with_shape<F16, 128>(is_short, visit);
-      return with_shape<F16, 256>(is_short, visit);
+      if (p.width <= 64) return visit(Tag<ShapeOf<F16, 64>>());
+      if (p.width <= 128) return visit(Tag<ShapeOf<F16, 128>>());
+      return visit(Tag<ShapeOf<F16, 256>>());
     case Dtype::float32:
-      if (p.is_tf32) return p.width <= 64 ? with_shape<Tf32<1>, 64>(is_short, visit) : with_shape<Tf32<1>, 128>(is_short, visit);
-      return p.width <= 64 ? with_shape<Tf32<2>, 64>(is_short, visit) : with_shape<Tf32<2>, 128>(is_short, visit);
+      if (p.is_tf32) return p.width <= 64 ? visit(Tag<ShapeOf<Tf32<1>, 64>>()) : visit(Tag<ShapeOf<Tf32<1>, 128>>());
+      return p.width <= 64 ? visit(Tag<ShapeOf<Tf32<2>, 64>>()) : visit(Tag<ShapeOf<Tf32<2>, 128>>());
   }
   return cudaErrorInvalidValue;
+}
+
+// ---- how the columns of a pass over pairs are split -----------------------------------------------------------------------------
+
+// The unit of time is a column that a block walks over. These are estimates for all widths, and no GPU has run with them: a block
+// takes kStartColumns to begin; where blocks share rows, it takes the part columns of its pass to write its sums, and the last one
+// takes as many for each block whose sums it adds. For the gradient these are 128 W floats to or from L2, at 40 bytes a cycle the time
+// of 16 columns at a quarter of the rate of the matrix units, which one block a processor may reach.
+constexpr int64_t kStartColumns = 64, kSoftmaxPartColumns = 2, kGradientPartColumns = 16;
+// At most kMostShares blocks share rows, and only in a grid of at most kMostRounds rounds: split_sums are then at most 128 W floats
+// for each of 3 rounds x 2 blocks of a processor (W = 256: 1 block), 384 KB a processor, whatever N is.
+constexpr int64_t kMostShares = 16, kMostRounds = 3;
+
+struct Plan {
+  Split split;
+  int64_t n_blocks;
+  bool has_shared_rows;
+};
+
+// Few rows make fewer blocks than the processors take at once, and more rows may leave many processors without a block in the last
+// round. The time of a grid is the number of its rounds, of n_places blocks at once, times the length of a walk, and what sharing
+// costs. More blocks share rows where that saves a twentieth of the time. Walks have the same length whichever side the rows are of.
+template <class S>
+Plan plan_of(const Loss& p, int64_t n_places, int64_t part_columns) {
+  const auto n_tiles_of = [&](int64_t n_blocks_of_rows, int64_t first_row) -> int64_t {
+    const Run columns = columns_of(p, int(first_row));
+    return n_blocks_of_rows == 0 ? 0 : n_blocks_for(columns.end - first_column_of(columns), S::kColumns);
+  };
+  const int64_t n_left = p.n_left < 0 ? p.n_rows : p.n_left;
+  const int64_t left = n_blocks_for(n_left, S::kRows), right = p.pairs_alone ? 0 : n_blocks_for(p.n_rows - n_left, S::kRows);
+  const int64_t left_tiles = n_tiles_of(left, 0), right_tiles = n_tiles_of(right, n_left), most = std::max(left_tiles, right_tiles);
+
+  Plan best = {};
+  int64_t least = 0;
+  for (int64_t n = 1; n == 1 || (n <= kMostShares && n <= most); ++n) {
+    const int64_t n_tiles = std::max(n_blocks_for(most, n), int64_t(1));
+    const int64_t of_left = std::max(n_blocks_for(left_tiles, n_tiles), int64_t(1)),
+                  of_right = std::max(n_blocks_for(right_tiles, n_tiles), int64_t(1));
+    const int64_t n_blocks = left * of_left + right * of_right, n_rounds = n_blocks_for(n_blocks, n_places);
+    if (n > 1 && n_rounds > kMostRounds) break;
+    const int64_t of_part = n > 1 ? part_columns : 0;
+    const int64_t time = n_rounds * (n_tiles * S::kColumns + kStartColumns + of_part) + std::max(of_left, of_right) * of_part;
+    if (n > 1 && 20 * time > 19 * least) continue;
+    least = time;
+    best = {{int(n_tiles), int(of_left), int(of_right)}, n_blocks, n > 1};
+  }
+  return best;
+}
+
+template <class S>
+Plan plan_of(const Forward& p, int64_t n_processors) {
+  return plan_of<S>(p, n_processors * kSoftmaxBlocks<S>, kSoftmaxPartColumns);
+}
+
+template <class S>
+Plan plan_of(const Backward& p, int64_t n_processors) {
+  return plan_of<S>(p, n_processors * kGradientBlocks<S>, kGradientPartColumns);
 }
 
 // Calls visit with a number of the type of zhat.
@@ -73,7 +115,7 @@ bool is_valid(const Loss& p) {
   if (p.pairs_alone && (has_views || p.n_left == 0 || p.n_left == p.n_rows)) return false;
   if (has_sides && (p.n_left > p.n_rows || p.n_views != (has_views ? 2 : 1))) return false;
   if (has_sides && has_views && p.n_left * 2 != p.n_rows) return false;
-  return p.n_rows > 0 && p.n_rows <= kLargestInt - kTallRows && p.width > 0 && p.n_views > 0 && p.n_views <= kLargestInt &&
+  return p.n_rows > 0 && p.n_rows <= kLargestInt - kBlockRows && p.width > 0 && p.n_views > 0 && p.n_views <= kLargestInt &&
          p.n_rows % p.n_views == 0 && (p.prototypes == nullptr || (p.labels != nullptr && p.n_classes > 0));
 }
 
@@ -97,19 +139,49 @@ int forward(const Forward& p, int64_t n_processors, CUstream_st* stream) {
 
 int pair_softmax(const Forward& p, int64_t n_processors, CUstream_st* stream) {
   if (!is_valid(p) || is_wide(p.width, p.compute_dtype)) return cudaErrorInvalidValue;
-  return with_shape(p, is_short(p, n_processors), [&](auto tag) {
+  return with_shape(p, [&](auto tag) {
     using S = typename decltype(tag)::Shape;
-    return launch(softmax_kernel<S>, unsigned(n_blocks_for(p, S::kRows)), S::kThreads, S::kSharedBytes, stream, p);
+    const Plan plan = plan_of<S>(p, n_processors);
+    if (p.pairs_alone && plan.has_shared_rows)  // else the prologue has done it
+      if (const cudaError_t error = set_to_zero(p.n_finished, n_counters(p.n_rows), stream); error != cudaSuccess) return error;
+    Forward split = p;
+    split.split = plan.split;
+    return launch(softmax_kernel<S>, unsigned(plan.n_blocks), S::kThreads, S::kSharedBytes, stream, split);
   });
 }
 
 int backward(const Backward& p, int64_t n_processors, CUstream_st* stream) {
   if (!is_valid(p) || is_wide(p.width, p.compute_dtype)) return cudaErrorInvalidValue;
   if (const int error = coefficients(p, stream); error != cudaSuccess) return error;
-  return with_shape(p, is_short(p, n_processors), [&](auto tag) {
+  return with_shape(p, [&](auto tag) {
     using S = typename decltype(tag)::Shape;
-    return launch(gradient_kernel<S>, unsigned(n_blocks_for(p, S::kRows)), S::kThreads, S::kSharedBytes, stream, p);
+    const Plan plan = plan_of<S>(p, n_processors);
+    Backward split = p;
+    split.split = plan.split;
+    return launch(gradient_kernel<S>, unsigned(plan.n_blocks), S::kThreads, S::kSharedBytes, stream, split);
   });
+}
+
+int64_t split_floats(const Forward& p, int64_t n_processors) {
+  int64_t n_floats = 0;
+  with_shape(p, [&](auto tag) {
+    using S = typename decltype(tag)::Shape;
+    const Plan plan = plan_of<S>(p, n_processors);
+    n_floats = plan.has_shared_rows ? plan.n_blocks * S::kRows * RowSums::kNumbers : 0;
+    return cudaSuccess;
+  });
+  return n_floats;
+}
+
+int64_t split_floats(const Backward& p, int64_t n_processors) {
+  int64_t n_floats = 0;
+  with_shape(p, [&](auto tag) {
+    using S = typename decltype(tag)::Shape;
+    const Plan plan = plan_of<S>(p, n_processors);
+    n_floats = plan.has_shared_rows ? plan.n_blocks * S::kRows * S::kWidth : 0;
+    return cudaSuccess;
+  });
+  return n_floats;
 }
 
 int prototype_gradient(const PrototypeGradient& p, CUstream_st* stream) {
@@ -133,7 +205,7 @@ int panel_softmax(const Panel& p, CUstream_st* stream) {
 
 int panel_loss(const Forward& p, CUstream_st* stream) {
   if (!is_valid(p)) return cudaErrorInvalidValue;
-  if (const cudaError_t error = set_to_zero(p.n_finished, stream); error != cudaSuccess) return error;
+  if (const cudaError_t error = set_to_zero(p.n_finished, 1, stream); error != cudaSuccess) return error;
   return launch(panel_loss_kernel, unsigned(n_blocks_for(p.n_rows, kPanelThreads)), kPanelThreads, 33 * sizeof(float), stream, p);
 }
 

@@ -17,6 +17,12 @@ enum class Dtype { float32, float16, bfloat16 };
 enum class Distance { cosine, euclidean, manhattan };
 enum class Reduction { mean, sum, none };
 
+// How the columns of a pass over pairs are split, so that few rows make enough blocks for all processors: a block walks over n_tiles
+// tiles of them at most, and of_left blocks share the same left rows, of_right the same right rows. Without sides all rows are left.
+struct Split {
+  int n_tiles = 0, of_left = 1, of_right = 1;
+};
+
 struct Loss {
   int64_t n_rows, width, n_views, n_classes;
   Dtype dtype;              // of the embeddings and of their gradient
@@ -35,6 +41,7 @@ struct Loss {
   bool normalize = true;        // zhat is z / |z|, else z
   bool negatives_only = false;  // positives are no pairs, and the term of a row is its lse; without any pair it is no anchor
   bool pairs_alone = false;     // a pass ends with its sums over pairs, with sides of rows on the left alone: one way
+  Split split = {};             // of a pass over pairs; its launch fills it in
 };
 
 struct Grouping {
@@ -55,8 +62,10 @@ struct Forward : Loss {
   float* counts;                            // (2,)
   // Scratch.
   float* distances;      // (N,)
-  float* partial_sums;   // (kPartialSums, n_blocks), most_blocks(N) at most
-  unsigned* n_finished;  // (1,), blocks of the pass over pairs that are done; set to zero by the prologue
+  float* partial_sums;   // (kPartialSums, n_row_blocks), most_blocks(N) at most
+  unsigned* n_finished;  // (n_counters(N),): row blocks of the pass over pairs that are done, and of each the blocks that share it
+                         // and are done; set to zero by the prologue
+  float* split_sums;     // split_floats(): what the blocks that share rows leave for the last of them
   float* statistics;     // (4, N), as Panel leaves them: what wide rows come with, or all that a pass over pairs alone leaves
 };
 
@@ -75,8 +84,9 @@ struct Backward : Loss {
   // Scratch.
   float* coefficients;   // (6, n_padded): Coefficients in gradient.cuh
   int64_t n_padded;      // padded_rows(N)
-  float* partial_sums;   // (n_blocks,), most_blocks(N) at most
-  unsigned* n_finished;  // (1,), set to zero by coefficients_kernel
+  float* partial_sums;   // (n_row_blocks,), most_blocks(N) at most
+  unsigned* n_finished;  // as in Forward; set to zero by coefficients_kernel
+  float* split_sums;     // as in Forward
   float* sums;           // (N, D): sum_j M_ij zhat_j by position; of wide rows, overwritten, or the result of pairs alone
 };
 
@@ -106,8 +116,17 @@ constexpr int64_t padded_rows(int64_t n_rows) { return (n_rows + 255) / 128 * 12
 // Whether the rows are too wide for the passes over pairs: more than stay on chip as operands of both products.
 constexpr bool is_wide(int64_t width, Dtype compute_dtype) { return width > (compute_dtype == Dtype::float32 ? 128 : 256); }
 
-// How many blocks a launch with partial sums takes at most: of 8 rows; of 16 or more, those of each side apart, they are fewer.
+// How many blocks of rows a launch with partial sums has at most: of 8 rows; of kBlockRows, those of each side apart, they are
+// fewer.
 constexpr int64_t most_blocks(int64_t n_rows) { return (n_rows + 15) / 8; }
+
+// Rows of a block of the passes over pairs, and how many numbers n_finished is: one, and one for each block of rows of two sides.
+constexpr int kBlockRows = 128, kMoreCounters = 3;
+constexpr int64_t n_counters(int64_t n_rows) { return n_rows / kBlockRows + kMoreCounters; }
+
+// How many numbers split_sums is; 0: null will do.
+int64_t split_floats(const Forward& pass, int64_t n_processors);
+int64_t split_floats(const Backward& pass, int64_t n_processors);
 
 // These launch a pass, or for wide rows a part of one. They return a cudaError_t: 0, or why a kernel could not be launched.
 int group(const Grouping& grouping, CUstream_st* stream);

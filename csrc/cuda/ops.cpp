@@ -224,6 +224,22 @@ const float* floats(const char* name, const Tensor& tensor, int32_t device, std:
 
 float* mutable_floats(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 
+// Scratch of a pass over pairs, where several blocks share the same rows.
+struct SplitTensors {
+  std::optional<Tensor> split_sums, n_finished;
+
+  template <class Pass>
+  SplitTensors(Pass& p, const Tensor& like, int64_t n_processors) {
+    const int64_t n_floats = split_floats(p, n_processors);
+    if (n_floats == 0) return;
+    split_sums = allocate("sums over parts of the columns", like, {n_floats}, kFloat);
+    p.split_sums = mutable_floats(*split_sums);
+    if (p.n_finished != nullptr) return;
+    n_finished = allocate("counters", like, {n_counters(p.n_rows)}, ScalarType::Int);
+    p.n_finished = static_cast<unsigned*>(n_finished->mutable_data_ptr());
+  }
+};
+
 // The fields of a pass that describe its loss. `rows`: the embeddings or zhat.
 template <class Pass>
 Pass pass_of(const Tensor& rows, int32_t device, CLOP_LOSS_PARAMETERS) {
@@ -290,7 +306,7 @@ struct LossTensors {
         negative(allocate("negative", like, {p.n_rows}, kFloat)),
         counts(allocate("counts", like, {2}, kFloat)),
         partial_sums(allocate("partial sums", like, {kPartialSums, most_blocks(p.n_rows)}, kFloat)),
-        n_finished(allocate("a counter", like, {1}, ScalarType::Int)) {
+        n_finished(allocate("counters", like, {n_counters(p.n_rows)}, ScalarType::Int)) {
     p.loss = mutable_floats(loss);
     p.shift = mutable_floats(shift);
     p.inverse_total = mutable_floats(inverse_total);
@@ -314,7 +330,7 @@ struct GradientTensors {
         grad_temperature(needs_temperature ? allocate("the temperature's gradient", embeddings, {}, kFloat)
                                            : allocate("no gradient", embeddings, {0}, kFloat)),
         partial_sums(allocate("partial sums", embeddings, {most_blocks(p.n_rows)}, kFloat)),
-        n_finished(allocate("a counter", embeddings, {1}, ScalarType::Int)),
+        n_finished(allocate("counters", embeddings, {n_counters(p.n_rows)}, ScalarType::Int)),
         coefficients(allocate("coefficients", embeddings, {6, padded_rows(p.n_rows)}, kFloat)) {
     p.upstream = floats("upstream", upstream, device, {});
     p.weights = data<float>("weights", weights, kFloat, "float32", device, {p.n_rows});
@@ -398,14 +414,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(Tensor embedd
                distances = allocate("distances", embeddings, {p.n_rows}, kFloat);
   p.norms = mutable_floats(norms);
   p.distances = mutable_floats(distances);
-  check("cannot launch the forward pass", forward(p, n_processors_of(device), current_stream(device)), device);
+  const int64_t n_processors = n_processors_of(device);
+  const SplitTensors of_split(p, embeddings, n_processors);
+  check("cannot launch the forward pass", forward(p, n_processors, current_stream(device)), device);
   return {of.loss, norms, of.shift, of.inverse_total, of.negative, of.counts};
 }
 
 std::tuple<Tensor, Tensor> backward(CLOP_BACKWARD_PARAMETERS) {
   const Device current(device_of("embeddings", embeddings));
-  const GradientTensors of(CLOP_BACKWARD_ARGUMENTS);
-  check("cannot launch the backward pass", backward(of.p, n_processors_of(of.device), current_stream(of.device)), of.device);
+  GradientTensors of(CLOP_BACKWARD_ARGUMENTS);
+  const int64_t n_processors = n_processors_of(of.device);
+  const SplitTensors of_split(of.p, embeddings, n_processors);
+  check("cannot launch the backward pass", backward(of.p, n_processors, current_stream(of.device)), of.device);
   return {of.grad_z, of.grad_temperature};
 }
 
@@ -436,7 +456,9 @@ Tensor pair_softmax(Tensor zhat, CLOP_PAIRS_PARAMETERS) {
   set_zhat(p, zhat, zhat.scalar_type(), device);
   const Tensor statistics = allocate("statistics", zhat, {4, p.n_rows}, kFloat);
   p.statistics = mutable_floats(statistics);
-  check("cannot launch the sums over pairs", pair_softmax(p, n_processors_of(device), current_stream(device)), device);
+  const int64_t n_processors = n_processors_of(device);
+  const SplitTensors of_split(p, zhat, n_processors);
+  check("cannot launch the sums over pairs", pair_softmax(p, n_processors, current_stream(device)), device);
   return statistics;
 }
 
@@ -454,7 +476,9 @@ Tensor pair_gradient(Tensor zhat, Tensor given, CLOP_PAIRS_PARAMETERS) {
   PairGradient of(zhat, given, device, CLOP_PAIRS_ARGUMENTS);
   const Tensor sums = allocate("sums", zhat, {n_left < 0 ? of.p.n_rows : n_left, of.p.width}, kFloat);
   of.p.sums = mutable_floats(sums);
-  check("cannot launch the gradient over pairs", backward(of.p, n_processors_of(device), current_stream(device)), device);
+  const int64_t n_processors = n_processors_of(device);
+  const SplitTensors of_split(of.p, zhat, n_processors);
+  check("cannot launch the gradient over pairs", backward(of.p, n_processors, current_stream(device)), device);
   return sums;
 }
 
@@ -508,7 +532,7 @@ std::tuple<Tensor, Tensor> panel_finish(Tensor sums, Tensor n_finished, CLOP_BAC
   const Device current(device_of("embeddings", embeddings));
   GradientTensors of(CLOP_BACKWARD_ARGUMENTS);
   floats("sums", sums, of.device, {of.p.n_rows, of.p.width});
-  data<int32_t>("n_finished", n_finished, ScalarType::Int, "int32", of.device, {1});
+  data<int32_t>("n_finished", n_finished, ScalarType::Int, "int32", of.device, {n_counters(of.p.n_rows)});
   of.p.sums = mutable_floats(sums);
   of.p.n_finished = static_cast<unsigned*>(n_finished.mutable_data_ptr());
   check("cannot launch the end of the backward pass", panel_finish(of.p, current_stream(of.device)), of.device);

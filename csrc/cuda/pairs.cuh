@@ -18,13 +18,17 @@
 //
 // Where nothing is compared, one view of instances or an empty side, there are no columns, and no walk.
 //
-// kRowWarps x kColumnWarps warps share the tile of S. A warp's part is kRowTiles x kTiles results of 16 x 8. Many rows: four or
-// eight row warps, each with all columns. Few rows: blocks of 16 rows, so that there are blocks for all processors, and four
-// column warps, whose sums are added at the end.
+// A block has 128 rows: kWarps warps, four or eight, and each has kRowTiles x kTiles results of 16 x 8, of 32 or 16 rows and all
+// columns of the tile of S. Where the blocks of 128 rows are fewer than the processors take at once, or leave many of them without
+// one at the end, several blocks share the same rows, and each walks over a part of the columns (Split in loss.h, which plan_of in
+// loss.cu chooses; Share). Each of them writes its sums to memory, and the last to finish adds them, in the order of the parts: the
+// same bits from run to run.
+//
+//     columns  [ tiles of block 0 | tiles of block 1 | tiles of block 2 | fewer, of block 3 ]     4 blocks share the rows
 //
 // Rows are sorted by group, so that positives lie together, without sides near the diagonal: *near* tiles, which may hold some,
 // or columns that are none of the walk's, pay for masks. All blocks walk in the same order, so that tiles of columns come from
-// L2.
+// L2, those of one part of the columns at a time.
 #pragma once
 
 #include "loss.h"
@@ -43,16 +47,15 @@ constexpr float kLargestFixed = 55.0f;
 constexpr float kLeastShift = -1e38f;  // where a maximum begins: finite, so that no two infinities are subtracted
 constexpr int kNumbers = 2;            // coefficients of each column that come with its tile: a_j and the shift
 
-template <class Product_, int kWidth_, int kRowWarps_, int kColumnWarps_, int kRowTiles_, int kColumns_, int kStages_>
+template <class Product_, int kWidth_, int kWarps_, int kRowTiles_, int kColumns_, int kStages_>
 struct Shape {
   using Product = Product_;
   using Element = typename Product::Element;
-  static constexpr int kWidth = kWidth_, kRowWarps = kRowWarps_, kColumnWarps = kColumnWarps_, kRowTiles = kRowTiles_;
+  static constexpr int kWidth = kWidth_, kWarps = kWarps_, kRowTiles = kRowTiles_;
   static constexpr int kColumns = kColumns_, kStages = kStages_;
-  static constexpr bool kIsShort = kColumnWarps > 1;
-  static constexpr int kThreads = 32 * kRowWarps * kColumnWarps;
-  static constexpr int kRows = 16 * kRowTiles * kRowWarps;
-  static constexpr int kTiles = kColumns / kColumnWarps / 8;
+  static constexpr int kThreads = 32 * kWarps;
+  static constexpr int kRows = 16 * kRowTiles * kWarps;
+  static constexpr int kTiles = kColumns / 8;
   static constexpr int kSteps = kWidth * int(sizeof(Element)) / kStepBytes;
   using Rows = Tile<kWidth* int(sizeof(Element))>;
 
@@ -62,20 +65,19 @@ struct Shape {
   static constexpr int kSharedBytes = kRowBytes + kStages * (kColumnBytes + kNumberBytes);
 
   static_assert(kTiles % 2 == 0, "columns are loaded 16 at a time");
-  static_assert(kColumns <= 128 && 128 % kColumns == 0 && 128 % kRows == 0, "coefficients are padded to 128 rows");
+  static_assert(kColumns <= 128 && 128 % kColumns == 0, "coefficients are padded to 128 rows");
+  static_assert(kRows == kBlockRows);
 };
 
-// The shapes for rows of kWidth numbers, of 128 rows and of 16. Rows of 512 bytes, and operands that come in parts, leave registers
-// for 16 rows a warp only; 64 columns at a time take too many where the gradient takes 128.
+// The shape for rows of kWidth numbers. Rows of 512 bytes, and operands that come in parts, leave registers for 16 rows a warp only;
+// 64 columns at a time take too many where the gradient takes 128.
 template <class Product, int kWidth>
 constexpr int kBytesOf = kWidth * int(sizeof(typename Product::Element));
 template <class Product, int kWidth>
 constexpr bool kIsHeavy = kBytesOf<Product, kWidth> > 256 || sizeof(typename Product::Element) > 2;
 template <class Product, int kWidth>
-using Tall = Shape<Product, kWidth, kIsHeavy<Product, kWidth> ? 8 : 4, 1, kIsHeavy<Product, kWidth> ? 1 : 2,
-                   (kBytesOf<Product, kWidth> > 128) ? 32 : 64, (kBytesOf<Product, kWidth> > 256) ? 2 : 4>;
-template <class Product, int kWidth>
-using Short = Shape<Product, kWidth, 1, 4, 1, 64, 2>;
+using ShapeOf = Shape<Product, kWidth, kIsHeavy<Product, kWidth> ? 8 : 4, kIsHeavy<Product, kWidth> ? 1 : 2,
+                      (kBytesOf<Product, kWidth> > 128) ? 32 : 64, (kBytesOf<Product, kWidth> > 256) ? 2 : 4>;
 
 // ---- what is known of a position -------------------------------------------------------------------------------------------
 
@@ -112,7 +114,7 @@ __device__ inline int positives_of(const Loss& p, const Run& run) {
 }
 
 // The columns that a position is compared with, itself apart.
-__device__ inline Run columns_of(const Loss& p, int position) {
+__host__ __device__ inline Run columns_of(const Loss& p, int position) {
   const int n_rows = int(p.n_rows), n_left = int(p.n_left);
   const bool has_pairs = p.groups != nullptr || p.n_views > 1 || p.negatives_only;  // as in clop_kernels/backends/contract.py
   if (!has_pairs || n_left == n_rows) return {0, 0};
@@ -157,21 +159,50 @@ struct Scale {
 
 // ---- the walk ----------------------------------------------------------------------------------------------------------------
 
-// What a block owns, and what it walks over: rows of one side, and the columns of the other.
+// Where a walk over columns begins: their coefficients are copied four at a time.
+__host__ __device__ inline int first_column_of(const Run& columns) { return columns.start & ~3; }
+
+// Which rows a block has, and with which other blocks it shares them. Those of left rows come first, and those that share rows lie
+// side by side.
+template <class S>
+struct Share {
+  int n_blocks, block, first_block;     // how many share the rows, which of them this is, and the first of them in the grid
+  int block_of_rows, n_blocks_of_rows;  // whichever block has them
+  bool is_right;
+
+  __device__ explicit Share(const Loss& p) {
+    const int n_left = int(p.n_left < 0 ? p.n_rows : p.n_left), n_right = p.pairs_alone ? 0 : int(p.n_rows) - n_left;
+    const int n_left_rows = (n_left + S::kRows - 1) / S::kRows, n_left_blocks = n_left_rows * p.split.of_left;
+    const int index = int(read_block_index());
+    is_right = index >= n_left_blocks;
+    const int origin = is_right ? n_left_blocks : 0;
+    n_blocks = is_right ? p.split.of_right : p.split.of_left;
+    const int of_side = int(unsigned(index - origin) / unsigned(n_blocks));
+    first_block = origin + of_side * n_blocks;
+    block = index - first_block;
+    block_of_rows = of_side + (is_right ? n_left_rows : 0);
+    n_blocks_of_rows = n_left_rows + (n_right + S::kRows - 1) / S::kRows;
+  }
+  // Those that are done.
+  __device__ unsigned* n_finished(const Forward& p) const { return p.n_finished + 1 + block_of_rows; }
+  __device__ unsigned* n_finished(const Backward& p) const { return p.n_finished + 1 + block_of_rows; }
+};
+
+// What a block walks over: rows of one side, and columns of the other.
 template <class S>
 struct Span {
   int first_row, row_end;  // kRows rows, but for those from row_end on, the end of their side; positions are int32, and so is N
   Run columns;
 
   __device__ explicit Span(const Loss& p) {
-    const int n_left = int(p.n_left), n_left_blocks = (n_left + S::kRows - 1) / S::kRows, block = int(blockIdx.x);
-    const bool is_right = n_left >= 0 && block >= n_left_blocks;
-    first_row = is_right ? n_left + (block - n_left_blocks) * S::kRows : block * S::kRows;
-    row_end = n_left < 0 || is_right ? int(p.n_rows) : n_left;
+    const Share<S> share(p);
+    const int n_left = p.n_left < 0 ? 0 : int(p.n_left), n_left_rows = (n_left + S::kRows - 1) / S::kRows;
+    first_row = share.is_right ? n_left + (share.block_of_rows - n_left_rows) * S::kRows : share.block_of_rows * S::kRows;
+    row_end = p.n_left < 0 || share.is_right ? int(p.n_rows) : n_left;
     columns = columns_of(p, first_row);
+    const int of_block = p.split.n_tiles * S::kColumns, first = first_column_of(columns) + share.block * of_block;
+    columns = {max(columns.start, first), min(columns.end - first, of_block) + first};
   }
-  // Where the walk begins: the coefficients of columns are copied four at a time.
-  __device__ int first_column() const { return columns.start & ~3; }
   // Whether a tile of columns is near rows whose positives are in `run`.
   __device__ bool is_near(int first, const Run& run) const {
     const int end = first + S::kColumns;
@@ -182,20 +213,20 @@ struct Span {
 // Where a thread stands.
 template <class S>
 struct Place {
-  int lane, g, t, row_warp, column_warp;
+  int warp, lane, g, t;
 
   __device__ Place() {
-    const int warp = threadIdx.x / 32;
+    warp = threadIdx.x / 32;
     lane = threadIdx.x % 32;
     g = lane / 4;
     t = lane % 4;
-    row_warp = warp % S::kRowWarps;
-    column_warp = warp / S::kRowWarps;
   }
+  // The first row of the block's tile that the warp has.
+  __device__ int first_row() const { return warp * S::kRowTiles * 16; }
   // Row of the block's tile that results c[r][.][2 h + e] are of.
-  __device__ int row(int r, int h) const { return (row_warp * S::kRowTiles + r) * 16 + 8 * h + g; }
+  __device__ int row(int r, int h) const { return first_row() + 16 * r + 8 * h + g; }
   // Column of the tile that results c[.][n][2 h + e] are of.
-  __device__ int column(int n, int e) const { return column_warp * (S::kColumns / S::kColumnWarps) + 8 * n + 2 * t + e; }
+  __device__ int column(int n, int e) const { return 8 * n + 2 * t + e; }
 };
 
 template <class S>
@@ -228,42 +259,45 @@ __device__ void walk(const Loss& p, const Span<S>& span, const void* zhat_pointe
   // The compiler would begin all pieces at once, for which there are no registers.
   [[maybe_unused]] constexpr int kAtOnce = Product::kIsExact ? 2 : S::kSteps;
   const int width = int(p.width), pitch = int(p.pitch);
-  const int n_tiles = (span.columns.end - span.first_column() + S::kColumns - 1) / S::kColumns;
+  const int begin = first_column_of(span.columns), end = span.columns.end;
 
-  const auto load = [&](int tile) {
-    if (tile < n_tiles) {
-      const int stage = tile % S::kStages;
-      const int first = span.first_column() + tile * S::kColumns, end = span.columns.end;
-      load_tile<typename S::Element, S::kColumns, S::kThreads>(memory.columns(stage), zhat, first, end, width, pitch);
+  Copies<typename S::Element, S::kRows, S::kThreads, typename S::Rows>(zhat, span.first_row, span.row_end, width, pitch)
+      .begin(memory.rows());
+  Copies<typename S::Element, S::kColumns, S::kThreads, typename S::Rows> copies(zhat, begin, end, width, pitch);
+  numbers += begin + 4 * int(threadIdx.x);
+  const auto load = [&](int first, int stage) {
+    if (first < end) {
+      copies.begin(memory.columns(stage));
 #pragma unroll
       for (int which = 0; which < kNumbers; ++which)
         if (which < n_numbers && threadIdx.x < S::kColumns / 4)
-          copy_async(memory.numbers(stage, which) + 4 * threadIdx.x, numbers + which * stride + first + 4 * threadIdx.x,
-                     kChunkBytes);
+          copy_async(memory.numbers(stage, which) + 4 * threadIdx.x, numbers + which * stride, kChunkBytes);
+      numbers += S::kColumns;
     }
     commit_copies();
   };
-  load_tile<typename S::Element, S::kRows, S::kThreads>(memory.rows(), zhat, span.first_row, span.row_end, width, pitch);
 #pragma unroll
-  for (int tile = 0; tile < S::kStages - 1; ++tile) load(tile);
+  for (int tile = 0; tile < S::kStages - 1; ++tile) load(begin + tile * S::kColumns, tile);
 
   typename Product::A held[kHold ? S::kRowTiles : 1][kHold ? S::kSteps : 1];
-  for (int tile = 0; tile < n_tiles; ++tile) {
+  if constexpr (kHold) {
+    wait_for_copies<S::kStages - 2>();
+    __syncthreads();
+#pragma unroll
+    for (int r = 0; r < S::kRowTiles; ++r)
+#pragma unroll
+      for (int step = 0; step < S::kSteps; ++step) {
+        uint32_t word[4];
+        load_a(word, memory.rows(), 16 * r, place.first_row(), step, place.lane);
+        held[r][step] = Product::a_of(word);
+      }
+  }
+  unsigned stage = 0;
+  for (int first_column = begin; first_column < end; first_column += S::kColumns) {
     wait_for_copies<S::kStages - 2>();
     __syncthreads();  // the tile is there for all, and the tile before it is done with
-    if (kHold && tile == 0) {
-#pragma unroll
-      for (int r = 0; r < S::kRowTiles; ++r)
-#pragma unroll
-        for (int step = 0; step < S::kSteps; ++step) {
-          uint32_t word[4];
-          load_a(word, memory.rows(), place.row(r, 0) - place.g, step, place.lane);
-          if constexpr (kHold) held[r][step] = Product::a_of(word);
-        }
-    }
-    load(tile + S::kStages - 1);
+    load(first_column + (S::kStages - 1) * S::kColumns, (stage + S::kStages - 1) % S::kStages);
 
-    const int stage = tile % S::kStages;
     float s[S::kRowTiles][S::kTiles][4] = {};
 #pragma unroll kAtOnce
     for (int first = 0; first < S::kSteps; first += kPiece) {
@@ -276,7 +310,7 @@ __device__ void walk(const Loss& p, const Span<S>& span, const void* zhat_pointe
             a[r][k] = held[r][first + k];
           } else {
             uint32_t word[4];
-            load_a(word, memory.rows(), place.row(r, 0) - place.g, first + k, place.lane);
+            load_a(word, memory.rows(), 16 * r, place.first_row(), first + k, place.lane);
             a[r][k] = Product::a_of(word);
           }
         }
@@ -304,7 +338,8 @@ __device__ void walk(const Loss& p, const Span<S>& span, const void* zhat_pointe
         }
       }
     }
-    visit(span.first_column() + tile * S::kColumns, stage, s);
+    visit(first_column, stage, s);
+    stage = (stage + 1) % S::kStages;
   }
   wait_for_copies<0>();  // of the rows, where there was no tile
   __syncthreads();       // the stages are free
@@ -331,12 +366,12 @@ __device__ float sum_of_block(float x, float* scratch) {
   return sum;
 }
 
-// True in the block that is the last of the grid to come here: it sees what the others have written before they came. `flag`: a
+// True in the block that is the last of n_blocks to come here: it sees what the others have written before they came. `flag`: a
 // float of shared memory.
-__device__ inline bool is_last_block(unsigned* n_finished, float* flag) {
+__device__ inline bool is_last_block(unsigned* n_finished, unsigned n_blocks, float* flag) {
   __threadfence();
   __syncthreads();
-  if (threadIdx.x == 0) *flag = atomicAdd(n_finished, 1) + 1 == gridDim.x ? 1.0f : 0.0f;
+  if (threadIdx.x == 0) *flag = atomicAdd(n_finished, 1) + 1 == n_blocks ? 1.0f : 0.0f;
   __syncthreads();
   const bool is_last = *flag != 0.0f;
   __threadfence();

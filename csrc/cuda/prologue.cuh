@@ -200,7 +200,8 @@ __global__ void __launch_bounds__(kBlockThreads<kThreads>, 1) prologue_kernel(co
     p.norms[position] = norm * scale;
     p.distances[position] = target != nullptr ? distance_of_terms(p.distance, terms) : terms;
   }
-  if (p.n_finished != nullptr && blockIdx.x == 0 && threadIdx.x == 0) *p.n_finished = 0;
+  // There are more threads than counters: a row has eight or more, and a block 128.
+  reset_counter(p.n_finished, p.n_rows, blockIdx.x * kBlockThreads<kThreads> + threadIdx.x);
 }
 
 }  // namespace clop::cuda

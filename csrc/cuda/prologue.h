@@ -17,7 +17,7 @@ struct Prologue {
   void* zhat;                             // (N, D) compute_dtype, by position, rows `pitch` numbers apart, as in Loss
   float* norms;                           // (N,), by position, not clamped
   float* distances;                       // (N,), by position: 0 for a row without label, NaN for one that is not finite
-  unsigned* n_finished;                   // set to zero, for the launch that follows; or null
+  unsigned* n_finished;                   // (n_counters(N),), set to zero, for the launch that follows; or null
   int64_t n_rows, n_views, n_classes, width, pitch;
   Dtype dtype, compute_dtype;
   Distance distance;

@@ -12,16 +12,19 @@
 // positives are no pairs they are in no sum, and row i's term is log(2^shift_i negative_i).
 //
 // Flops 2 N^2 D, exponentials N^2; of two sides 4 L R D and 2 L R. A pair costs one multiply-add, one ex2 and one add besides.
-// Bytes: each block reads zhat once, from L2: N^2 D itemsize / kRows, 128 flops a byte at 16 bits; device memory O(N D). From
-// shared memory a row warp reads each column tile once: 512 bytes for every 4 (32 rows a warp) or 2 (16 rows) instructions of
-// 4096 flops.
+// Bytes: each block of rows reads zhat once, from L2: N^2 D itemsize / 128, 128 flops a byte at 16 bits; device memory O(N D). Where
+// blocks share rows, each writes 16 bytes a row, and the last one reads them. From shared memory a warp reads each column tile once:
+// 512 bytes for every 4 (32 rows a warp) or 2 (16 rows) instructions of 4096 flops.
 // Predicted for an H200 (132 processors, 1.8 GHz, mma.sync at 620 of wgmma's 990 Tflop/s, 128 bytes of shared memory and 16 ex2 a
 // cycle and processor) at N = 65536, 16 bits: D = 128, 1.1 Tflop, 1.8 ms of matrix units, 1.1 ms of shared memory, 1.1 ms of ex2;
-// D = 256 (16 rows a warp) 3.5 ms of matrix units, 4.5 ms of shared memory, which bounds it. Measured there, host and all: 5.2 ms and
-// 10.2 ms, more than twice as much; a profile has yet to say why.
+// D = 256 (16 rows a warp) 3.5 ms of matrix units, 4.5 ms of shared memory, which bounds it. Measured there, host and all, with
+// walks of more instructions and before blocks shared rows: 5.2 ms and 10.2 ms, more than twice as much; a profile has yet to say why.
 //
-// The last block to finish adds the blocks' partial sums, in their order, to the loss: no launch of its own, and the same bits
-// from run to run.
+// Instructions a warp for a far tile of 32 columns, D = 128, 16 bits, one shift, in code for sm_90 that has no other path: 235 (305
+// before addresses went on from tile to tile), of which 64 mma, 16 ldmatrix, 4 cp.async, 100 for exponentials and their sums.
+//
+// The last block to finish adds the partial sums of all blocks of rows, in their order, to the loss: no launch of its own, and the
+// same bits from run to run.
 #pragma once
 
 #include "pairs.cuh"
@@ -29,7 +32,16 @@
 namespace clop::cuda {
 
 struct RowSums {
+  static constexpr int kNumbers = 4;
   float shift, negative, positive, positive_logits;
+
+  // One row after another, as the blocks that share rows leave them.
+  __device__ static RowSums load_from_l2(const float* from) {
+    float x[kNumbers];
+    cuda::load_from_l2(x, from);
+    return {x[0], x[1], x[2], x[3]};
+  }
+  __device__ void store(float* to) const { cuda::store(to, {shift, negative, positive, positive_logits}); }
 
   // The row in (4, N) statistics.
   __device__ static RowSums load(const float* statistics, int64_t n_rows, int position) {
@@ -164,15 +176,15 @@ __device__ inline void finish_softmax(const Forward& p, const Scale& scale, int 
   if (p.reduction == Reduction::none) p.loss[row_index] = term + p.prototype_weight * distance;
 }
 
-// The blocks' partial sums to the loss; the last block calls it.
+// The partial sums of the blocks of rows to the loss; the last block calls it.
 template <int kThreads>
-__device__ void finish_loss(const Forward& p, float* scratch) {
+__device__ void finish_loss(const Forward& p, unsigned n_blocks, float* scratch) {
   float sums[kPartialSums];
 #pragma unroll
   for (int k = 0; k < kPartialSums; ++k) {
     float part = 0.0f;
-    for (unsigned block = threadIdx.x; block < gridDim.x; block += kThreads)
-      part += load_from_l2(p.partial_sums + int64_t(k) * gridDim.x + block);
+    for (unsigned block = threadIdx.x; block < n_blocks; block += kThreads)
+      part += load_from_l2(p.partial_sums + int64_t(k) * n_blocks + block);
     sums[k] = sum_of_block<kThreads>(part, scratch);
   }
   if (threadIdx.x != 0) return;
@@ -190,28 +202,25 @@ __device__ void finish_loss(const Forward& p, float* scratch) {
   *p.loss = contrastive + p.prototype_weight * distance;
 }
 
-// The end of the pass: the threads' parts to the block's, and in the last block all of them to the loss. scratch: 33 floats.
+// The end of the pass: the threads' parts to those of a block of rows, and in the last of these blocks all of them to the loss.
+// scratch: 33 floats.
 template <int kThreads>
-__device__ void finish_block(const Forward& p, const float (&parts)[kPartialSums], float* scratch) {
+__device__ void finish_block(const Forward& p, const float (&parts)[kPartialSums], unsigned block_of_rows, unsigned n_blocks,
+                             float* scratch) {
   if (p.pairs_alone) return;
 #pragma unroll
   for (int k = 0; k < kPartialSums; ++k) {
     const float sum = sum_of_block<kThreads>(parts[k], scratch);
-    if (threadIdx.x == 0) p.partial_sums[int64_t(k) * gridDim.x + blockIdx.x] = sum;
+    if (threadIdx.x == 0) p.partial_sums[int64_t(k) * n_blocks + block_of_rows] = sum;
   }
-  if (is_last_block(p.n_finished, scratch + 32)) finish_loss<kThreads>(p, scratch);
+  if (is_last_block(p.n_finished, n_blocks, scratch + 32)) finish_loss<kThreads>(p, n_blocks, scratch);
 }
 
 // ---- the pass ------------------------------------------------------------------------------------------------------------------
 
-// How many short blocks a processor shall hold at once, in registers as in shared memory, for the compiler, which would else take
-// registers for nothing on the newer GPUs; tall blocks have what they take.
+// How many blocks the registers of a processor shall hold at once.
 template <class S>
-constexpr int kSoftmaxBlocks = !S::kIsShort                ? 1
-                               : S::Rows::kRowBytes <= 128 ? 5
-                               : S::Rows::kRowBytes <= 256 ? 4
-                               : S::Product::kIsExact      ? 2
-                                                           : 3;
+constexpr int kSoftmaxBlocks = S::kThreads <= 128 ? 3 : 1;
 
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, kSoftmaxBlocks<S>) softmax_kernel(const Forward p) {
@@ -231,29 +240,39 @@ __global__ void __launch_bounds__(S::kThreads, kSoftmaxBlocks<S>) softmax_kernel
     add_tile<S>(p, span, scale, is_fixed, span.is_near(first_column, near), first_column, place, s, sums);
   });
 
-  // The threads that share a row: four lanes, and the column warps.
+  // The four lanes that share a row.
   const Memory<S> memory;
-  auto* const of_warps = reinterpret_cast<RowSums*>(memory.scratch());  // (kColumnWarps, kRows)
+  auto* const of_rows = reinterpret_cast<RowSums*>(memory.scratch());
 #pragma unroll
   for (int r = 0; r < S::kRowTiles; ++r)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const RowSums row = merge_lanes<4>(sums[r][h], place.lane);
-      if (place.t == 0) of_warps[place.column_warp * S::kRows + place.row(r, h)] = row;
+      if (place.t == 0) of_rows[place.row(r, h)] = row;
     }
   __syncthreads();
+  static_assert(S::kRows <= S::kThreads, "a thread a row");
+  RowSums row = of_rows[threadIdx.x % S::kRows];
+  float* const scratch = reinterpret_cast<float*>(memory.base);  // where the rows of the block were, which are done with
+
+  // The blocks that share the rows, in their order.
+  const Share<S> share(p);
+  if (share.n_blocks > 1) {
+    const auto place_of = [&](int block) {
+      return p.split_sums + ((share.first_block + block) * S::kRows + threadIdx.x) * RowSums::kNumbers;
+    };
+    if (threadIdx.x < S::kRows) row.store(place_of(share.block));
+    if (!is_last_block(share.n_finished(p), share.n_blocks, scratch)) return;
+    if (threadIdx.x < S::kRows) {
+      row = RowSums::load_from_l2(place_of(0));
+      for (int block = 1; block < share.n_blocks; ++block) row = merge(row, RowSums::load_from_l2(place_of(block)));
+    }
+  }
 
   float parts[kPartialSums] = {};
-  for (int local = threadIdx.x; local < S::kRows; local += S::kThreads) {
-    const int position = span.first_row + local;
-    if (position >= span.row_end) break;
-    RowSums row = of_warps[local];
-#pragma unroll
-    for (int warp = 1; warp < S::kColumnWarps; ++warp) row = merge(row, of_warps[warp * S::kRows + local]);
-    finish_softmax(p, scale, position, row, parts);
-  }
-  // A place that no part of of_warps is in: rows of the block, done with.
-  finish_block<S::kThreads>(p, parts, reinterpret_cast<float*>(memory.base));
+  const int position = span.first_row + int(threadIdx.x);
+  if (threadIdx.x < S::kRows && position < span.row_end) finish_softmax(p, scale, position, row, parts);
+  finish_block<S::kThreads>(p, parts, share.block_of_rows, share.n_blocks_of_rows, scratch);
 }
 
 }  // namespace clop::cuda

@@ -25,14 +25,14 @@ struct Tile {
 
   unsigned char* base;
 
-  __device__ unsigned char* chunk(int row, int chunk) const {
-    return base + row * kRowBytes + ((chunk ^ (row & 7)) * kChunkBytes);
-  }
-  // Chunk 2 step + half, in a form that takes few registers: of a step known to the compiler, a lane needs one of four places and
-  // an immediate offset.
-  __device__ unsigned char* half_step(int row, int step, int half) const {
+  // Where a chunk is, in bytes from the base.
+  __device__ static int place(int row, int chunk) { return row * kRowBytes + ((chunk ^ (row & 7)) * kChunkBytes); }
+  __device__ unsigned char* chunk(int row, int chunk) const { return base + place(row, chunk); }
+  // Chunk 2 step + half of row `first` + `row`, in a form that takes few registers and instructions: of a step and a multiple of
+  // eight `first` that are known to the compiler, a lane needs one of four places and an immediate offset.
+  __device__ unsigned char* half_step(int first, int row, int step, int half) const {
     const int of_lane = row * kRowBytes + (half ^ (row & 7)) * kChunkBytes;
-    return base + (of_lane ^ (step % 4 * kStepBytes)) + step / 4 * (4 * kStepBytes);
+    return base + (of_lane ^ (step % 4 * kStepBytes)) + (first * kRowBytes + step / 4 * (4 * kStepBytes));
   }
   // The number at a column.
   template <class T>
@@ -42,22 +42,44 @@ struct Tile {
   }
 };
 
-// Begins to load kRows rows of zhat, (N, D), into a tile; zeros past the last row and column. Every row begins at a whole chunk
-// of memory, `pitch` numbers behind the one before, and of its last chunk only what belongs to it is read. A copy of no bytes
-// reads nothing, wherever it points.
+// What a thread copies of tiles of kRows rows of zhat, (N, D), that follow each other in memory; zeros past the last row and column.
+// Every row begins at a whole chunk of memory, `pitch` numbers behind the one before, and of its last chunk only what belongs to it
+// is read. A copy of no bytes reads nothing, wherever it points. Addresses go on from tile to tile, for to make them anew costs more
+// instructions than the copies.
 template <class T, int kRows, int kThreads, class Tile>
-__device__ void load_tile(Tile tile, const T* zhat, int first_row, int n_rows, int width, int pitch) {
-  constexpr int kPerChunk = kChunkBytes / sizeof(T), kChunks = Tile::kRowBytes / kChunkBytes, kRowsAtOnce = kThreads / kChunks;
-  static_assert(kThreads % kChunks == 0 && kRows % kRowsAtOnce == 0, "every thread copies as many chunks of one column");
-  const int chunk = threadIdx.x % kChunks, first = threadIdx.x / kChunks;
-  const int bytes = min(max((width - chunk * kPerChunk) * int(sizeof(T)), 0), kChunkBytes);
-  const T* const from = zhat + int64_t(first_row + first) * pitch + chunk * kPerChunk;
-#pragma unroll
-  for (int i = 0; i < kRows / kRowsAtOnce; ++i) {
-    const int row = first + i * kRowsAtOnce;
-    copy_async(tile.chunk(row, chunk), from + int64_t(i * kRowsAtOnce) * pitch, first_row + row < n_rows ? bytes : 0);
+struct Copies {
+  static constexpr int kPerChunk = kChunkBytes / sizeof(T), kChunks = Tile::kRowBytes / kChunkBytes, kAtOnce = kThreads / kChunks;
+  static_assert(kThreads % kChunks == 0 && kRows % kAtOnce == 0, "every thread copies as many chunks of one column");
+  static_assert(kAtOnce % 8 == 0, "a thread has the same place in all rows");
+
+  const T* from;
+  int n_left;  // rows from there on; none where the chunk is past the last column
+  int place, bytes, pitch;
+  bool is_whole;  // whether all chunks are
+
+  __device__ Copies(const T* zhat, int first_row, int end_row, int width, int pitch) : pitch(pitch) {
+    const int chunk = threadIdx.x % kChunks, row = first_row + int(threadIdx.x) / kChunks;
+    place = Tile::place(threadIdx.x / kChunks, chunk);
+    bytes = min(max((width - chunk * kPerChunk) * int(sizeof(T)), 0), kChunkBytes);
+    from = zhat + int64_t(row) * pitch + chunk * kPerChunk;
+    n_left = bytes > 0 ? end_row - row : 0;
+    is_whole = width % kPerChunk == 0;
   }
-}
+  // Begins to copy the next tile.
+  __device__ void begin(Tile tile) {
+#pragma unroll
+    for (int i = 0; i < kRows / kAtOnce; ++i) {
+      unsigned char* const to = tile.base + place + i * kAtOnce * Tile::kRowBytes;
+      const bool is_row = i * kAtOnce < n_left;
+      if (is_whole)
+        copy_async(to, from, is_row);
+      else
+        copy_async(to, from, is_row ? bytes : 0);
+      from += int64_t(kAtOnce) * pitch;
+    }
+    n_left -= kRows;
+  }
+};
 
 // ---- products ------------------------------------------------------------------------------------------------------------
 
@@ -90,7 +112,7 @@ struct Words16 {
   template <class Tile>
   __device__ static void load_transposed(B (&b)[2], Tile tile, int row, int column, int lane) {
     uint32_t word[4];
-    load_matrices_transposed(word, tile.half_step(row + lane % 16, column / 16, lane / 16));
+    load_matrices_transposed(word, tile.half_step(row, lane % 16, column / 16, lane / 16));
     b[0] = {{word[0], word[1]}};
     b[1] = {{word[2], word[3]}};
   }
@@ -167,7 +189,7 @@ struct Tf32 {
     for (int n = 0; n < 2; ++n)
 #pragma unroll
       for (int w = 0; w < 2; ++w)
-        split(b[n].word, w, reinterpret_cast<const float*>(tile.half_step(row + 2 * t + w, column / 8 + n, g / 4))[g % 4]);
+        split(b[n].word, w, reinterpret_cast<const float*>(tile.half_step(row, 2 * t + w, column / 8 + n, g / 4))[g % 4]);
   }
 
   __device__ static void multiply(float (&c)[4], const A& a, const B& b) {
@@ -180,16 +202,16 @@ struct Tf32 {
   }
 };
 
-// The A operand of step `step` of 16 rows of a tile from `row` on, and its words.
+// The words of the A operand of step `step`, of 16 rows of a tile: those from `first`, known to the compiler, plus `row` on.
 template <class Tile>
-__device__ void load_a(uint32_t (&word)[4], Tile tile, int row, int step, int lane) {
-  load_matrices(word, tile.half_step(row + lane % 16, step, lane / 16));
+__device__ void load_a(uint32_t (&word)[4], Tile tile, int first, int row, int step, int lane) {
+  load_matrices(word, tile.half_step(first, row + lane % 16, step, lane / 16));
 }
 
 // The words of two B operands: of rows [row, row + 8) of a tile and of the next 8.
 template <class Tile>
 __device__ void load_b(uint32_t (&word)[4], Tile tile, int row, int step, int lane) {
-  load_matrices(word, tile.half_step(row + lane / 16 * 8 + lane % 8, step, lane / 8 % 2));
+  load_matrices(word, tile.half_step(row, lane / 16 * 8 + lane % 8, step, lane / 8 % 2));
 }
 
 }  // namespace clop::cuda

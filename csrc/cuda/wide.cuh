@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(kPanelThreads) panel_loss_kernel(const Forward
     if (columns.start < columns.end) sums = RowSums::load(p.statistics, p.n_rows, position);
     finish_softmax(p, Scale(p), position, sums, parts);
   }
-  finish_block<kPanelThreads>(p, parts, reinterpret_cast<float*>(shared_memory()));
+  finish_block<kPanelThreads>(p, parts, blockIdx.x, gridDim.x, reinterpret_cast<float*>(shared_memory()));
 }
 
 // pairs: (n_panel_rows, n_panel_columns) in the type of zhat.
@@ -119,7 +119,7 @@ __global__ void __launch_bounds__(kPanelThreads) panel_finish_kernel(const Backw
     MemoryRow<T> row{p.sums + position * p.width, static_cast<const T*>(p.zhat) + position * p.pitch, lane, int(p.width)};
     share = finish_row(p, Scale(p), position, row);
   }
-  finish_temperature<kPanelThreads>(p, share, reinterpret_cast<float*>(shared_memory()));
+  finish_temperature<kPanelThreads>(p, share, blockIdx.x, gridDim.x, reinterpret_cast<float*>(shared_memory()));
 }
 
 }  // namespace clop::cuda

@@ -122,6 +122,7 @@ class Kernels:
     def __init__(self, n_processors: int = 2) -> None:
         self.n_processors = n_processors
         self.module = load()
+        self.shares: dict[str, tuple[int, int, int]] = {}
 
     @staticmethod
     def _zhat(zhat: Tensor) -> dict[str, Any]:
@@ -229,8 +230,18 @@ class Kernels:
     def _partial_sums(self, fields: dict[str, Any]) -> dict[str, Tensor]:
         return {
             "partial_sums": self._empty(N_PARTIAL_SUMS, self.module.most_blocks(fields["n_rows"])),
-            "n_finished": torch.full((1,), 77, dtype=torch.int32),
+            "n_finished": self._counters(fields["n_rows"]),
         }
+
+    def _counters(self, n_rows: int) -> Tensor:
+        return torch.full((self.module.n_counters(n_rows),), 77, dtype=torch.int32)
+
+    def _with_split_sums(self, fields: dict[str, Any], kernel: str) -> dict[str, Any]:
+        """Exactly as much scratch as the launch asks for; `shares` remembers how many blocks share rows."""
+        addresses = _addresses(fields)
+        self.shares[kernel] = getattr(self.module, f"{kernel}_shares")(addresses, self.n_processors)
+        n_floats = getattr(self.module, f"{kernel}_split_floats")(addresses, self.n_processors)
+        return fields | {"split_sums": self._empty(n_floats) if n_floats else None}
 
     def cuda_forward(self, embeddings: Tensor, normalized: Tensor, *loss: Any) -> tuple[Tensor, ...]:
         fields = self._loss(embeddings, *loss)
@@ -245,6 +256,7 @@ class Kernels:
             "norms": norms,
             "distances": self._empty(n_rows),
         }
+        fields = self._with_split_sums(fields, "softmax")
         self._check(self.module.forward(_addresses(fields), self.n_processors))
         loss_value, *softmax, counts = losses.values()
         return loss_value, norms, *softmax, counts
@@ -318,7 +330,7 @@ class Kernels:
 
     def cuda_backward(self, *arguments: Any) -> tuple[Tensor, Tensor | None]:
         fields = self._backward(*arguments)
-        fields |= self._coefficients(fields["n_rows"])
+        fields = self._with_split_sums(fields | self._coefficients(fields["n_rows"]), "gradient")
         self._check(self.module.backward(_addresses(fields), self.n_processors))
         return fields["grad_z"], fields["grad_temperature"]
 
@@ -345,7 +357,8 @@ class Kernels:
 
     def cuda_pair_softmax(self, zhat: Tensor, *pairs: Any) -> Tensor:
         statistics = self._empty(4, zhat.shape[0])
-        fields = self._pairs(zhat, *pairs) | {"statistics": statistics}
+        fields = self._pairs(zhat, *pairs) | {"statistics": statistics, "n_finished": self._counters(zhat.shape[0])}
+        fields = self._with_split_sums(fields, "softmax")
         self._check(self.module.pair_softmax(_addresses(fields), self.n_processors))
         return statistics
 
@@ -358,6 +371,7 @@ class Kernels:
     def cuda_pair_gradient(self, zhat: Tensor, given: Tensor, *pairs: Any) -> Tensor:
         fields = self._pairs(zhat, *pairs) | {"given": given} | self._coefficients(zhat.shape[0])
         fields["sums"] = self._empty(zhat.shape[0] if fields["n_left"] < 0 else fields["n_left"], zhat.shape[1])
+        fields = self._with_split_sums(fields | {"n_finished": self._counters(zhat.shape[0])}, "gradient")
         self._check(self.module.backward(_addresses(fields), self.n_processors))
         sums: Tensor = fields["sums"]
         return sums

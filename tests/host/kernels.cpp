@@ -42,7 +42,7 @@ Forward forward_of(const py::dict& fields) {
   FIELD(embeddings)
   FIELD(stride_z_row)
   FIELD(stride_z_column) FIELD(loss) FIELD(zhat) FIELD(norms) FIELD(shift) FIELD(inverse_total) FIELD(negative) FIELD(counts)
-      FIELD(distances) FIELD(partial_sums) FIELD(n_finished) FIELD(statistics) return p;
+      FIELD(distances) FIELD(partial_sums) FIELD(n_finished) FIELD(split_sums) FIELD(statistics) return p;
 }
 
 Backward backward_of(const py::dict& fields) {
@@ -51,7 +51,8 @@ Backward backward_of(const py::dict& fields) {
   FIELD(upstream)
   FIELD(weights)
   FIELD(zhat) FIELD(norms) FIELD(shift) FIELD(inverse_total) FIELD(negative) FIELD(counts) FIELD(given) FIELD(grad_z)
-      FIELD(grad_temperature) FIELD(coefficients) FIELD(n_padded) FIELD(partial_sums) FIELD(n_finished) FIELD(sums) return p;
+      FIELD(grad_temperature) FIELD(coefficients) FIELD(n_padded) FIELD(partial_sums) FIELD(n_finished) FIELD(split_sums)
+          FIELD(sums) return p;
 }
 
 Panel panel_of(const py::dict& fields) {
@@ -77,6 +78,17 @@ Prologue prologue_of(const py::dict& fields) {
   FIELD(stride_z_column) FIELD(order) FIELD(labels) FIELD(prototypes) FIELD(zhat) FIELD(norms) FIELD(distances) FIELD(n_finished)
       FIELD(n_rows) FIELD(n_views) FIELD(n_classes) FIELD(width) FIELD(pitch) FIELD(dtype) FIELD(compute_dtype) FIELD(distance)
           FIELD(normalize) FIELD(has_sides) return p;
+}
+
+// How a launch is split: the blocks that share left rows and right rows, and all blocks.
+template <class Pass>
+std::tuple<int, int, int64_t> shares_of(const Pass& p, int64_t n_processors) {
+  Plan plan = {};
+  with_shape(p, [&](auto tag) {
+    plan = plan_of<typename decltype(tag)::Shape>(p, n_processors);
+    return cudaSuccess;
+  });
+  return {plan.split.of_left, plan.split.of_right, plan.n_blocks};
 }
 
 // ---- the kernels that the harness itself is tested with -------------------------------------------------------------------
@@ -123,6 +135,15 @@ PYBIND11_MODULE(MODULE_NAME, m) {
   });
   m.def("most_blocks", &most_blocks);
   m.def("padded_rows", &padded_rows);
+  m.def("n_counters", &n_counters);
+  m.def("softmax_shares",
+        [](const py::dict& fields, int64_t n_processors) { return shares_of(forward_of(fields), n_processors); });
+  m.def("gradient_shares",
+        [](const py::dict& fields, int64_t n_processors) { return shares_of(backward_of(fields), n_processors); });
+  m.def("softmax_split_floats",
+        [](const py::dict& fields, int64_t n_processors) { return split_floats(forward_of(fields), n_processors); });
+  m.def("gradient_split_floats",
+        [](const py::dict& fields, int64_t n_processors) { return split_floats(backward_of(fields), n_processors); });
   m.def("group", [](const py::dict& fields) {
     Grouping p = {};
     FIELD(n_instances) FIELD(n_views) FIELD(n_left) FIELD(labels) FIELD(groups) return group(p, nullptr);

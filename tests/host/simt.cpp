@@ -351,7 +351,11 @@ void launch(unsigned n_blocks, unsigned n_threads, size_t shared_bytes, const st
   block.tsan_scheduler = __tsan_get_current_fiber();
   __tsan_release(&launched);
 #endif
-  for (block.index = 0; block.index < n_blocks; ++block.index) {
+  std::vector<unsigned> indices(n_blocks);
+  for (unsigned k = 0; k < n_blocks; ++k) indices[k] = order == Order::reverse ? n_blocks - 1 - k : k;
+  if (order == Order::shuffled) std::shuffle(indices.begin(), indices.end(), shuffler);
+  for (const unsigned index : indices) {
+    block.index = index;
     for (size_t i = 0; i < shared_bytes; ++i) block.shared[i] = 0xff;  // a NaN in every format
     block.n_at_barrier = block.n_done = 0;
     block.error.clear();

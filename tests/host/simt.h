@@ -3,7 +3,8 @@
 // Every thread of a block is a fiber with a stack of its own; blocks run one after the other. A fiber runs until it waits for
 // others: at a barrier for its block, at an instruction of a whole warp for its warp. Which fiber goes on is the scheduler's
 // choice (Order), and it is unkind: one warp runs as far as it can before the next is let go, from the first warp, from the
-// last, or in an order that changes at random. Where a barrier is missing, one of these orders reads what is not there yet.
+// last, or in an order that changes at random. Where a barrier is missing, one of these orders reads what is not there yet. Blocks
+// run in the same order: a sum of what they leave must not depend on which of them ends first.
 //
 // Kinder than a GPU it must not be either:
 //  - shared memory begins as NaN, and ends where the launch says (AddressSanitizer sees the end);
@@ -146,12 +147,22 @@ namespace clop::cuda {
 
 inline unsigned char* shared_memory() { return simt::shared_memory(); }
 
+inline unsigned read_block_index() { return blockIdx.x; }
+
 inline float exp2_approx(float x) {
   const float y = ::exp2f(x);
   return y < 1.17549435e-38f ? 0.0f : y;  // .ftz; a NaN stays one
 }
 
 inline float load_from_l2(const float* pointer) { return *pointer; }
+inline void load_from_l2(float (&x)[4], const float* pointer) {
+  if (reinterpret_cast<uintptr_t>(pointer) % 16) simt::fail("a load of 16 bytes at an address that is not a multiple of 16");
+  for (int i = 0; i < 4; ++i) x[i] = pointer[i];
+}
+inline void store(float* pointer, const float (&x)[4]) {
+  if (reinterpret_cast<uintptr_t>(pointer) % 16) simt::fail("a store of 16 bytes at an address that is not a multiple of 16");
+  for (int i = 0; i < 4; ++i) pointer[i] = x[i];
+}
 
 #define device_assert(condition, message) \
   if (!(condition)) simt::fail(message)
@@ -180,6 +191,8 @@ inline void copy_async(void* shared, const void* global, int bytes) {
   for (int i = 0; i < 16; ++i) to[i] = 0xff;
   simt::begin_copy({to, static_cast<const unsigned char*>(global), bytes});
 }
+
+inline void copy_async(void* shared, const void* global, bool is_there) { copy_async(shared, global, is_there ? 16 : 0); }
 
 inline void commit_copies() { simt::commit_copies(); }
 
@@ -214,8 +227,8 @@ inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
 inline void mma_f16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { mma(simt::Op::mma_f16, c, a, b0, b1); }
 inline void mma_tf32(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) { mma(simt::Op::mma_tf32, c, a, b0, b1); }
 
-inline cudaError_t set_to_zero(unsigned* number, cudaStream_t) {
-  *number = 0;
+inline cudaError_t set_to_zero(unsigned* numbers, int64_t n, cudaStream_t) {
+  std::fill_n(numbers, n, 0u);
   return cudaSuccess;
 }
 
