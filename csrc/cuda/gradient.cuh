@@ -29,8 +29,8 @@
 // and 15.8 ms at best: 63% and 42% of 990 Tflop/s by 6 N^2 D. Measured there, host and all, with walks of more instructions and before
 // blocks shared rows: 11.4 and 26.9 ms; a profile has yet to say why.
 //
-// Instructions a warp for a far tile of 32 columns, D = 128, 16 bits, one shift, in code for sm_90 that has no other path: 437 (510
-// before addresses went on from tile to tile), of which 128 mma, 48 ldmatrix, 5 cp.async, 144
+// Instructions a warp for a far tile of 32 columns, D = 128, 16 bits, one shift, in code for sm_90 that has no other path: 429 (510
+// before addresses went on from tile to tile and a_i of the rows stayed in registers), of which 128 mma, 48 ldmatrix, 5 cp.async, 144
 // for M.
 #pragma once
 
@@ -90,15 +90,15 @@ __global__ void __launch_bounds__(kCoefficientThreads) coefficients_kernel(const
 // Tile of S -> tile of M, in place.
 template <class S>
 __device__ void weigh_tile(const Loss& p, const Span<S>& span, const Coefficients& of, const Scale& scale, bool is_fixed,
-                           bool is_near, int first_column, const float* a_columns, const float* shift_columns,
-                           const Place<S>& place, float (&s)[S::kRowTiles][S::kTiles][4]) {
+                           bool is_near, int first_column, const float (&a_rows)[S::kRowTiles][2], const float* a_columns,
+                           const float* shift_columns, const Place<S>& place, float (&s)[S::kRowTiles][S::kTiles][4]) {
   using Product = typename S::Product;
 #pragma unroll
   for (int r = 0; r < S::kRowTiles; ++r)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int position = span.first_row + place.row(r, h);
-      const float a = of.a(position), shift = is_fixed ? scale.value : of.shift(position);
+      const float a = a_rows[r][h], shift = is_fixed ? scale.value : of.shift(position);
       if (!is_near && is_fixed) {
 #pragma unroll
         for (int n = 0; n < S::kTiles; ++n)
@@ -234,11 +234,17 @@ __global__ void __launch_bounds__(S::kThreads, kGradientBlocks<S>) gradient_kern
   const int last_row = min(span.first_row + S::kRows, span.row_end) - 1;
   const Coefficients of{p.coefficients, p.n_padded};
 
+  const Run near = {of.run(span.first_row).start, of.run(last_row).end};
+  float a_rows[S::kRowTiles][2];
+#pragma unroll
+  for (int r = 0; r < S::kRowTiles; ++r)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) a_rows[r][h] = of.a(span.first_row + place.row(r, h));
+
   float gradient[S::kRowTiles][kWidthTiles][4] = {};
   walk<S, kHold>(p, span, p.zhat, p.coefficients, is_fixed ? 1 : 2, p.n_padded, place, [&](int first_column, int stage, auto& s) {
-    const bool is_near = span.is_near(first_column, {of.run(span.first_row).start, of.run(last_row).end});
-    weigh_tile<S>(p, span, of, scale, is_fixed, is_near, first_column, memory.numbers(stage, 0), memory.numbers(stage, 1), place,
-                  s);
+    weigh_tile<S>(p, span, of, scale, is_fixed, span.is_near(first_column, near), first_column, a_rows, memory.numbers(stage, 0),
+                  memory.numbers(stage, 1), place, s);
     add_products<S>(gradient, s, memory.columns(stage), place);
   });
 
