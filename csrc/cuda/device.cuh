@@ -70,21 +70,10 @@ __device__ inline uint32_t pack_f16(float low, float high) {
   return word;
 }
 
-// Begins to copy 16 bytes, of which what is past the first `bytes` is zero and not read. Both addresses are multiples of 16.
+// Begins to copy 16 bytes, of which what is past the first `bytes` is zero and not read. Both addresses are multiples of 16. Where
+// the compiler sees that it is 16 or 0, a copy takes five instructions less.
 __device__ inline void copy_async(void* shared, const void* global, int bytes) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)), "l"(global), "r"(bytes) : "memory");
-}
-
-// The same of 16 bytes, or of none. Any other number costs six instructions more.
-__device__ inline void copy_async(void* shared, const void* global, bool is_there) {
-  asm volatile(
-      "{\n"
-      ".reg .pred is_missing;\n"
-      "setp.eq.s32 is_missing, %2, 0;\n"
-      "cp.async.cg.shared.global [%0], [%1], 16, is_missing;\n"
-      "}" ::"r"(shared_address(shared)),
-      "l"(global), "r"(int(is_there))
-      : "memory");
 }
 
 // Ends a group of copies. Every thread must call it as often, with copies or without, for groups are counted.

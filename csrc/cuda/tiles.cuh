@@ -72,7 +72,7 @@ struct Copies {
       unsigned char* const to = tile.base + place + i * kAtOnce * Tile::kRowBytes;
       const bool is_row = i * kAtOnce < n_left;
       if (is_whole)
-        copy_async(to, from, is_row);
+        copy_async(to, from, is_row ? kChunkBytes : 0);
       else
         copy_async(to, from, is_row ? bytes : 0);
       from += int64_t(kAtOnce) * pitch;

@@ -192,8 +192,6 @@ inline void copy_async(void* shared, const void* global, int bytes) {
   simt::begin_copy({to, static_cast<const unsigned char*>(global), bytes});
 }
 
-inline void copy_async(void* shared, const void* global, bool is_there) { copy_async(shared, global, is_there ? 16 : 0); }
-
 inline void commit_copies() { simt::commit_copies(); }
 
 template <int kGroupsLeft>
