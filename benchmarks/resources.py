@@ -58,9 +58,9 @@ TABLES = Path(__file__).parent / "results" / "resources"
 SPILLS_ALLOWED = {"3.6": 8, "3.9": 8}
 """Triton version -> bytes a thread that a kernel may spill there; no other version may spill.
 
-On 3.6, the oldest version that the package takes, `gradient_kernel` has 8 bytes at D = 256 on sm_90, outside its far loops; with
-two stages it has none, and an H200 took 1.14 times as long. On 3.9 some kernels that pass over rows have 8 bytes of stack, and
-take 40 to 128 registers, so not for want of them. The tables of 3.6 and 3.9 record which.
+On 3.6, the oldest version that the package takes, `gradient_kernel` has 8 bytes at D = 256 on sm_90 and below D = 64 on sm_100,
+outside its far loops; the first has none with two stages, and an H200 took 1.14 times as long. Some kernels that pass over rows
+have 8 bytes of stack, and take 40 to 96 registers, so not for want of them. The tables of 3.6 and 3.9 record which.
 """
 
 FORMS: dict[str, dict[str, Any]] = {

@@ -315,7 +315,8 @@ def loss_kernel(
     # Where positives are no pairs, a row with negatives is an anchor: not total > 0, so that a NaN among them shows in its term.
     is_anchor = tl.where(negatives_only != 0, total != 0.0, n_positives > 0) & is_row
     tl.store(shift_out + rows, shift, mask=is_row)
-    tl.store(inverse_total_out + rows, tl.where(is_anchor, 1.0 / total, 0.0), mask=is_row)
+    inverse_total = 1.0 / tl.where(is_anchor, total, 1.0)
+    tl.store(inverse_total_out + rows, tl.where(is_anchor, inverse_total, 0.0), mask=is_row)
     tl.store(negative_out + rows, negative, mask=is_row)
 
     term = tl.where(is_anchor, contrastive_term(shift, negative, positive, positive_logits, n_positives), 0.0)
