@@ -604,9 +604,9 @@ def test_operands_of_tf32_are_rounded(units_that_cut_off: list[str]) -> None:
 
 @interpreted
 def test_kernels_compile_without_spilling(tmp_path: Path) -> None:
-    """A few, for two kinds of matrix units, to what the committed table says of them: .ci/run holds the whole table to be up to date.
+    """A few, to what the committed table says of them: .ci/run holds the whole table to be up to date.
 
-    tests/test_sass.py has a third kind.
+    These are two kinds of matrix units; tests/test_sass.py has a third.
     """
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     options = ("--targets", "80", "100", "--dtypes", "bfloat16", "--dims", "16", "--all", "--csv", str(tmp_path / "found.csv"))
