@@ -36,9 +36,7 @@ class Pairs(NamedTuple):
 
     groups: tl.tensor  # (3, n_rows) int32, by position: row, start, end; read where ``views`` is 0
     n_rows: tl.tensor
-    n_left: (
-        tl.tensor
-    )  # how many rows are on the left side, the first positions; -1: there are no sides, and a row meets all others
+    n_left: tl.tensor  # rows on the left side, the first positions; -1: there are no sides, and a row meets all others
     views: tl.tensor  # positives are the views of an instance, so many side by side; of two sides 1; 0: ``groups`` has them
     is_one_way: tl.tensor  # of two sides only rows on the left have programs
     negatives_only: tl.tensor  # positives are no pairs, like a row and itself
@@ -48,7 +46,7 @@ class Span(NamedTuple):
     """What one program compares: rows of one side with columns that they meet, which are positions too.
 
     Tiles of BLOCK_N columns are numbered from ``column_base``, and so are the columns of :func:`near_columns` and
-    :func:`far_columns`: what is loaded for every pair is loaded through :func:`from_position`.
+    :func:`far_column`: what is loaded for every pair is loaded through :func:`from_position`.
     """
 
     first: tl.tensor  # the program's first row
