@@ -607,6 +607,13 @@ def _seconds(text: str) -> float:
     return value
 
 
+def _processes(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text}: expected 1 process or more")
+    return value
+
+
 @functools.cache
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -622,7 +629,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--groups", nargs="+", metavar="GROUP", help="only these (--list)")
     add("--seconds", type=_seconds, default=math.inf, help="ends by then, leaves out the end, and says so in rows (no limit)")
     add("--output", type=Path, metavar="FILE", help="the table; by default benchmarks/results/tiles/sm_NN.csv")
-    add("--processes", type=int, default=len(os.sched_getaffinity(0)), metavar="N", help="that compile (%(default)s)")
+    add("--processes", type=_processes, default=len(os.sched_getaffinity(0)), metavar="N", help="that compile (%(default)s)")
     add("--compile-only", action="store_true", help="compile, print what each candidate takes, and end")
     add(
         "--sm",

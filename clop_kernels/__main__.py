@@ -65,22 +65,27 @@ def _print(report: dict[str, Any]) -> None:
             print(f"  {name:13} {state}  {summaries[name]}{note}")
 
 
+_CAPABILITIES = (80, 86, 87, 89, 90, 100, 103, 120, 121)
+"""NVIDIA GPUs that Triton compiles matrix products for."""
+
 _NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in _DTYPES}
 
 WARM_UP = """Compiles the Triton kernels of a training ahead of it, several at a time, into Triton's cache, so that the first
 step does not wait for them. What is compiled depends on the width of the embeddings, their dtype, that of the products and the
-GPU alone: seven or eight kernels serve every loss, number of rows, label and schedule.
+GPU alone: seven or eight kernels serve every loss, number of rows, label and schedule. Embeddings are taken to be contiguous.
 
 example: python -m clop_kernels warm-up --dims 128 768 --dtype float32 --compute-dtype bfloat16     a training under autocast"""
 
 
 def _warm_up(given: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    if os.environ.get("TRITON_INTERPRET") == "1":
-        parser.error("TRITON_INTERPRET=1 is in the environment: the interpreter compiles nothing; unset it")
     try:
-        from .backends.triton.warm_up import Gpu, Training, warm_up
+        from triton import knobs
     except ModuleNotFoundError:
         parser.error("Triton is not installed: `pip install triton`, or the build of it that came with torch for this GPU")
+    if knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET is set in the environment: the interpreter compiles nothing; unset it")
+    from .backends.triton.warm_up import Gpu, Training, warm_up
+
     if given.sm is not None:
         gpu = Gpu("cuda", given.sm, 32)
     else:
@@ -92,8 +97,13 @@ def _warm_up(given: argparse.Namespace, parser: argparse.ArgumentParser) -> None
     compute_dtype = dtype if given.compute_dtype is None else _NAMES[given.compute_dtype]
     trainings = [Training(width, dtype, compute_dtype, given.tf32) for width in given.dims]
     begin = time.perf_counter()
-    for n_done, (training, kernel, seconds) in enumerate(warm_up(trainings, gpu, given.jobs), start=1):
-        print(f"{n_done:3}  {kernel:20} D = {training.width:<5} {seconds:5.1f} s", flush=True)
+    n_done = 0
+    try:
+        for training, kernel, seconds in warm_up(trainings, gpu, given.jobs):
+            n_done += 1
+            print(f"{n_done:3}  {kernel:20} D = {training.width:<5} {seconds:5.1f} s", flush=True)
+    except Exception as error:  # of whatever kind a compiler has; its own messages came before
+        parser.exit(1, f"Triton cannot compile for this: {type(error).__name__}: {error}\n")
     print(f"{n_done} kernels are in Triton's cache, after {time.perf_counter() - begin:.0f} s")
 
 
@@ -118,7 +128,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--dtype", choices=_NAMES, default="float32", help="dtype of the embeddings (%(default)s)")
     add("--compute-dtype", choices=_NAMES, help="dtype of the products, under autocast another one (that of the embeddings)")
     add("--tf32", action="store_true", help="products of float32 may be TF32, as torch.backends.cuda.matmul.fp32_precision says")
-    add("--sm", type=_positive, metavar="SM", help="for an NVIDIA GPU of this compute capability, 90 for 9.0 (the GPU here)")
+    add("--sm", type=int, choices=_CAPABILITIES, help="for an NVIDIA GPU of this compute capability, 90 for 9.0 (the GPU here)")
     add("--jobs", type=_positive, default=os.cpu_count(), metavar="N", help="compilations at a time (%(default)s)")
     given = parser.parse_args(arguments)
     if given.command == "warm-up":

@@ -84,7 +84,7 @@ def training_step(number: int, dtype: torch.dtype, width: int) -> None:
     from clop_kernels.backends.contract import LossOptions, unit_rows
     from clop_kernels.groups import label_groups
 
-    n_instances = (256, 256, 256, 131)[number % 4] + 4096 * (number % 7 == 5)
+    n_instances = (512, 256, 16384, 131)[number % 4] + 4096 * (number % 7 == 5)  # for which columns are split by 16, and by 1
     z = torch.randn(2 * n_instances, width, dtype=dtype, requires_grad=True)
     labels = torch.randint(-1, 10, (n_instances + number % 5,))[number % 5 :]
     prototypes = torch.randn(10, width, dtype=dtype, requires_grad=number % 2 == 0)

@@ -397,6 +397,20 @@ def test_the_kernels_read_the_temperature_in_every_form(form: str, is_wide: bool
             assert relative_error(as_tensor[name], value) < 1e-6, name
 
 
+@interpreted
+@pytest.mark.parametrize("temperature", [1e30, 1e46, 1e300])
+def test_a_temperature_whose_inverse_float32_does_not_hold(temperature: float) -> None:
+    """A float is not taken for a tensor."""
+    z = torch.randn(12, 4, requires_grad=True)
+    loss = clop_kernels.ntxent_loss(z, temperature=temperature, backend="triton")
+    torch.testing.assert_close(loss.detach(), torch.tensor(11.0).log())
+    assert torch.autograd.grad(loss, z)[0].abs().max() < 1e-29
+    groups = torch.stack([torch.arange(12), torch.arange(12) // 2 * 2, torch.arange(12) // 2 * 2 + 2]).int()
+    options = LossOptions(1, "label", temperature, 0.0, "cosine", "mean", torch.float32)
+    zhat = torch.nn.functional.normalize(z.detach(), dim=1)
+    assert (TRITON.load().pair_softmax(zhat, groups, None, options).total == 11).all()
+
+
 def run(problem: Problem, temperature: float | torch.Tensor) -> dict[str, torch.Tensor]:
     """The backend itself, below the operator."""
     module = TRITON.load()

@@ -62,6 +62,7 @@ def test_nothing_is_left_to_compile_after_a_warm_up(tmp_path: Path) -> None:
     [
         ((), "there is no GPU here"),
         (("--jobs", "0"), "0: expected 1 or more"),
+        (("--sm", "9000"), "invalid choice: 9000"),
         (("--dtype", "float64"), "invalid choice: 'float64'"),
     ],
     ids=str,
@@ -74,3 +75,14 @@ def test_a_warm_up_says_what_is_wrong(
     with pytest.raises(SystemExit):
         __main__.main(["warm-up", "--dims", "16", *options])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("value", ["1", "true"])
+def test_a_warm_up_does_not_take_the_interpreter_for_a_compiler(
+    value: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", value)
+    with pytest.raises(SystemExit):
+        __main__.main(["warm-up", "--dims", "16", "--sm", "90"])
+    assert "the interpreter compiles nothing" in capsys.readouterr().err

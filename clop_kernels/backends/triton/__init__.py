@@ -17,7 +17,8 @@ The passes over pairs alone, for a loss over a process group, are the launches o
 other inputs and outputs: 1 and 1, or 2 for each pair of panels. Where columns are split, a few small ones add the summands up;
 float16 takes 1 more, that takes M_SCALE off the sums.
 
-What a kernel is compiled for are the width, the dtypes and the GPU: one serves every loss and every number of rows.
+What a kernel is compiled for are the width, the dtypes and the GPU: one serves every loss and every number of rows. (The first,
+which reads the embeddings, is compiled anew for other strides than those of contiguous ones.)
 ``python -m clop_kernels warm-up`` compiles them ahead (warm_up.py).
 
 float64 stays with the other backends: no matrix unit that Triton drives is exact in it. This module is imported when the
@@ -32,7 +33,7 @@ import torch
 from torch import Tensor
 
 from ...groups import label_groups
-from ..contract import Gradients, LossOptions, Needs, Residuals, Softmax, unit_rows
+from ..contract import Gradients, LossOptions, Needs, Residuals, Softmax, as_unit_rows, unit_rows
 from ..positions import sorted_by_class, upstream_of, used_prototypes
 from . import launches, tiles
 
@@ -119,6 +120,7 @@ def _as_float32(prototypes: Tensor | None) -> Tensor | None:
 
 def pair_softmax(zhat: Tensor, groups: Tensor, n_left: int | None, options: LossOptions) -> Softmax:
     """See :mod:`clop_kernels.backends.contract`."""
+    zhat = as_unit_rows(zhat)  # for which the kernels of a loss are compiled
     n_rows = zhat.shape[0] if n_left is None else n_left
     target = tiles.target_of(zhat.device)
     n_splits = launches.softmax_splits(zhat, -1 if n_left is None else n_left, n_left is not None, target)
@@ -136,6 +138,7 @@ def pair_softmax(zhat: Tensor, groups: Tensor, n_left: int | None, options: Loss
 
 def pair_gradient(zhat: Tensor, groups: Tensor, n_left: int | None, coefficients: Tensor, options: LossOptions) -> Tensor:
     """See :mod:`clop_kernels.backends.contract`."""
+    zhat = as_unit_rows(zhat)
     n_rows, scale = zhat.shape[0] if n_left is None else n_left, launches.m_scale(zhat.dtype)
     target = tiles.target_of(zhat.device)
     n_splits = launches.gradient_splits(zhat, -1 if n_left is None else n_left, n_left is not None, target)

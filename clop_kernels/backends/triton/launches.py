@@ -4,7 +4,8 @@
 for GPUs that need not be there.
 
 A kernel is compiled anew for each type and constant among its arguments. Those depend on the width, the dtypes and the GPU
-alone; what else a loss is told are numbers and tensors, empty ones where there is none.
+alone, for the first kernel on the strides of the embeddings too; what else a loss is told are numbers and tensors, empty ones
+where there is none.
 """
 
 from __future__ import annotations
@@ -306,6 +307,10 @@ def prototype_parts(n_classes: int, target: Target) -> int:
     return max(1, 4 * target.n_processors // n_classes)
 
 
+_LEAST_SCALE = torch.finfo(torch.float32).tiny
+"""Of a temperature that is a float: a scale of 0 says that it is a tensor. All that is below makes similarities of 0 anyway."""
+
+
 # ---- arguments, under the names that all kernels use ----------------------------------------------------------------------
 
 
@@ -351,6 +356,8 @@ def _of_pairs_alone(zhat: Tensor, groups: Tensor, n_left: int | None, options: L
 def _of_pairs(zhat: Tensor, groups: Tensor, nothing: Tensor, options: LossOptions, target: Target) -> dict[str, Any]:
     """Those that say which rows there are, who is compared, and on what scale. ``nothing`` stands in for a temperature."""
     scale, scale_rest = logit_scale(options.temperature)
+    if not isinstance(options.temperature, Tensor):
+        scale = max(scale, _LEAST_SCALE)
     by_label = options.positives == "label"
     return {
         "zhat": zhat,

@@ -166,7 +166,8 @@ def splits(n_blocks: int, n_tiles: int, at_once: int, n_processors: int) -> int:
         at_once: programs the GPU holds at a time.
         n_processors: of the GPU.
     """
-    most = max(1, min(n_tiles, MOST_ROUNDS * at_once // max(1, n_blocks)))
+    in_int32 = (2**31 - 1) // max(1, n_tiles)  # the kernels multiply tiles by splits
+    most = max(1, min(n_tiles, MOST_ROUNDS * at_once // max(1, n_blocks), in_int32))
     return min(range(1, most + 1), key=lambda n_splits: time_of(n_blocks, n_tiles, at_once, n_processors, n_splits))
 
 

@@ -1,7 +1,8 @@
 """Compiles the kernels of a training ahead of it, in parallel, into the cache where Triton looks for them.
 
 What is compiled depends on the width of the rows, their dtype, the dtype of the products and the GPU, and on nothing else of a
-loss. The launches of one loss, on tensors without memory, are therefore all that a training will ask for.
+loss but whether the embeddings are contiguous. The launches of one loss, on tensors without memory, are therefore all that a
+training will ask for.
 """
 
 from __future__ import annotations
