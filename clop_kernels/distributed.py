@@ -31,7 +31,6 @@ as of torch 2.13 Inductor fails on one whose results have sizes that only runnin
 
 from __future__ import annotations
 
-import functools
 from contextlib import AbstractContextManager
 from dataclasses import replace
 from types import TracebackType
@@ -111,7 +110,7 @@ def forward(
                 n_positives[side.rows] += (block.groups[2] - block.groups[1])[: block.n_left]
                 gathered[index] = gathered[index] if plan.is_ring else block
         if parts:
-            merged: Softmax = functools.reduce(_merged, parts)
+            merged: Softmax = rowwise.merged(Softmax(*map(torch.stack, zip(*parts, strict=True))))
             for of_rows, of_side in zip(softmax, merged, strict=True):
                 of_rows[side.rows] = of_side
 
@@ -194,15 +193,6 @@ def _pull(label: Tensor | None, prototypes: Tensor | None, options: LossOptions)
 def _of_pairs(options: LossOptions) -> LossOptions:
     """The options of a pass over pairs."""
     return replace(options, n_views=1, positives="label", n_left=None)
-
-
-def _merged(x: Softmax, y: Softmax) -> Softmax:
-    """The sums over two sets of columns as those over both. Of one shift for all rows, that is the shift."""
-    shift = torch.maximum(x.shift, y.shift)
-    of_x, of_y = torch.exp2(x.shift - shift), torch.exp2(y.shift - shift)
-    return Softmax(
-        shift, x.negative * of_x + y.negative * of_y, x.positive * of_x + y.positive * of_y, x.positive_logits + y.positive_logits
-    )
 
 
 # ---- the operators ---------------------------------------------------------------------------------------------------

@@ -388,8 +388,9 @@ def test_the_kernels_read_the_temperature(temperature: float, reduction: str, is
 
 
 @interpreted
-@pytest.mark.parametrize("form", ["clip", "clip, online", "clip by label, raw", "supcon, raw", "negatives"])
-def test_the_kernels_read_the_temperature_in_every_form(form: str, is_wide: bool, small_tiles: None) -> None:
+@pytest.mark.parametrize("form", ["clip", "supcon, raw"])
+def test_the_kernels_read_the_temperature_in_other_forms(form: str, is_wide: bool, small_tiles: None) -> None:
+    """Of unit rows and of others, whose softmax has one path; the kernels are the same for all forms."""
     problem = forms()[form]
     as_float, as_tensor = run(problem, problem.temperature), run(problem, torch.tensor(problem.temperature))
     for name, value in as_float.items():

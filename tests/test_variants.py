@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -43,7 +44,9 @@ def test_the_tests_of_a_gpu_compile_few_variants(tmp_path: Path) -> None:
     chosen = "triton and not sanitizer and not past_2 and not 131072 and not memory_grows"
     options = ("-p", "tests.standin", "tests/test_gpu.py", "-k", chosen, "--tb=no", "-p", "no:cacheprovider")
     printed = run("pytest", "-q", *options, CLOP_VARIANTS=str(path))
-    assert " 151 passed" in printed, printed[-2000:]
+    passed = re.search(r" (\d+) passed", printed)
+    assert passed is not None, printed[-2000:]
+    assert int(passed[1]) >= 151, printed[-2000:]
     counts = {name: len(keys) for name, keys in json.loads(path.read_text()).items()}
     assert counts.keys() >= {"softmax_kernel", "gradient_kernel", "pair_kernel", "product_kernel", "prototype_kernel"}
     assert 200 < sum(counts.values()) <= MOST_OF_THE_GPU_TESTS, counts

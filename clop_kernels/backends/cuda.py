@@ -245,11 +245,10 @@ def _softmax(residuals: Residuals) -> tuple[Tensor, ...]:
 
 def _arguments(groups: Tensor, labels: Tensor | None, prototypes: Tensor | None, options: LossOptions) -> tuple[Any, ...]:
     """What describes a loss to every operator."""
-    used = used_prototypes(prototypes, labels)
     return (
         groups,
         labels,
-        None if used is None else used.to(torch.float32),
+        used_prototypes(prototypes, labels),
         *_scale(options),
         options.n_views,
         options.prototype_weight,

@@ -35,8 +35,8 @@ def upstream_of(grad_loss: Tensor, residuals: Residuals, options: LossOptions) -
 
 
 def used_prototypes(prototypes: Tensor | None, labels: Tensor | None) -> Tensor | None:
-    """The prototypes, None where no row has a label."""
-    return prototypes if labels is not None else None
+    """The prototypes in float32, None where no row has a label."""
+    return None if prototypes is None or labels is None else prototypes.to(torch.float32)
 
 
 def sorted_by_class(labels: Tensor, groups: Tensor, options: LossOptions, n_classes: int) -> tuple[Tensor, Tensor]:

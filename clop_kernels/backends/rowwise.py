@@ -46,6 +46,13 @@ def labels_of_rows(labels: Tensor, order: Tensor, options: LossOptions) -> Tenso
     return labels.repeat(options.n_views).index_select(0, order)
 
 
+def merged(parts: Softmax) -> Softmax:
+    """The sums over several sets of columns, (sets, N) each, as those over all. Of one shift for all rows, that is the shift."""
+    shift = parts.shift.amax(0)
+    scale = torch.exp2(parts.shift - shift)
+    return Softmax(shift, (parts.negative * scale).sum(0), (parts.positive * scale).sum(0), parts.positive_logits.sum(0))
+
+
 def contrastive_terms(softmax: Softmax, n_positives: Tensor) -> Tensor:
     """lse_i - mean_p s_ip, (N,), in a form that cancels only what the inputs' rounding has left: any value outside A."""
     mean_positive = softmax.positive_logits / n_positives.clamp(min=1)

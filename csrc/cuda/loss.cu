@@ -95,6 +95,19 @@ Plan plan_of(const Backward& p, int64_t n_processors) {
   return plan_of<S>(p, n_processors * kGradientBlocks<S>, kGradientPartColumns);
 }
 
+// The numbers that blocks which share rows leave; `of_row` says how many of a row, by shape.
+template <class Pass, class OfRow>
+int64_t split_floats(const Pass& p, int64_t n_processors, OfRow&& of_row) {
+  int64_t n_floats = 0;
+  with_shape(p, [&](auto tag) {
+    using S = typename decltype(tag)::Shape;
+    const Plan plan = plan_of<S>(p, n_processors);
+    n_floats = plan.has_shared_rows ? plan.n_blocks * S::kRows * of_row(tag) : 0;
+    return cudaSuccess;
+  });
+  return n_floats;
+}
+
 // Calls visit with a number of the type of zhat.
 template <class Visit>
 cudaError_t with_element(const Loss& p, Visit&& visit) {
@@ -163,25 +176,11 @@ int backward(const Backward& p, int64_t n_processors, CUstream_st* stream) {
 }
 
 int64_t split_floats(const Forward& p, int64_t n_processors) {
-  int64_t n_floats = 0;
-  with_shape(p, [&](auto tag) {
-    using S = typename decltype(tag)::Shape;
-    const Plan plan = plan_of<S>(p, n_processors);
-    n_floats = plan.has_shared_rows ? plan.n_blocks * S::kRows * RowSums::kNumbers : 0;
-    return cudaSuccess;
-  });
-  return n_floats;
+  return split_floats(p, n_processors, [](auto) -> int64_t { return RowSums::kNumbers; });
 }
 
 int64_t split_floats(const Backward& p, int64_t n_processors) {
-  int64_t n_floats = 0;
-  with_shape(p, [&](auto tag) {
-    using S = typename decltype(tag)::Shape;
-    const Plan plan = plan_of<S>(p, n_processors);
-    n_floats = plan.has_shared_rows ? plan.n_blocks * S::kRows * S::kWidth : 0;
-    return cudaSuccess;
-  });
-  return n_floats;
+  return split_floats(p, n_processors, [](auto tag) -> int64_t { return decltype(tag)::Shape::kWidth; });
 }
 
 int prototype_gradient(const PrototypeGradient& p, CUstream_st* stream) {

@@ -35,6 +35,7 @@ from torch import Tensor
 from ...groups import label_groups
 from ..contract import Gradients, LossOptions, Needs, Residuals, Softmax, as_unit_rows, unit_rows
 from ..positions import sorted_by_class, upstream_of, used_prototypes
+from ..rowwise import merged
 from . import launches, tiles
 
 CHECKS_VALUES = True
@@ -68,7 +69,7 @@ def forward(
     scratch = launches.ForwardScratch.like(zhat, options, target)
     with tiles.device_guard(embeddings.device):
         for launch in launches.forward(
-            embeddings, labels, _as_float32(used_prototypes(prototypes, labels)), options, loss, residuals, scratch, target
+            embeddings, labels, used_prototypes(prototypes, labels), options, loss, residuals, scratch, target
         ):
             launch.run()
     return loss, residuals
@@ -86,7 +87,7 @@ def backward(
     """The upstream gradient, () or (N,), to the gradients of the raw embeddings, the temperature and the prototypes."""
     n_rows = embeddings.shape[0]
     target = tiles.target_of(embeddings.device)
-    used = _as_float32(used_prototypes(prototypes, labels))
+    used = used_prototypes(prototypes, labels)
     grad_embeddings = grad_temperature = grad_prototypes = None
     if n_rows == 0:
         grad_embeddings = torch.zeros_like(embeddings)
@@ -114,10 +115,6 @@ def backward(
     return Gradients(grad_embeddings if needs.embeddings else None, grad_temperature, grad_prototypes)
 
 
-def _as_float32(prototypes: Tensor | None) -> Tensor | None:
-    return None if prototypes is None else prototypes.to(torch.float32)
-
-
 def pair_softmax(zhat: Tensor, groups: Tensor, n_left: int | None, options: LossOptions) -> Softmax:
     """See :mod:`clop_kernels.backends.contract`."""
     zhat = as_unit_rows(zhat)  # for which the kernels of a loss are compiled
@@ -128,12 +125,8 @@ def pair_softmax(zhat: Tensor, groups: Tensor, n_left: int | None, options: Loss
     with tiles.device_guard(zhat.device):
         for launch in launches.pair_softmax(zhat, groups, n_left, options, statistics, target):
             launch.run()
-    if n_splits == 1:
-        return Softmax(*statistics[0].unbind())
-    shifts, negative, positive, positive_logits = statistics.unbind(1)
-    shift = shifts.amax(0)
-    share = torch.exp2(shifts - shift)
-    return Softmax(shift, (negative * share).sum(0), (positive * share).sum(0), positive_logits.sum(0))
+    parts = Softmax(*statistics.unbind(1))
+    return merged(parts) if n_splits > 1 else Softmax(*(of_rows[0] for of_rows in parts))
 
 
 def pair_gradient(zhat: Tensor, groups: Tensor, n_left: int | None, coefficients: Tensor, options: LossOptions) -> Tensor:

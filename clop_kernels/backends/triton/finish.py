@@ -49,7 +49,7 @@ def distance_gradient(unit, target, distance):
     do_not_specialize_on_alignment=["row_weights", "groups", "labels", "prototypes", "upstream", "temperature"],
 )  # fmt: skip
 def finish_kernel(
-    sums,  # (splits, N, D) float32, by position: sum_j M_ij zhat_j times M_SCALE, in as many summands
+    sums,  # (splits, N, D) float32, by position: sum_j M_ij zhat_j times M_SCALE, a summand a split
     zhat,  # (N, D), by position
     norms,  # (N,), by position
     row_weights,  # (N,) float32, by position: w_i, read if is_weighted; else they are 1 each

@@ -135,7 +135,7 @@ def whole_rows(width: int) -> Tile:
 
 
 MOST_ROUNDS = 4
-"""Columns are split into no more programs than the GPU holds at this many times: so few, and so little memory for their sums."""
+"""Split columns make at most so many rounds of programs, which bounds the memory of their sums."""
 
 TILES_OF_A_PROGRAM = 3
 """What a program costs besides its tiles, in tiles: loads of its rows and of the first columns, stores of its sums."""

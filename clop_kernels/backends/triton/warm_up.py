@@ -53,7 +53,7 @@ class Gpu:
 
     @property
     def target(self) -> Target:
-        """The number of processors decides of no tile."""
+        """No tile depends on the number of processors, which is not known here."""
         return Target(self.arch if self.backend == "cuda" and isinstance(self.arch, int) else 0, 1)
 
 
@@ -95,11 +95,15 @@ class Training:
 def kernels_of(training: Training, gpu: Gpu) -> list[Launch]:
     """A launch of each kernel that a training needs."""
     options = LossOptions(2, "label", _empty(), 1.0, "cosine", "mean", training.compute_dtype)
+    precision = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32" if training.allows_tf32 else "ieee"
-    found: dict[str, Launch] = {}
-    for launch in launches_of(options, 256, training.width, training.dtype, gpu.target):
-        found.setdefault(launch.kernel.fn.__name__, launch)
-    return list(found.values())
+    try:
+        found: dict[str, Launch] = {}
+        for launch in launches_of(options, 256, training.width, training.dtype, gpu.target):
+            found.setdefault(launch.kernel.fn.__name__, launch)
+        return list(found.values())
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = precision
 
 
 def warm_up(trainings: list[Training], gpu: Gpu, n_jobs: int) -> Iterator[tuple[Training, str, float]]:
@@ -120,8 +124,8 @@ def _compile(training: Training, gpu: Gpu, number: int) -> tuple[str, float]:
 
     driver.set_active(Driver(gpu))
     kernels = kernels_of(training, gpu)
-    for launch in kernels:  # of Triton 3.6 the key of a kernel depends on which were asked for before it: those of a training
-        launch.kernel.cache_key  # noqa: B018
+    for launch in kernels:
+        launch.kernel.cache_key  # noqa: B018 On Triton 3.6 a key depends on those asked for before: ask in a training's order
     launch = kernels[number]
     begin = time.perf_counter()
     launch.kernel.run(grid=launch.grid, warmup=True, **launch.arguments, **launch.options)

@@ -15,8 +15,8 @@ A panel never reaches from one side into the other. One way it is multiplied onc
 
 Flops: N^2 D + 2 N^2 D, fewer than the 4 N^2 D of the one-launch kernel; of two sides 2 L R D + 4 L R D instead of 8 L R D.
 Bytes of a panel: PANEL^2 itemsize written and read twice, against 6 PANEL^2 D flops: D flops a byte in bfloat16, more than the
-operands' own 43 to 85 (tiles.py). In bfloat16 a panel of 4096 stays in an L2 of 50 MB; in float32, 64 MB, it does not, but even
-from device memory the 6.4 GB of N = 32768 take 2 ms of what three TF32 products make 40 ms or more.
+operands' own 43 to 85 (tiles.py). In bfloat16 a panel of 4096 stays in an L2 of 50 MB; in float32, 64 MB, it does not. Predicted:
+from device memory the 6.4 GB of N = 32768 take 2 ms, beside three TF32 products for one; with panels of 2048 an H200 took 42 ms.
 Memory: 32 MB in bfloat16, 64 MB in float32; for N below PANEL, N PANEL numbers.
 Launches: 2 a panel, (N / PANEL)^2 / 2 panels; of two sides L / PANEL times R / PANEL.
 The order of all sums is fixed: the same bits from run to run.
