@@ -11,9 +11,9 @@ from torch import Tensor
 from benchmarks import resources
 
 from .oracle import assert_pairs_accurate
-from .test_triton import interpreted, is_wide, pytestmark, small_tiles
+from .test_triton import interpreted, is_wide, pytestmark, small_tiles, split_columns
 
-__all__ = ["is_wide", "pytestmark", "small_tiles"]  # fixtures, and the warnings that are no news
+__all__ = ["is_wide", "pytestmark", "small_tiles", "split_columns"]  # fixtures, and the warnings that are no news
 
 # Rows, those on the left, width: one side, and one way from some rows to the others.
 SHAPES = [(1, None, 24), (131, None, 24), (140, 70, 40), (67, 50, 136), (150, 3, 16), (70, 69, 264)]
@@ -41,7 +41,7 @@ def test_tiles_as_shipped(dtype: torch.dtype, n_classes: int, shape: tuple[int, 
 
 @interpreted
 @pytest.mark.parametrize("shape", [(55, None), (98, 49), (97, 30), (64, 32), (50, 1)], ids=str)
-@pytest.mark.usefixtures("is_wide", "small_tiles")
+@pytest.mark.usefixtures("is_wide", "split_columns")
 def test_many_tiles(shape: tuple[int, int | None]) -> None:
     """And panels, ragged ones and whole ones. Every row has positives in other tiles, or, across sides, none has any."""
     for n_classes, tau in ((4, 0.1), (0, torch.tensor(0.01))):
