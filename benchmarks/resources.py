@@ -244,7 +244,7 @@ def launches_of_pairs(case: Case, n_left: int | None) -> Iterator[Any]:
     from clop_kernels.backends.triton import tiles
 
     dtype, n, width, target = DTYPES[case.dtype], case.n_rows, case.width, tiles.Target(case.capability, PROCESSORS)
-    options = LossOptions(1, "label", _empty(), 0.0, "cosine", "mean", dtype)
+    options = LossOptions(_empty(), positives="label", compute_dtype=dtype)
     zhat, groups, n_results = _empty(n, width, dtype=dtype), _empty(3, n, dtype=torch.int32), n if n_left is None else n_left
     sides = -1 if n_left is None else n_left, n_left is not None
     statistics = _empty(plan.softmax_splits(zhat, *sides, target), 4, n_results)

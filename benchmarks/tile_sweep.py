@@ -118,7 +118,7 @@ def record(group: Group, tile: Tile | None, n_rows: int, device: torch.device, t
 
     dtype = DTYPES[group.dtype]
     n_left = n_rows // 2 if group.form == "two-sided" else None
-    options = LossOptions(2, "instance", 0.1, 0.0, "cosine", "mean", dtype, n_left=n_left)
+    options = LossOptions(n_views=2, compute_dtype=dtype, n_left=n_left)
     is_real = device.type != "meta"
     if is_real:
         generator = torch.Generator(device).manual_seed(0)

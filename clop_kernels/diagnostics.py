@@ -17,7 +17,8 @@ import torch
 from torch import Tensor
 
 from .backends.contract import EPS, accumulate_dtype
-from .functional import _INTEGER_DTYPES, _check_embeddings, _check_prototypes, _check_rows, _check_tensor, negative_logsumexp
+from .functional import negative_logsumexp
+from .validation import INTEGER_DTYPES, check_embeddings, check_prototypes, check_rows, check_tensor
 
 _ROUNDING = 8
 """Singular values of at most so many units of rounding count as 0. Equal rows, centred, leave 1 to 2, seen up to N = 65536."""
@@ -126,7 +127,7 @@ def alignment(embeddings: Tensor, *, n_views: int = 2, alpha: float = 2.0) -> fl
         As :func:`singular_value_spectrum`; ValueError also if alpha is not positive and finite, n_views < 2, or N not a multiple.
     """
     zhat = _unit_rows(embeddings)
-    _check_embeddings(embeddings, n_views)
+    check_embeddings(embeddings, n_views)
     _check_positive("alpha", alpha)
     if n_views < 2:
         raise ValueError(f"n_views={n_views}: expected at least 2, for a positive pair is two views of one instance")
@@ -422,8 +423,8 @@ def _unit_rows(embeddings: Tensor, name: str = "embeddings") -> Tensor:
 def _labelled(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """The labelled rows, normalised, and their labels."""
     zhat = _unit_rows(embeddings)
-    _check_tensor("labels", labels)
-    if labels.dtype not in _INTEGER_DTYPES:
+    check_tensor("labels", labels)
+    if labels.dtype not in INTEGER_DTYPES:
         raise TypeError(f"labels has dtype {labels.dtype}: expected an integer dtype, as of labels.long()")
     if labels.shape != zhat.shape[:1]:
         raise ValueError(f"labels has shape {tuple(labels.shape)}: expected ({len(zhat)},), one label a row")
@@ -441,7 +442,7 @@ def _classes(embeddings: Tensor, labels: Tensor) -> list[Tensor]:
 
 
 def _unit_prototypes(embeddings: Tensor, labels: Tensor, prototypes: Tensor) -> Tensor:
-    _check_prototypes(prototypes, embeddings)
+    check_prototypes(prototypes, embeddings)
     if labels.max() >= len(prototypes):
         raise ValueError(f"labels has {int(labels.max())}: expected labels below {len(prototypes)}, the number of prototypes")
     return _unit_rows(prototypes, "prototypes").to(accumulate_dtype(embeddings.dtype))
@@ -479,7 +480,7 @@ def _ratio(total: Tensor | float, count: int) -> float:
 
 
 def _check_finite(name: str, rows: Tensor) -> None:
-    _check_rows(name, rows)
+    check_rows(name, rows)
     if len(rows) == 0:
         raise ValueError(f"{name} has shape {tuple(rows.shape)}: expected (N, D) with at least one row")
     is_bad = ~rows.isfinite().all(1)

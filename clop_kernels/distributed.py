@@ -32,28 +32,25 @@ as of torch 2.13 Inductor fails on one whose results have sizes that only runnin
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import backends, ops
 from .backends import Backend, rowwise
-from .backends.contract import Gradients, LossOptions, Needs, Softmax, accumulate_dtype
+from .backends.contract import Gradients, LossOptions, Needs, Sharding, Softmax
 from .collectives import Ranks
-from .shards import N_FIELDS, Plan, Rows, Sharding
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
+from .ops import Call
+from .shards import N_FIELDS, Plan, Rows
 
 
 class _Residuals(NamedTuple):
     """What the forward pass leaves: O(N_local D), and where rows are gathered O(N D). n local rows, by position.
 
     Attributes:
-        normalized: (n, D) in the compute dtype.
+        zhat: (n, D) in the compute dtype.
         norms: (n,).
         softmax: (3, n): shift, inverse_total, negative; over the rows of all ranks.
         n_positives: (n,) int64, on all ranks.
@@ -65,7 +62,7 @@ class _Residuals(NamedTuple):
         plan: (3, world) int64 on the CPU, :class:`Plan` as numbers.
     """
 
-    normalized: Tensor
+    zhat: Tensor
     norms: Tensor
     softmax: Tensor
     n_positives: Tensor
@@ -93,19 +90,18 @@ def forward(
     """This rank's (n, D) embeddings and (B,) labels -> the loss of all ranks, and what the backward pass needs."""
     plan = Plan.agreed(embeddings, prototypes, options, sharding, backend)
     groups = rowwise.groups_of(embeddings.shape[0], labels, options, embeddings.device)
-    normalized, norms = rowwise.normalized_rows(embeddings, groups.order, options)
-    zhat = normalized.to(options.accumulate_dtype)
-    label = None if labels is None else rowwise.labels_of_rows(labels, groups.order, options)
-    rows = Rows(plan, normalized, groups.table(), plan.keys(label, groups.order))
+    zhat, norms = rowwise.normalized_rows(embeddings, groups.order, options)
+    precise = zhat.to(options.accumulate_dtype)
+    rows = Rows(plan, zhat, groups.table(), plan.keys(labels, groups.order))
 
-    softmax = Softmax(*(zhat.new_zeros(len(zhat)) for _ in Softmax._fields))
+    softmax = Softmax(*(precise.new_zeros(len(zhat)) for _ in Softmax._fields))
     n_positives = groups.n_positives if options.n_left is None else torch.zeros_like(groups.order)
     gathered = [rows.nothing(), rows.nothing()]
     pair_softmax = backend.load().pair_softmax
     for index, side in enumerate(plan.sides):
         parts: list[Softmax] = []
         for block in rows.ring(side) if plan.is_ring else rows.gather(side):
-            parts.append(pair_softmax(block.zhat, block.groups, block.n_left, _of_pairs(options)))
+            parts.append(pair_softmax(block.zhat, block.groups, block.n_left, options.of_pairs()))
             if block.n_left is not None:
                 n_positives[side.rows] += (block.groups[2] - block.groups[1])[: block.n_left]
                 gathered[index] = gathered[index] if plan.is_ring else block
@@ -115,12 +111,11 @@ def forward(
                 of_rows[side.rows] = of_side
 
     is_anchor = n_positives > 0
-    # A row that is no anchor has a plain zero, unless it holds a NaN or an Inf, which must stay visible.
-    contrastive = torch.where(is_anchor, rowwise.contrastive_terms(softmax, n_positives), 0.0 * zhat.sum(1))
-    pull = _pull(label, prototypes, options)
-    prototype = torch.zeros_like(contrastive) if pull is None else pull.distances(zhat)
-    is_labelled = torch.zeros_like(is_anchor) if pull is None else pull.label >= 0
-    sums = torch.stack([x.sum().to(zhat.dtype) for x in (is_anchor, is_labelled, contrastive, prototype)])
+    contrastive = rowwise.contrastive_terms(softmax, n_positives, is_anchor, precise)
+    pull = rowwise.Pull.of(labels, prototypes, groups.order, options)
+    prototype = torch.zeros_like(contrastive) if pull is None else pull.distances(precise)
+    is_labelled = torch.zeros_like(is_anchor) if pull is None else pull.is_labelled
+    sums = torch.stack([x.sum().to(precise.dtype) for x in (is_anchor, is_labelled, contrastive, prototype)])
     if options.reduction == "none":
         loss = torch.empty_like(contrastive).index_copy_(0, groups.order, contrastive + options.prototype_weight * prototype)
     else:
@@ -129,9 +124,7 @@ def forward(
         loss = sums[2] / divisors[0] + options.prototype_weight * (sums[3] / divisors[1])
     statistics = torch.stack([softmax.shift, rowwise.inverse_totals(softmax, is_anchor), softmax.negative])
     kept = (gathered[0].zhat, gathered[1].zhat, gathered[0].groups, gathered[1].groups)
-    return loss, _Residuals(
-        normalized, norms, statistics, n_positives, rows.groups, rows.keys, sums[:2].clone(), *kept, plan.table()
-    )
+    return loss, _Residuals(zhat, norms, statistics, n_positives, rows.groups, rows.keys, sums[:2].clone(), *kept, plan.table())
 
 
 def backward(
@@ -148,8 +141,8 @@ def backward(
     """The upstream gradient of what this rank returned, () or (n,), to the gradients of what it was given."""
     plan = Plan.of_table(residuals.plan, options, sharding)
     order = residuals.groups[0].to(torch.int64)
-    zhat = residuals.normalized.to(options.accumulate_dtype)
-    grad_loss = grad_loss.to(zhat.dtype)
+    precise = residuals.zhat.to(options.accumulate_dtype)
+    grad_loss = grad_loss.to(precise.dtype)
     # Weights of at most 1, as matrices of half precision want them, in a unit that all ranks share.
     if options.reduction == "none":
         grad_loss = grad_loss.index_select(0, order)
@@ -166,62 +159,21 @@ def backward(
     weights = torch.where(residuals.n_positives > 0, weights, 0.0)
     coefficients = rowwise.coefficients(weights, residuals.n_positives, inverse_total, negative, shift)
 
-    rows = Rows(plan, residuals.normalized, residuals.groups, residuals.keys, coefficients)
+    rows = Rows(plan, residuals.zhat, residuals.groups, residuals.keys, coefficients)
     kept = ((residuals.gathered_0, residuals.crossing_0), (residuals.gathered_1, residuals.crossing_1))
-    grad = torch.zeros_like(zhat)
+    grad = torch.zeros_like(precise)
     pair_gradient = backend.load().pair_gradient
     for side, (gathered, crossing) in zip(plan.sides, kept, strict=False):
         for block in rows.ring(side) if plan.is_ring else rows.gather_coefficients(side, gathered, crossing):
-            grad[side.rows] += pair_gradient(block.zhat, block.groups, block.n_left, block.coefficients, _of_pairs(options))
+            grad[side.rows] += pair_gradient(block.zhat, block.groups, block.n_left, block.coefficients, options.of_pairs())
     grad *= unit / options.temperature
 
-    label = None if labels is None else rowwise.labels_of_rows(labels, order, options)
-    pull = _pull(label, prototypes, options)
-    grads = rowwise.finish(grad, zhat, residuals.norms, pull, of_prototypes, options, needs, embeddings.dtype)
-    if needs.prototypes and grads.prototypes is None:
-        assert prototypes is not None
-        grads = grads._replace(prototypes=torch.zeros_like(prototypes, dtype=zhat.dtype))
-    if grads.embeddings is None:
-        return grads
-    return grads._replace(embeddings=torch.empty_like(grads.embeddings).index_copy_(0, order, grads.embeddings))
-
-
-def _pull(label: Tensor | None, prototypes: Tensor | None, options: LossOptions) -> rowwise.Pull | None:
-    return None if label is None or prototypes is None else rowwise.Pull(label, prototypes, options.distance)
-
-
-def _of_pairs(options: LossOptions) -> LossOptions:
-    """The options of a pass over pairs."""
-    return replace(options, n_views=1, positives="label", n_left=None)
+    return rowwise.finish(
+        grad, precise, residuals.norms, labels, prototypes, of_prototypes, order, options, needs, embeddings.dtype
+    )
 
 
 # ---- the operators ---------------------------------------------------------------------------------------------------
-
-_library = torch.library.Library("clop", "FRAGMENT")
-_SCHEMA = f"{ops.OPTIONS_SCHEMA}, str group_name, str strategy, str grad_scale, bool check_ranks, bool has_backward"
-_RESIDUALS = ", ".join(f"Tensor {name}" for name in _Residuals._fields)
-_library.define(f"sharded_loss(Tensor embeddings, Tensor? labels, Tensor? prototypes, {_SCHEMA}) -> (Tensor loss, {_RESIDUALS})")
-_library.define(
-    f"sharded_loss_backward(Tensor grad_loss, Tensor embeddings, {_RESIDUALS}, Tensor? labels, Tensor? prototypes, "
-    f"bool[3] needs, {_SCHEMA}) -> (Tensor grad_embeddings, Tensor grad_temperature, Tensor grad_prototypes)"
-)
-
-
-def loss(
-    embeddings: Tensor,
-    labels: Tensor | None,
-    prototypes: Tensor | None,
-    sharding: Sharding,
-    backend: str | None,
-    **options: Unpack[ops.OptionArguments],
-) -> Tensor:
-    """As :func:`clop_kernels.ops.loss`, over the rows of all ranks."""
-    arguments = ops.option_arguments(embeddings, **options)
-    inputs = (embeddings, prototypes, options["temperature"])
-    wanted = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
-    arguments = (*arguments, backend, *sharding._replace(has_backward=wanted))
-    result: tuple[Tensor, ...] = torch.ops.clop.sharded_loss(embeddings, labels, prototypes, *arguments)
-    return result[0]
 
 
 class FailuresAnnounced(AbstractContextManager["FailuresAnnounced"]):
@@ -235,71 +187,50 @@ class FailuresAnnounced(AbstractContextManager["FailuresAnnounced"]):
             Ranks(self.sharding.group_name).announce_failure(N_FIELDS)
 
 
-def _arguments(args: tuple[Any, ...]) -> tuple[LossOptions, Tensor | None, str | None, Sharding]:
-    """The options, the temperature as a tensor, the backend and the sharding, from what follows the tensors."""
-    n_options = len(args) - len(Sharding._fields)
-    *option_args, backend = args[:n_options]
-    return ops.options_of(*option_args), option_args[1], backend, Sharding(*args[n_options:])
+def _forward(call: Call) -> tuple[Tensor, _Residuals]:
+    assert call.sharding is not None
+    with FailuresAnnounced(call.sharding):
+        backend = backends.select(call.backend, call.embeddings.device, call.options.compute_dtype)
+        ops.check_values(call.labels, call.prototypes, call.options)
+    options = ops.known_numbers(call.options)
+    return forward(call.embeddings, call.labels, call.prototypes, options, call.sharding, backend)
 
 
-def _forward(embeddings: Tensor, labels: Tensor | None, prototypes: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
-    options, temperature, backend, sharding = _arguments(args)
-    with FailuresAnnounced(sharding):
-        chosen = backends.select(backend, embeddings.device, options.compute_dtype)
-        ops.check_values(labels, prototypes, temperature)
-    with ops.without_autocast(embeddings.device.type):
-        value, residuals = forward(embeddings, labels, prototypes, options, sharding, chosen)
-    return value, *residuals
+def _backward(grad_loss: Tensor, residuals: _Residuals, call: Call, needs: Needs) -> Gradients:
+    assert call.sharding is not None
+    backend = backends.select(call.backend, call.embeddings.device, call.options.compute_dtype)
+    options = ops.known_numbers(call.options)
+    inputs = call.embeddings, residuals, call.labels, call.prototypes
+    return backward(grad_loss, *inputs, options, call.sharding, backend, needs)
 
 
-def _backward(grad_loss: Tensor, embeddings: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    n_residuals = len(_Residuals._fields)
-    labels, prototypes, needs, *args = rest[n_residuals:]
-    options, temperature, backend, sharding = _arguments(tuple(args))
-    chosen = backends.select(backend, embeddings.device, options.compute_dtype)
-    residuals = _Residuals(*rest[:n_residuals])
-    with ops.without_autocast(embeddings.device.type):
-        grads = backward(grad_loss, embeddings, residuals, labels, prototypes, options, sharding, chosen, Needs(*needs))
-    return ops.filled_gradients(grads, embeddings, temperature, prototypes, needs)
-
-
-def _forward_fake(embeddings: Tensor, labels: Tensor | None, prototypes: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
-    # Not _arguments, which reads a temperature.
-    _temperature, _tensor, _n_views, positives, _weight, _distance, reduction, compute_dtype, _normalize, n_left, *_ = args
-    group_name = args[-len(Sharding._fields)]
+def _fake(call: Call) -> tuple[Tensor, _Residuals]:
+    assert call.sharding is not None
+    embeddings, options = call.embeddings, call.options
     n_rows, width = embeddings.shape
-    precise = accumulate_dtype(compute_dtype)
-    n_keys = n_rows if positives == "label" or n_left is not None else 0
+    precise, has_sides = options.accumulate_dtype, options.n_left is not None
+    n_keys = n_rows if options.positives == "label" or has_sides else 0
     context = torch.library.get_ctx()
-    n_gathered = [context.new_dynamic_size() if index == 0 or n_left is not None else 0 for index in range(2)]
-    return (
-        embeddings.new_empty((n_rows,) if reduction == "none" else (), dtype=precise),
-        embeddings.new_empty((n_rows, width), dtype=compute_dtype),
-        embeddings.new_empty(n_rows, dtype=precise),
-        embeddings.new_empty((3, n_rows), dtype=precise),
-        embeddings.new_empty(n_rows, dtype=torch.int64),
-        embeddings.new_empty((3, n_rows), dtype=torch.int32),
-        embeddings.new_empty(n_keys, dtype=torch.int64),
-        embeddings.new_empty(2, dtype=precise),
-        *(embeddings.new_empty((n, width), dtype=compute_dtype) for n in n_gathered),
-        *(embeddings.new_empty((3, n), dtype=torch.int32) for n in n_gathered),
-        torch.empty((3, Ranks(group_name).size), dtype=torch.int64, device="cpu"),
+    gathered, crossing = [], []
+    for index in range(2):
+        n_gathered = context.new_dynamic_size() if index == 0 or has_sides else 0
+        gathered.append(embeddings.new_empty((n_gathered, width), dtype=options.compute_dtype))
+        crossing.append(embeddings.new_empty((3, n_gathered), dtype=torch.int32))
+    residuals = _Residuals(
+        zhat=embeddings.new_empty((n_rows, width), dtype=options.compute_dtype),
+        norms=embeddings.new_empty(n_rows, dtype=precise),
+        softmax=embeddings.new_empty((3, n_rows), dtype=precise),
+        n_positives=embeddings.new_empty(n_rows, dtype=torch.int64),
+        groups=embeddings.new_empty((3, n_rows), dtype=torch.int32),
+        keys=embeddings.new_empty(n_keys, dtype=torch.int64),
+        counts=embeddings.new_empty(2, dtype=precise),
+        gathered_0=gathered[0],
+        gathered_1=gathered[1],
+        crossing_0=crossing[0],
+        crossing_1=crossing[1],
+        plan=torch.empty((3, Ranks(call.sharding.group_name).size), dtype=torch.int64, device="cpu"),
     )
+    return embeddings.new_empty((n_rows,) if options.reduction == "none" else (), dtype=precise), residuals
 
 
-def _backward_fake(grad_loss: Tensor, embeddings: Tensor, *rest: Any) -> tuple[Tensor, ...]:
-    _labels, prototypes, needs, _temperature, temperature_tensor, *_ = rest[len(_Residuals._fields) :]
-    return ops.unfilled_gradients(embeddings, temperature_tensor, prototypes, needs)
-
-
-_library.impl("sharded_loss", _forward, "CompositeExplicitAutograd")
-_library.impl("sharded_loss_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("clop::sharded_loss", _forward_fake, lib=_library)
-torch.library.register_fake("clop::sharded_loss_backward", _backward_fake, lib=_library)
-torch.library.register_autograd(
-    "clop::sharded_loss",
-    ops.autograd_formula(lambda: torch.ops.clop.sharded_loss_backward),
-    setup_context=ops.setup_context,
-    lib=_library,
-)
-torch.library.register_autograd("clop::sharded_loss_backward", ops.no_second_derivative, lib=_library)
+SHARDED_LOSS = ops.Operator("sharded_loss", _Residuals, _forward, _backward, _fake, is_sharded=True)

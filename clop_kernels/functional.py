@@ -1,31 +1,21 @@
-"""The losses as functions: they validate, and call the operator. Nothing here reads a tensor's values.
+"""The losses as functions: they check what they are given (:mod:`clop_kernels.validation`), and call the operator.
 
-What only the values show (a label without a prototype, a temperature tensor that is not positive) is checked in
-:func:`clop_kernels.ops.check_values`, which raises on a CPU and never synchronises on a GPU.
+Nothing here reads a tensor's values. What only the values show (a label without a prototype, a temperature tensor that is not
+positive) is checked in :func:`clop_kernels.ops.check_values`, which raises on a CPU and never synchronises on a GPU.
 """
 
 from __future__ import annotations
 
-import math
-import numbers
-from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from . import backends, ops, reference
-from .backends.contract import DISTANCES, GRADIENT_SCALES, POSITIVES, REDUCTIONS, STRATEGIES
-
-if torch.distributed.is_available():
-    from . import distributed
-    from .shards import Sharding
+from . import backends, ops, reference, validation
+from .backends.contract import DISTANCES, POSITIVES, REDUCTIONS, LossOptions, Sharding
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
-
-_INTEGER_DTYPES = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
-_EMBEDDING_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def clop_loss(
@@ -36,7 +26,7 @@ def clop_loss(
     n_views: int = 2,
     positives: str = "instance",
     temperature: float | Tensor = 0.1,
-    prototype_weight: float = 1.0,
+    prototype_weight: float | Tensor = 1.0,
     distance: str = "cosine",
     reduction: str = "mean",
     normalize: bool = True,
@@ -68,7 +58,7 @@ def clop_loss(
         positives: "instance" (NT-Xent): the other views of the same instance. "label" (SupCon, logs averaged outside the sum):
             all rows of the same label; an unlabelled instance has its own other views only.
         temperature: tau > 0, a number, or a 0-dim floating tensor on the device of ``embeddings``, which may require grad.
-        prototype_weight: lambda >= 0.
+        prototype_weight: lambda >= 0, a number, or a 0-dim floating tensor as of ``temperature``, which must not require grad.
         distance: d, "cosine" (1 - zhat . c), "euclidean" (|zhat - c|_2) or "manhattan" (|zhat - c|_1).
         reduction: "mean", L above; "none", (V*B,): each row's contrastive term (0 outside A) + lambda * its prototype term
             (0 outside S); "sum", the sum of those.
@@ -106,23 +96,21 @@ def clop_loss(
     Example:
         >>> loss = clop_loss(torch.cat([encoder(view_1), encoder(view_2)]), labels, prototypes)
     """
-    sharding = _sharding(group, strategy, grad_scale, check_ranks)
-    with _failures_announced(sharding):
-        _check_strategies(strategy, grad_scale)
-        _check_embeddings(embeddings, n_views)
+    sharding = validation.sharding(group, strategy, grad_scale, check_ranks)
+    with validation.failures_announced(sharding):
+        validation.check_strategies(strategy, grad_scale)
+        validation.check_embeddings(embeddings, n_views)
         if labels is not None:
-            labels = _checked_labels("labels", labels, embeddings.shape[0] // n_views, embeddings.device)
-        _check_choice("positives", positives, POSITIVES)
-        _check_choice("distance", distance, DISTANCES)
+            labels = validation.checked_labels("labels", labels, embeddings.shape[0] // n_views, embeddings.device)
+        validation.check_choice("positives", positives, POSITIVES)
+        validation.check_choice("distance", distance, DISTANCES)
         if positives == "label" and labels is None:
             raise ValueError(
                 'labels=None with positives="label": expected (B,) integers, -1 for unlabelled, to find positives by'
             )
         if prototypes is not None:
-            _check_prototypes(prototypes, embeddings)
-        weight = _checked_number("prototype_weight", prototype_weight)
-        if weight < 0:
-            raise ValueError(f"prototype_weight={prototype_weight}: expected a number of at least 0")
+            validation.check_prototypes(prototypes, embeddings)
+        prototype_weight = validation.checked_prototype_weight(prototype_weight, embeddings.device)
     return _loss(
         embeddings,
         labels,
@@ -130,7 +118,7 @@ def clop_loss(
         n_views=n_views,
         positives=positives,
         temperature=temperature,
-        prototype_weight=weight,
+        prototype_weight=prototype_weight,
         distance=distance,
         reduction=reduction,
         normalize=normalize,
@@ -247,10 +235,10 @@ def clip_loss(
     Raises:
         As :func:`clop_loss`.
     """
-    sharding = _sharding(group, strategy, grad_scale, check_ranks)
-    with _failures_announced(sharding):
-        _check_strategies(strategy, grad_scale)
-        _check_sides("left", left, "right", right)
+    sharding = validation.sharding(group, strategy, grad_scale, check_ranks)
+    with validation.failures_announced(sharding):
+        validation.check_strategies(strategy, grad_scale)
+        validation.check_sides("left", left, "right", right)
         if (left_labels is None) != (right_labels is None):
             missing = "left_labels" if left_labels is None else "right_labels"
             raise ValueError(f"{missing}=None: expected labels of both sides or of neither")
@@ -260,8 +248,8 @@ def clip_loss(
             )
         labels = None
         if left_labels is not None:
-            of_left = _checked_labels("left_labels", left_labels, left.shape[0], left.device)
-            labels = torch.cat([of_left, _checked_labels("right_labels", right_labels, right.shape[0], left.device)])
+            of_left = validation.checked_labels("left_labels", left_labels, left.shape[0], left.device)
+            labels = torch.cat([of_left, validation.checked_labels("right_labels", right_labels, right.shape[0], left.device)])
     return _loss(
         torch.cat([left, right]),
         labels,
@@ -302,12 +290,12 @@ def negative_logsumexp(
     Raises:
         As :func:`clop_loss`.
     """
-    _check_rows("embeddings", embeddings)
+    validation.check_rows("embeddings", embeddings)
     n_rows = embeddings.shape[0]
-    labels = _checked_labels("labels", labels, n_rows, embeddings.device)
+    labels = validation.checked_labels("labels", labels, n_rows, embeddings.device)
     if others is not None:
-        _check_sides("embeddings", embeddings, "others", others)
-        other_labels = _checked_labels("other_labels", other_labels, others.shape[0], embeddings.device)
+        validation.check_sides("embeddings", embeddings, "others", others)
+        other_labels = validation.checked_labels("other_labels", other_labels, others.shape[0], embeddings.device)
         embeddings, labels = torch.cat([embeddings, others]), torch.cat([labels, other_labels])
     terms = _loss(
         embeddings,
@@ -329,174 +317,30 @@ def _loss(
     labels: Tensor | None,
     prototypes: Tensor | None = None,
     *,
-    n_views: int,
-    positives: str,
-    temperature: float | Tensor,
-    reduction: str,
-    normalize: bool,
     backend: str | None,
-    prototype_weight: float = 0.0,
-    distance: str = "cosine",
-    n_left: int | None = None,
-    negatives_only: bool = False,
     sharding: Sharding | None = None,
+    **options: Any,
 ) -> Tensor:
-    """Checks what all losses have in common, and calls the operator, or the reference."""
-    with _failures_announced(sharding):
-        _check_choice("reduction", reduction, REDUCTIONS)
+    """Checks what all losses have in common, and calls the operator, or the reference. ``options``: of :class:`LossOptions`."""
+    with validation.failures_announced(sharding):
+        validation.check_choice("reduction", options["reduction"], REDUCTIONS)
         if backend is not None:
-            _check_choice("backend", backend, backends.NAMES)
+            validation.check_choice("backend", backend, backends.NAMES)
         if backend == backends.REFERENCE and sharding is not None:
             raise ValueError('backend="reference" with a group: expected another backend, or all rows in one process')
         if sharding is not None and not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
             raise NotImplementedError(
                 "a group inside a transform of torch.func: expected torch.autograd, or all rows in one process"
             )
-        if not isinstance(normalize, bool):
+        if not isinstance(options["normalize"], bool):
+            normalize = options["normalize"]
             raise TypeError(f"normalize={normalize!r} of type {type(normalize).__name__}: expected a bool")
-        arguments = ops.OptionArguments(
-            n_views=n_views,
-            positives=positives,
-            temperature=_checked_temperature(temperature, embeddings.device),
-            prototype_weight=prototype_weight,
-            distance=distance,
-            reduction=reduction,
-            normalize=normalize,
-            n_left=n_left,
-            negatives_only=negatives_only,
-        )
-    if sharding is not None:
-        return distributed.loss(embeddings, labels, prototypes, sharding, backend, **arguments)
-    if backend == backends.REFERENCE:
-        if not torch.compiler.is_compiling():
-            ops.check_values(labels, prototypes, temperature if isinstance(temperature, Tensor) else None)
-        return reference.clop_loss(embeddings, labels, prototypes, **arguments)
-    return ops.loss(embeddings, labels, prototypes, backend, **arguments)
-
-
-def _sharding(group: ProcessGroup | None, strategy: str, grad_scale: str, check_ranks: bool) -> Sharding | None:
-    """None for a loss of this process alone. The choices are left to :func:`_check_strategies`, whose errors can be announced."""
-    if group is None:
-        return None
-    if not torch.distributed.is_available():
-        raise RuntimeError("group: this build of torch has no torch.distributed")
-    non_member: Any = torch.distributed.GroupMember.NON_GROUP_MEMBER
-    if group is non_member:
-        raise ValueError("group: this process is not a member of it; only those that are may call the loss")
-    if not isinstance(group, torch.distributed.ProcessGroup):
-        raise TypeError(
-            f"group is a {type(group).__name__}: expected a torch.distributed.ProcessGroup, such as torch.distributed.group.WORLD"
-        )
-    return Sharding(group.group_name, strategy, grad_scale, bool(check_ranks))
-
-
-def _failures_announced(sharding: Sharding | None) -> AbstractContextManager[Any]:
-    """Where an error within must not leave other ranks waiting. In a compiled graph nothing but the operator itself can fail; an
-    error while it is traced is this rank's alone, unless torch.compile then runs the function as it is.
-    """
-    if sharding is None or torch.compiler.is_compiling():
-        return nullcontext()
-    return distributed.FailuresAnnounced(sharding)
-
-
-def _check_strategies(strategy: str, grad_scale: str) -> None:
-    _check_choice("strategy", strategy, STRATEGIES)
-    _check_choice("grad_scale", grad_scale, GRADIENT_SCALES)
-
-
-def _check_tensor(name: str, value: object) -> None:
-    if not isinstance(value, Tensor):
-        raise TypeError(f"{name} is a {type(value).__name__}: expected a torch.Tensor")
-
-
-def _check_rows(name: str, rows: Tensor, shape: str = "(N, D)", remedy: str = "") -> None:
-    _check_tensor(name, rows)
-    if rows.dim() != 2:
-        raise ValueError(f"{name} has shape {tuple(rows.shape)}: expected 2 dimensions, {shape}{remedy}")
-    if rows.dtype not in _EMBEDDING_DTYPES:
-        raise TypeError(f"{name} has dtype {rows.dtype}: expected one of {', '.join(map(str, _EMBEDDING_DTYPES))}")
-    if rows.shape[1] < 1:
-        raise ValueError(f"{name} has shape {tuple(rows.shape)}: expected a width D of at least 1")
-
-
-def _check_sides(left_name: str, left: Tensor, right_name: str, right: Tensor) -> None:
-    _check_rows(left_name, left)
-    _check_rows(right_name, right)
-    if right.shape[1] != left.shape[1] or right.dtype != left.dtype or right.device != left.device:
-        raise ValueError(
-            f"{right_name} has width {right.shape[1]}, dtype {right.dtype} and is on {right.device}: expected those of "
-            f"{left_name}, {left.shape[1]}, {left.dtype} and {left.device}"
-        )
-
-
-def _check_embeddings(embeddings: Tensor, n_views: int) -> None:
-    remedy = "; for (B, V, D) features pass torch.cat(features.unbind(1)) with n_views=V"
-    is_stacked = isinstance(embeddings, Tensor) and embeddings.dim() == 3
-    _check_rows("embeddings", embeddings, "(n_views * B, D)", remedy if is_stacked else "")
-    if isinstance(n_views, bool) or not isinstance(n_views, int):
-        raise TypeError(f"n_views={n_views!r} of type {type(n_views).__name__}: expected an int")
-    if n_views < 1:
-        raise ValueError(f"n_views={n_views}: expected at least 1")
-    if embeddings.shape[0] % n_views != 0:
-        raise ValueError(
-            f"embeddings has {embeddings.shape[0]} rows, not a multiple of n_views={n_views}: "
-            f"expected n_views * B rows, view-major"
-        )
-
-
-def _checked_labels(name: str, labels: object, n_instances: int, device: torch.device) -> Tensor:
-    _check_tensor(name, labels)
-    assert isinstance(labels, Tensor)
-    if labels.dtype not in _INTEGER_DTYPES:
-        raise TypeError(f"{name} has dtype {labels.dtype}: expected an integer dtype, as of labels.long()")
-    if labels.dim() != 1 or labels.shape[0] != n_instances:
-        raise ValueError(
-            f"{name} has shape {tuple(labels.shape)}: expected ({n_instances},), one label an instance and not one a row "
-            f"(the views of an instance share its label)"
-        )
-    if labels.device != device:
-        raise ValueError(f"{name} is on {labels.device}: expected the device of embeddings, {device}")
-    return labels.to(torch.int64)
-
-
-def _check_prototypes(prototypes: Tensor, embeddings: Tensor) -> None:
-    _check_tensor("prototypes", prototypes)
-    width = embeddings.shape[1]
-    if prototypes.dim() != 2 or prototypes.shape[1] != width or prototypes.shape[0] < 1:
-        raise ValueError(
-            f"prototypes has shape {tuple(prototypes.shape)}: expected (K, {width}), K >= 1 rows of the width of embeddings"
-        )
-    if prototypes.dtype not in _EMBEDDING_DTYPES:
-        raise TypeError(f"prototypes has dtype {prototypes.dtype}: expected one of {', '.join(map(str, _EMBEDDING_DTYPES))}")
-    if prototypes.device != embeddings.device:
-        raise ValueError(f"prototypes is on {prototypes.device}: expected the device of embeddings, {embeddings.device}")
-
-
-def _checked_temperature(temperature: float | Tensor, device: torch.device) -> float | Tensor:
-    if isinstance(temperature, Tensor):
-        if temperature.dim() != 0:
-            raise ValueError(
-                f"temperature has shape {tuple(temperature.shape)}: expected a 0-dim tensor, as of temperature.squeeze()"
-            )
-        if not temperature.dtype.is_floating_point:
-            raise TypeError(f"temperature has dtype {temperature.dtype}: expected a floating dtype")
-        if temperature.device != device:
-            raise ValueError(f"temperature is on {temperature.device}: expected the device of embeddings, {device}, or a float")
-        return temperature
-    value = _checked_number("temperature", temperature)
-    if value <= 0:
-        raise ValueError(f"temperature={temperature}: expected a positive finite number")
-    return value
-
-
-def _checked_number(name: str, value: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"{name}={value!r} of type {type(value).__name__}: expected a number")
-    if not -math.inf < value < math.inf:  # and not isfinite(), which torch.compile does not trace
-        raise ValueError(f"{name}={value}: expected a finite number")
-    return float(value)
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r}: expected one of {', '.join(map(repr, choices))}")
+        temperature = validation.checked_temperature(options.pop("temperature"), embeddings.device)
+        checked = LossOptions(temperature=temperature, compute_dtype=ops.compute_dtype(embeddings), **options)
+    if backend != backends.REFERENCE:
+        return ops.loss(ops.Call(embeddings, labels, prototypes, checked, backend, sharding))
+    if not torch.compiler.is_compiling():
+        ops.check_values(labels, prototypes, checked)
+    definition = checked._asdict()
+    del definition["compute_dtype"]  # its products are plain PyTorch's
+    return reference.clop_loss(embeddings, labels, prototypes, **definition)

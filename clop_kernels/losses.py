@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import torch
 from torch import Tensor, nn
 
-from . import functional
+from . import functional, validation
 from .backends import NAMES
 from .backends.contract import DISTANCES, POSITIVES, REDUCTIONS
 from .prototypes import orthonormal_prototypes, simplex_prototypes
@@ -52,14 +52,14 @@ class _ContrastiveLoss(nn.Module):
         super().__init__()
         if isinstance(temperature, Tensor):
             raise TypeError("temperature is a Tensor: expected a float; learnable_temperature=True makes it a parameter")
-        value = functional._checked_temperature(temperature, torch.device("cpu"))
-        functional._check_choice("reduction", reduction, REDUCTIONS)
+        value = validation.checked_temperature(temperature, torch.device("cpu"))
+        validation.check_choice("reduction", reduction, REDUCTIONS)
         if backend is not None:
-            functional._check_choice("backend", backend, NAMES)
+            validation.check_choice("backend", backend, NAMES)
         if isinstance(n_views, bool) or not isinstance(n_views, int) or n_views < 1:
             raise ValueError(f"n_views={n_views!r}: expected an int of at least 1")
-        functional._sharding(group, strategy, grad_scale, check_ranks)
-        functional._check_strategies(strategy, grad_scale)
+        validation.sharding(group, strategy, grad_scale, check_ranks)
+        validation.check_strategies(strategy, grad_scale)
         self.n_views = n_views
         self.reduction = reduction
         self.backend = backend
@@ -79,7 +79,7 @@ class _ContrastiveLoss(nn.Module):
     def _stack(self, views: tuple[Tensor, ...], labels: Tensor | None, n_views: int | None) -> tuple[Tensor, Tensor | None, int]:
         """The views as one view-major tensor; a last positional tensor of integers is the labels."""
         for position, view in enumerate(views):
-            functional._check_tensor(f"view {position}", view)
+            validation.check_tensor(f"view {position}", view)
         if labels is None and len(views) > 1 and not views[-1].dtype.is_floating_point:
             *rest, labels = views
             views = tuple(rest)
@@ -103,7 +103,7 @@ class _ContrastiveLoss(nn.Module):
         )
 
     def _failures_announced(self) -> AbstractContextManager[Any]:
-        return functional._failures_announced(functional._sharding(**self._sharding()))
+        return validation.failures_announced(validation.sharding(**self._sharding()))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         memo[id(self.group)] = self.group  # the copy shares it: a process group cannot be copied
@@ -253,11 +253,9 @@ class CLOPLoss(_ContrastiveLoss):
         super().__init__(
             temperature, n_views, reduction, learnable_temperature, backend, group, strategy, grad_scale, check_ranks
         )
-        functional._check_choice("distance", distance, DISTANCES)
-        functional._check_choice("positives", positives, POSITIVES)
-        self.prototype_weight = functional._checked_number("prototype_weight", prototype_weight)
-        if self.prototype_weight < 0:
-            raise ValueError(f"prototype_weight={prototype_weight}: expected a number of at least 0")
+        validation.check_choice("distance", distance, DISTANCES)
+        validation.check_choice("positives", positives, POSITIVES)
+        self.prototype_weight = validation.checked_prototype_weight(prototype_weight, torch.device("cpu"))
         self.distance = distance
         self.positives = positives
         if isinstance(prototypes, Tensor):
@@ -268,7 +266,7 @@ class CLOPLoss(_ContrastiveLoss):
                 )
             buffer = prototypes.detach().to(device=device, dtype=dtype, copy=True)
         else:
-            functional._check_choice("prototypes", prototypes, tuple(_PROTOTYPES))
+            validation.check_choice("prototypes", prototypes, tuple(_PROTOTYPES))
             draw = _PROTOTYPES[prototypes]
             buffer = draw(num_classes, embedding_dim, generator=generator, device=device, dtype=dtype)
         if group is not None:

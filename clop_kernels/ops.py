@@ -1,100 +1,109 @@
-"""The loss as PyTorch operators: schema, fake, autograd formula, autocast. A backend computes, nothing here does.
+"""The losses as PyTorch operators: schemas, fakes, autograd formula, autocast. A backend computes, nothing here does.
 
 ``clop::loss`` and ``clop::loss_backward`` are opaque to torch.compile (no graph break) and to autograd, whose formula is
-registered here; a second derivative raises. :func:`loss` is the Python entrance, which reads the state of autocast.
+registered here; a second derivative raises. :class:`Operator` makes such a pair from records whose fields are declared once, in
+:mod:`clop_kernels.backends.contract`.
+
+:func:`loss` is the entrance. Where nothing but autograd looks on, it does without the operator: the dispatcher and a registered
+formula cost a small call more than the loss itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, TypedDict
+from types import ModuleType
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
 
 from . import backends
-from .backends.contract import Gradients, LossOptions, Needs, Residuals, accumulate_dtype, unit_rows
-
-if TYPE_CHECKING:
-    from typing_extensions import Unpack
-
-OPTIONS_SCHEMA = (
-    "float temperature, Tensor? temperature_tensor, int n_views, str positives, float prototype_weight, str distance, "
-    "str reduction, ScalarType compute_dtype, bool normalize, SymInt? n_left, bool negatives_only, str? backend"
-)
-
-_library = torch.library.Library("clop", "FRAGMENT")
-_library.define(
-    f"loss(Tensor embeddings, Tensor? labels, Tensor? prototypes, {OPTIONS_SCHEMA}) "
-    "-> (Tensor loss, Tensor normalized, Tensor norms, Tensor shift, Tensor inverse_total, Tensor negative, Tensor groups, "
-    "Tensor counts)"
-)
-_library.define(
-    "loss_backward(Tensor grad_loss, Tensor embeddings, Tensor normalized, Tensor norms, Tensor shift, Tensor inverse_total, "
-    f"Tensor negative, Tensor groups, Tensor counts, Tensor? labels, Tensor? prototypes, bool[3] needs, {OPTIONS_SCHEMA}) "
-    "-> (Tensor grad_embeddings, Tensor grad_temperature, Tensor grad_prototypes)"
-)
+from .backends.contract import NUMBERS, Gradients, LossOptions, Needs, Number, Residuals, Sharding, unit_rows
 
 
-def loss(
-    embeddings: Tensor,
-    labels: Tensor | None,
-    prototypes: Tensor | None,
-    backend: str | None,
-    **options: Unpack[OptionArguments],
-) -> Tensor:
-    """The loss of validated arguments."""
-    result: tuple[Tensor, ...] = _entrance()(embeddings, labels, prototypes, *option_arguments(embeddings, **options), backend)
-    return result[0]
+class Call(NamedTuple):
+    """A loss that is asked for, with validated arguments.
 
-
-class OptionArguments(TypedDict):
-    """See :class:`clop_kernels.backends.contract.LossOptions`."""
-
-    n_views: int
-    positives: str
-    temperature: float | Tensor
-    prototype_weight: float
-    distance: str
-    reduction: str
-    normalize: bool
-    n_left: int | None
-    negatives_only: bool
-
-
-def option_arguments(
-    embeddings: Tensor,
-    *,
-    n_views: int,
-    positives: str,
-    temperature: float | Tensor,
-    prototype_weight: float,
-    distance: str,
-    reduction: str,
-    normalize: bool,
-    n_left: int | None,
-    negatives_only: bool,
-) -> tuple[Any, ...]:
-    """What an operator takes as :data:`OPTIONS_SCHEMA`, but for the backend, its last.
-
-    Under autocast the operands of the matrix products are rounded to the autocast dtype; all else, the loss included,
-    stays in float32.
+    Attributes:
+        embeddings: (N, D).
+        labels: (B,) int64, or None.
+        prototypes: (K, D), or None.
+        backend: its name, or None for the fastest that can run.
+        sharding: of rows that are spread over processes.
     """
-    is_tensor = isinstance(temperature, Tensor)
-    return (
-        0.0 if is_tensor else temperature,
-        temperature if is_tensor else None,
-        n_views,
-        positives,
-        prototype_weight,
-        distance,
-        reduction,
-        _compute_dtype(embeddings),
-        normalize,
-        n_left,
-        negatives_only,
-    )
+
+    embeddings: Tensor
+    labels: Tensor | None
+    prototypes: Tensor | None
+    options: LossOptions
+    backend: str | None
+    sharding: Sharding | None = None
+
+    def packed(self) -> tuple[Any, ...]:
+        """The arguments of an operator. Its numbers are tensors: torch.compile makes one graph for all their values."""
+        options = self.options
+        for name in NUMBERS:
+            options = options._replace(**{name: self._as_tensor(getattr(options, name))})
+        return self._replace(options=options).flat()
+
+    def flat(self) -> tuple[Any, ...]:
+        """All fields, in the order of an operator's arguments."""
+        return self.embeddings, self.labels, self.prototypes, *self.options, self.backend, *(self.sharding or ())
+
+    def _as_tensor(self, number: Number) -> Tensor:
+        if isinstance(number, Tensor):
+            return number
+        if not torch.compiler.is_compiling():
+            return torch.tensor(number, dtype=torch.float64, device="cpu")
+        # A product with a float is what torch.compile can turn into one with a tensor, once the float has changed. It stands on
+        # the device of the embeddings, for a CUDA graph holds nothing of a CPU.
+        is_cpu = self.embeddings.device.type == "cpu"
+        return self.embeddings.new_ones((), dtype=torch.float64 if is_cpu else self.options.accumulate_dtype) * number
+
+    @staticmethod
+    def of(arguments: tuple[Any, ...]) -> Call:
+        """The inverse of :meth:`flat`."""
+        embeddings, labels, prototypes, *rest = arguments
+        n_options = len(LossOptions._fields)
+        options, backend, sharding = LossOptions(*rest[:n_options]), rest[n_options], rest[n_options + 1 :]
+        return Call(embeddings, labels, prototypes, options, backend, Sharding(*sharding) if sharding else None)
+
+
+def loss(call: Call) -> Tensor:
+    """() or, for ``reduction="none"``, (N,)."""
+    embeddings, labels, prototypes, options, _, sharding = call
+    for name in NUMBERS:
+        value = getattr(options, name)
+        if isinstance(value, Tensor):
+            options = options._replace(**{name: value.to(options.accumulate_dtype)})
+    call = call._replace(options=options)
+    inputs = embeddings, prototypes, options.temperature
+    has_backward = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+    if sharding is not None:
+        call = call._replace(sharding=sharding._replace(has_backward=has_backward))
+        return _first(torch.ops.clop.sharded_loss(*call.packed()))
+    if not _runs_directly(*inputs, labels, options.prototype_weight):
+        return _first(_entrance()(*call.packed()))
+    if has_backward:
+        return _first(_DirectLoss.apply(*inputs, call))
+    with without_autocast(embeddings.device.type):
+        return _first(backend_of(call).forward(*arguments_of(call)))
+
+
+def _first(results: Any) -> Tensor:
+    value: Tensor = results[0] if isinstance(results, tuple) else results
+    return value
+
+
+def compute_dtype(embeddings: Tensor) -> torch.dtype:
+    """What the operands of the matrix products are rounded to: the dtype of the embeddings, or autocast's.
+
+    All else, the loss included, stays in float32. Autocast leaves float64 alone.
+    """
+    if embeddings.dtype != torch.float64 and _is_autocast_on(embeddings.device.type):
+        return torch.get_autocast_dtype(embeddings.device.type)
+    return embeddings.dtype
 
 
 _DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu", "xla", "mtia", "maia", "ipu", torch._C._get_privateuse1_backend_name())
@@ -102,22 +111,20 @@ DEVICES_WITH_AUTOCAST = frozenset(device_type for device_type in _DEVICES if tor
 """Types of device; "meta" has none. Asked here and not at each call, which torch.compile of torch 2.11 cannot trace."""
 
 
-def _compute_dtype(embeddings: Tensor) -> torch.dtype:
-    device_type = embeddings.device.type
-    if embeddings.dtype != torch.float64 and device_type in DEVICES_WITH_AUTOCAST and torch.is_autocast_enabled(device_type):
-        return torch.get_autocast_dtype(device_type)
-    return embeddings.dtype
+def _is_autocast_on(device_type: str) -> bool:
+    return device_type in DEVICES_WITH_AUTOCAST and torch.is_autocast_enabled(device_type)
 
 
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    return torch.autocast(device_type, enabled=False) if device_type in DEVICES_WITH_AUTOCAST else nullcontext()
+    return torch.autocast(device_type, enabled=False) if _is_autocast_on(device_type) else nullcontext()
 
 
-def check_values(labels: Tensor | None, prototypes: Tensor | None, temperature: Tensor | None) -> None:
+def check_values(labels: Tensor | None, prototypes: Tensor | None, options: LossOptions) -> None:
     """Checks what only the values show: raises on a CPU, asserts on the device without a synchronisation elsewhere.
 
     Raises:
-        ValueError: if a label is below -1 or names a prototype that does not exist, or a temperature is not positive and finite.
+        ValueError: if a label is below -1 or names a prototype that does not exist, if a temperature is not positive and finite, or
+            a prototype weight is negative or not finite.
     """
     if labels is not None and labels.numel() > 0:
         n_classes = None if prototypes is None else prototypes.shape[0]
@@ -133,159 +140,241 @@ def check_values(labels: Tensor | None, prototypes: Tensor | None, temperature: 
             torch._assert_async(lowest >= -1, "clop_kernels: labels contains a value below -1")
             if n_classes is not None:
                 torch._assert_async(highest < n_classes, "clop_kernels: labels contains a value >= the number of prototypes")
-    if temperature is not None:
-        is_valid = (temperature > 0) & temperature.isfinite()
-        if temperature.device.type == "cpu":
-            if not is_valid:
-                raise ValueError(f"temperature={temperature.item()}: expected a positive finite number")
-        else:
-            torch._assert_async(is_valid, "clop_kernels: temperature is not a positive finite number")
+    tau, weight = options.temperature, options.prototype_weight
+    if isinstance(tau, Tensor):
+        _check_value("temperature", tau, tau > 0, "a positive finite number")
+    if isinstance(weight, Tensor):
+        _check_value("prototype_weight", weight, weight >= 0, "a finite number of at least 0")
 
 
-def options_of(
-    temperature: float,
-    temperature_tensor: Tensor | None,
-    n_views: int,
-    positives: str,
-    prototype_weight: float,
-    distance: str,
-    reduction: str,
-    compute_dtype: torch.dtype,
-    normalize: bool,
-    n_left: int | None,
-    negatives_only: bool,
-) -> LossOptions:
-    value: float | Tensor = temperature
-    if temperature_tensor is not None:
-        on_device = temperature_tensor.to(accumulate_dtype(compute_dtype))
-        value = float(on_device) if on_device.device.type == "cpu" else on_device
-    return LossOptions(
-        n_views, positives, value, prototype_weight, distance, reduction, compute_dtype, normalize, n_left, negatives_only
-    )
+def _check_value(name: str, value: Tensor, is_in_range: Tensor, expected: str) -> None:
+    is_valid = is_in_range & value.isfinite()
+    if value.device.type != "cpu":
+        torch._assert_async(is_valid, f"clop_kernels: {name} is not {expected}")
+    elif not is_valid:
+        raise ValueError(f"{name}={value.item()}: expected {expected}")
 
 
-def _forward(embeddings: Tensor, labels: Tensor | None, prototypes: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
-    *option_args, backend = args
-    options = options_of(*option_args)
-    labels, prototypes = _contiguous(labels), _contiguous(prototypes)
-    module = backends.select(backend, embeddings.device, options.compute_dtype).load()
+# ---- a call without the operator --------------------------------------------------------------------------------------------
+
+
+def _runs_directly(*inputs: Any) -> bool:
+    """Whether nothing but autograd looks at operators: no tracer, mode, or transform, and no tensor of a kind of its own."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False
+    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None:
+        return False
+    return all(type(x) in _PLAIN for x in inputs)
+
+
+_PLAIN = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer, float, type(None)})
+
+
+def backend_of(call: Call) -> ModuleType:
+    """The module that computes the loss, after the checks of what only the values show."""
+    embeddings, labels, prototypes, options, *_ = call
+    module = backends.select(call.backend, embeddings.device, options.compute_dtype).load()
     if embeddings.device.type == "cpu" or not module.CHECKS_VALUES:
-        check_values(labels, prototypes, option_args[1])
-    with without_autocast(embeddings.device.type):
-        value, residuals = module.forward(embeddings, labels, prototypes, options)
-    return value, *residuals
+        check_values(labels, prototypes, options)
+    return module
 
 
-def _backward(
-    grad_loss: Tensor,
-    embeddings: Tensor,
-    normalized: Tensor,
-    norms: Tensor,
-    shift: Tensor,
-    inverse_total: Tensor,
-    negative: Tensor,
-    groups: Tensor,
-    counts: Tensor,
-    labels: Tensor | None,
-    prototypes: Tensor | None,
-    needs: list[bool],
-    *args: Any,
-) -> tuple[Tensor, ...]:
-    *option_args, backend = args
-    options = options_of(*option_args)
-    chosen = backends.select(backend, embeddings.device, options.compute_dtype)
-    residuals = Residuals(normalized, norms, shift, inverse_total, negative, groups, counts)
-    grad_loss, labels, prototypes = grad_loss.contiguous(), _contiguous(labels), _contiguous(prototypes)
-    with without_autocast(embeddings.device.type):
-        grads = chosen.load().backward(grad_loss, embeddings, residuals, labels, prototypes, options, Needs(*needs))
-    return filled_gradients(grads, embeddings, option_args[1], prototypes, needs)
+def arguments_of(call: Call) -> tuple[Tensor, Tensor | None, Tensor | None, LossOptions]:
+    """What :mod:`clop_kernels.backends.contract` promises to a backend."""
+    return call.embeddings, contiguous(call.labels), contiguous(call.prototypes), known_numbers(call.options)
 
 
-def _contiguous(x: Tensor | None) -> Tensor | None:
-    """As the contract promises backends, whose kernels read one number after the other."""
+def contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
-def filled_gradients(
-    grads: Gradients, embeddings: Tensor, temperature: Tensor | None, prototypes: Tensor | None, needs: list[bool]
-) -> tuple[Tensor, ...]:
-    """A backend's gradients as an operator returns them: of the inputs' dtypes, and without elements where not needed."""
-    unfilled = unfilled_gradients(embeddings, temperature, prototypes, needs)
-    return tuple(empty if grad is None else grad.to(empty.dtype) for grad, empty in zip(grads, unfilled, strict=True))
+def known_numbers(options: LossOptions) -> LossOptions:
+    """With what the host may read as floats, and other numbers in the accumulate dtype."""
+    for name in NUMBERS:
+        value = getattr(options, name)
+        if isinstance(value, Tensor):
+            known = value.item() if value.device.type == "cpu" else value.to(options.accumulate_dtype)
+            options = options._replace(**{name: known})
+    return options
 
 
-def unfilled_gradients(
-    embeddings: Tensor, temperature: Tensor | None, prototypes: Tensor | None, needs: list[bool]
-) -> tuple[Tensor, ...]:
-    """Tensors of the shapes and dtypes of the gradients; one that is not needed has no elements."""
-    return tuple(
-        embeddings.new_empty(0) if x is None or not needed else x.new_empty(x.shape)
-        for x, needed in zip((embeddings, temperature, prototypes), needs, strict=True)
+class _DirectLoss(torch.autograd.Function):
+    """``clop::loss`` of a :class:`Call`. What may need a gradient comes once more by itself, for autograd to see it."""
+
+    @staticmethod
+    def forward(ctx: Any, embeddings: Tensor, prototypes: Tensor | None, temperature: Number, call: Call) -> Tensor:
+        with without_autocast(embeddings.device.type):
+            value, residuals = backend_of(call).forward(*arguments_of(call))
+        _save(ctx, call, residuals)
+        result: Tensor = value
+        return result
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        needs_embeddings, needs_prototypes, needs_temperature, _ = ctx.needs_input_grad
+        needs = Needs(needs_embeddings, needs_temperature, needs_prototypes)
+        is_direct = not torch.is_grad_enabled() and _runs_directly(grad_loss)
+        operator = None if is_direct else _entrance(backward=True)
+        of_embeddings, of_temperature, of_prototypes = _gradients(ctx, grad_loss, needs, operator, Residuals)
+        return of_embeddings, of_prototypes, of_temperature, None
+
+
+def _save(ctx: Any, call: Call, residuals: tuple[Tensor, ...]) -> None:
+    """For :func:`_gradients`."""
+    options = call.options
+    numbers = {name: value for name in NUMBERS if isinstance(value := getattr(options, name), Tensor)}
+    ctx.save_for_backward(call.embeddings, call.labels, call.prototypes, *numbers.values(), *residuals)
+    ctx.set_materialize_grads(False)
+    ctx.names_of_saved_numbers = tuple(numbers)
+    ctx.call_without_tensors = call._replace(
+        embeddings=None, labels=None, prototypes=None, options=options._replace(**dict.fromkeys(numbers))
     )
 
 
-def _forward_fake(embeddings: Tensor, labels: Tensor | None, prototypes: Tensor | None, *args: Any) -> tuple[Tensor, ...]:
-    _temperature, _tensor, _n_views, positives, _weight, _distance, reduction, compute_dtype, *_ = args
-    n_rows = embeddings.shape[0]
-    precise = accumulate_dtype(compute_dtype)
-    per_row = [embeddings.new_empty(n_rows, dtype=precise) for _ in range(4)]
-    value = embeddings.new_empty((n_rows,) if reduction == "none" else (), dtype=precise)
-    groups = embeddings.new_empty((3, n_rows if positives == "label" else 0), dtype=torch.int32)
-    counts = embeddings.new_empty(2, dtype=precise)
-    return value, unit_rows(embeddings, compute_dtype), *per_row, groups, counts
+def _gradients(ctx: Any, grad_loss: Tensor | None, needs: Needs, operator: Any, residuals_type: Any) -> Gradients:
+    """Of a saved call, by a backward operator, or where that is None by the backend itself."""
+    if grad_loss is None:
+        return Gradients(None, None, None)
+    embeddings, labels, prototypes, *saved = ctx.saved_tensors
+    names = ctx.names_of_saved_numbers
+    call: Call = ctx.call_without_tensors
+    options = call.options._replace(**dict(zip(names, saved, strict=False)))
+    call = call._replace(embeddings=embeddings, labels=labels, prototypes=prototypes, options=options)
+    residuals = residuals_type(*saved[len(names) :])
+    if operator is None:
+        return in_dtypes_of_inputs(_backward(grad_loss, residuals, call, needs), call, needs)
+    results = operator(grad_loss, *residuals, *call.packed(), list(needs))
+    return Gradients(*(grad if needed else None for grad, needed in zip(results, needs, strict=True)))
 
 
-def _backward_fake(
-    grad_loss: Tensor,
-    embeddings: Tensor,
-    normalized: Tensor,
-    norms: Tensor,
-    shift: Tensor,
-    inverse_total: Tensor,
-    negative: Tensor,
-    groups: Tensor,
-    counts: Tensor,
-    labels: Tensor | None,
-    prototypes: Tensor | None,
-    needs: list[bool],
-    *args: Any,
-) -> tuple[Tensor, ...]:
-    return unfilled_gradients(embeddings, args[1], prototypes, needs)
+def _backward(grad_loss: Tensor, residuals: Residuals, call: Call, needs: Needs) -> Gradients:
+    embeddings, labels, prototypes, options = arguments_of(call)
+    module = backends.select(call.backend, embeddings.device, options.compute_dtype).load()
+    with without_autocast(embeddings.device.type):
+        grads: Gradients = module.backward(grad_loss.contiguous(), embeddings, residuals, labels, prototypes, options, needs)
+    return grads
 
 
-def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    embeddings, labels, prototypes, temperature, temperature_tensor, *options = inputs
-    ctx.save_for_backward(embeddings, *output[1:], labels, prototypes, temperature_tensor)
-    ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)
-    ctx.options = (temperature, options)
+def _inputs_of(call: Call) -> tuple[Tensor, Number, Tensor | None]:
+    """What has gradients, in their order."""
+    return call.embeddings, call.options.temperature, call.prototypes
 
 
-def autograd_formula(backward_operator: Callable[[], Any]) -> Callable[..., tuple[Tensor | None, ...]]:
-    """Of an operator of the arguments (embeddings, labels, prototypes, options), the first result of which is the loss.
+def in_dtypes_of_inputs(grads: Gradients, call: Call, needs: Needs) -> Gradients:
+    """The gradients that are needed, as autograd takes them."""
+    return Gradients(
+        *(
+            grad.to(x.dtype) if needed and grad is not None and isinstance(x, Tensor) else None
+            for grad, x, needed in zip(grads, _inputs_of(call), needs, strict=True)
+        )
+    )
 
-    Its backward operator takes the upstream gradient, the embeddings, the other results, labels, prototypes, which gradients are
-    needed, and the options.
+
+# ---- the operators ------------------------------------------------------------------------------------------------------------
+
+_SCHEMA_TYPES = {
+    Tensor: "Tensor",
+    Number: "Tensor",
+    torch.dtype: "ScalarType",
+    str: "str",
+    int: "int",
+    bool: "bool",
+    int | None: "SymInt?",
+}
+
+
+def declared(record: Any) -> str:
+    """The fields of a record as a schema has them."""
+    return ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in get_type_hints(record).items())
+
+
+class Operator:
+    """``clop::NAME`` and ``clop::NAME_backward``.
+
+    The first takes what :meth:`Call.packed` says, and returns the loss and its residuals. The second takes the upstream gradient,
+    the residuals, the same again and which gradients are needed, and returns those; one that is not needed has no elements.
+
+    Args:
+        residuals: the NamedTuple of tensors that the first leaves for the second.
+        forward: (call) -> the loss and its residuals; ``fake`` the same for tensors that have shapes alone.
+        backward: (grad_loss, residuals, call, needs) -> :class:`.contract.Gradients`.
+        is_sharded: whether a call has a :class:`.contract.Sharding`.
+        entrance: the operator to differentiate with; None: ``clop::NAME_backward``.
     """
 
-    def formula(ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        embeddings, *residuals, labels, prototypes, temperature_tensor = ctx.saved_tensors
-        temperature, options = ctx.options
-        needs_embeddings, _labels, needs_prototypes, _temperature, needs_temperature, *_rest = ctx.needs_input_grad
-        needs = [needs_embeddings, needs_temperature, needs_prototypes]
-        if grad_loss is None:
-            grads: list[Tensor | None] = [None, None, None]
-        else:
-            results = backward_operator()(
-                grad_loss, embeddings, *residuals, labels, prototypes, needs, temperature, temperature_tensor, *options
-            )
-            grads = [grad if needed else None for grad, needed in zip(results, needs, strict=True)]
-        return grads[0], None, grads[2], None, grads[1], *(None for _ in options)
+    def __init__(
+        self,
+        name: str,
+        residuals: Any,
+        forward: Callable[[Call], tuple[Tensor, tuple[Tensor, ...]]],
+        backward: Callable[[Tensor, Any, Call, Needs], Gradients],
+        fake: Callable[[Call], tuple[Tensor, tuple[Tensor, ...]]],
+        is_sharded: bool = False,
+        entrance: Callable[[], Any] | None = None,
+    ) -> None:
+        self.residuals, self.forward, self.backward, self.fake = residuals, forward, backward, fake
+        options = ", ".join([declared(LossOptions), "str? backend", *([declared(Sharding)] if is_sharded else [])])
+        inputs = f"Tensor embeddings, Tensor? labels, Tensor? prototypes, {options}"
+        library = self._library = torch.library.Library("clop", "FRAGMENT")
+        library.define(f"{name}({inputs}) -> (Tensor loss, {declared(residuals)})")
+        library.define(
+            f"{name}_backward(Tensor grad_loss, {declared(residuals)}, {inputs}, bool[3] needs) "
+            "-> (Tensor grad_embeddings, Tensor grad_temperature, Tensor grad_prototypes)"
+        )
+        backward_operator = getattr(torch.ops.clop, f"{name}_backward")
+        self._entrance = entrance or (lambda: backward_operator)
+        library.impl(name, self._run, "CompositeExplicitAutograd")
+        library.impl(f"{name}_backward", self._run_backward, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"clop::{name}", self._run_fake, lib=library)
+        torch.library.register_fake(f"clop::{name}_backward", self._run_backward_fake, lib=library)
+        torch.library.register_autograd(f"clop::{name}", self.formula, setup_context=self.setup_context, lib=library)
+        torch.library.register_autograd(f"clop::{name}_backward", no_second_derivative, lib=library)
 
-    return formula
+    def _run(self, *arguments: Any) -> tuple[Tensor, ...]:
+        call = Call.of(arguments)
+        with without_autocast(call.embeddings.device.type):
+            value, residuals = self.forward(call)
+        return value, *residuals
 
+    def _run_fake(self, *arguments: Any) -> tuple[Tensor, ...]:
+        value, residuals = self.fake(Call.of(arguments))
+        return value, *residuals
 
-_autograd = autograd_formula(lambda: _entrance(backward=True))
+    def _run_backward(self, grad_loss: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        residuals, call, needs = self._of_backward(arguments)
+        with without_autocast(call.embeddings.device.type):
+            grads = in_dtypes_of_inputs(self.backward(grad_loss, residuals, call, needs), call, needs)
+        return tuple(call.embeddings.new_empty(0) if grad is None else grad for grad in grads)
+
+    def _run_backward_fake(self, grad_loss: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
+        _, call, needs = self._of_backward(arguments)
+        return tuple(
+            x.new_empty(x.shape) if needed and isinstance(x, Tensor) else call.embeddings.new_empty(0)
+            for x, needed in zip(_inputs_of(call), needs, strict=True)
+        )
+
+    def _of_backward(self, arguments: tuple[Any, ...]) -> tuple[Any, Call, Needs]:
+        *arguments_of_call, needs = arguments  # type: ignore[assignment]
+        n_residuals = len(self.residuals._fields)
+        residuals = self.residuals(*arguments_of_call[:n_residuals])
+        return residuals, Call.of(tuple(arguments_of_call[n_residuals:])), Needs(*needs)
+
+    def setup_context(self, ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        _save(ctx, Call.of(inputs), output[1:])
+        ctx.mark_non_differentiable(*output[1:])
+
+    def formula(self, ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        """The gradients of a call's arguments."""
+        needed = Call.of(ctx.needs_input_grad)
+        needs = Needs(bool(needed.embeddings), bool(needed.options.temperature), bool(needed.prototypes))
+        grads = _gradients(ctx, grad_loss, needs, self._entrance(), self.residuals)
+        nothing = Call.of((None,) * len(ctx.needs_input_grad))
+        results = nothing._replace(
+            embeddings=grads.embeddings,
+            prototypes=grads.prototypes,
+            options=nothing.options._replace(temperature=grads.temperature),
+        )
+        return results.flat()
 
 
 def no_second_derivative(ctx: Any, *grads: Tensor) -> None:
@@ -293,6 +382,29 @@ def no_second_derivative(ctx: Any, *grads: Tensor) -> None:
         "clop_kernels' loss cannot be differentiated twice: its backward pass is a fused kernel without a derivative of its own. "
         'Take backend="reference", which autograd differentiates any number of times, at N x N memory'
     )
+
+
+def _fake(call: Call) -> tuple[Tensor, Residuals]:
+    embeddings, options = call.embeddings, call.options
+    n_rows, precise = embeddings.shape[0], options.accumulate_dtype
+    per_row = [embeddings.new_empty(n_rows, dtype=precise) for _ in range(4)]
+    value = embeddings.new_empty((n_rows,) if options.reduction == "none" else (), dtype=precise)
+    groups = embeddings.new_empty((3, n_rows if options.positives == "label" else 0), dtype=torch.int32)
+    counts = embeddings.new_empty(2, dtype=precise)
+    return value, Residuals(unit_rows(embeddings, options.compute_dtype), *per_row, groups, counts)
+
+
+LOSS = Operator(
+    "loss",
+    Residuals,
+    forward=lambda call: backend_of(call).forward(*arguments_of(call)),
+    backward=_backward,
+    fake=_fake,
+    entrance=lambda: _entrance(backward=True),
+)
+
+
+# ---- inside torch.func's transforms ---------------------------------------------------------------------------------------------
 
 
 def _no_vmap(*_: Any) -> None:
@@ -305,8 +417,8 @@ class _FunctorchLoss(torch.autograd.Function):
     """The same formula for torch.func.grad, which takes an autograd.Function and not (yet) an operator's registered one."""
 
     forward = staticmethod(torch.ops.clop.loss)
-    setup_context = staticmethod(setup_context)
-    backward = staticmethod(_autograd)
+    setup_context = staticmethod(LOSS.setup_context)
+    backward = staticmethod(LOSS.formula)
     vmap = staticmethod(_no_vmap)
 
 
@@ -324,11 +436,3 @@ def _entrance(backward: bool = False) -> Any:
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return _FunctorchLossBackward.apply if backward else _FunctorchLoss.apply
     return torch.ops.clop.loss_backward if backward else torch.ops.clop.loss
-
-
-_library.impl("loss", _forward, "CompositeExplicitAutograd")
-_library.impl("loss_backward", _backward, "CompositeExplicitAutograd")
-torch.library.register_fake("clop::loss", _forward_fake, lib=_library)
-torch.library.register_fake("clop::loss_backward", _backward_fake, lib=_library)
-torch.library.register_autograd("clop::loss", _autograd, setup_context=setup_context, lib=_library)
-torch.library.register_autograd("clop::loss_backward", no_second_derivative, lib=_library)

@@ -9,38 +9,18 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from . import backends
 from .backends import Backend
-from .backends.contract import DISTANCES, GRADIENT_SCALES, POSITIVES, REDUCTIONS, STRATEGIES, LossOptions
+from .backends.contract import CHOICES, GRADIENT_SCALES, NUMBERS, STRATEGIES, LossOptions, Sharding
 from .collectives import DTYPES, Field, Ranks, Sizes, memory_of
-
-N_FIELDS = 19  # of a header
 
 GATHERED_SHARE = 1 / 16
 """strategy="auto" gathers while the rows of all ranks, and their sorted copy, take no more than this of a device's memory."""
-
-
-class Sharding(NamedTuple):
-    """How the rows of a loss are spread over processes.
-
-    Attributes:
-        group_name: of the process group, as torch registers it: an operator takes no group.
-        strategy: one of STRATEGIES.
-        grad_scale: one of GRADIENT_SCALES.
-        check_ranks: whether ranks tell each other their sizes and options first. If not, all must have the same.
-        has_backward: whether there will be a backward pass, in which all ranks must take part.
-    """
-
-    group_name: str
-    strategy: str
-    grad_scale: str
-    check_ranks: bool
-    has_backward: bool = False
 
 
 class Side(NamedTuple):
@@ -115,13 +95,13 @@ class Plan:
         """Whether a row can have positives on other ranks, or on the other side."""
         return self.options.positives == "label" or bool(self.n_right)
 
-    def keys(self, label: Tensor | None, order: Tensor) -> Tensor:
+    def keys(self, labels: Tensor | None, order: Tensor) -> Tensor:
         """By position what rows have in common with their positives, ascending, -1 for none; empty without ``has_keys``."""
         if not self.has_keys:
             return order[:0].clone()
         if self.options.positives == "label":
-            assert label is not None
-            return label.clamp(min=-1)
+            assert labels is not None
+            return labels.repeat(self.options.n_views).index_select(0, order).clamp(min=-1)
         first = sum(self.n_left[: self.ranks.rank])  # of this rank's pairs in the world
         return first + order % max(self.n_left[self.ranks.rank], 1)
 
@@ -237,7 +217,7 @@ class Rows:
 def _header(
     embeddings: Tensor, prototypes: Tensor | None, options: LossOptions, sharding: Sharding, backend: Backend
 ) -> list[Field]:
-    n_rows, n_left, temperature = embeddings.shape[0], options.n_left, options.temperature
+    n_rows, n_left = embeddings.shape[0], options.n_left
     return [
         Field("rows on the left", n_rows if n_left is None else n_left, None),
         Field("rows on the right", 0 if n_left is None else n_rows - n_left, None),
@@ -245,17 +225,26 @@ def _header(
         Field("the number of sides that rows have", 1 if n_left is None else 2),
         Field("the width D of the embeddings", embeddings.shape[1]),
         Field.of_choice("the dtype of the embeddings", embeddings.dtype, DTYPES),
-        Field.of_choice("the dtype of the matrix products (autocast)", options.compute_dtype, DTYPES),
+        Field("the number of prototypes", 0 if prototypes is None else prototypes.shape[0]),
         Field.of_choice("backend", backend.name, backends.NAMES),
         Field.of_choice("strategy", sharding.strategy, STRATEGIES),
         Field.of_choice("grad_scale", sharding.grad_scale, GRADIENT_SCALES),
-        Field("n_views", options.n_views),
-        Field.of_choice("positives", options.positives, POSITIVES),
-        Field.of_float("temperature", None if isinstance(temperature, Tensor) else temperature),
-        Field("the number of prototypes", 0 if prototypes is None else prototypes.shape[0]),
-        Field.of_float("prototype_weight", options.prototype_weight),
-        Field.of_choice("distance", options.distance, DISTANCES),
-        Field.of_choice("reduction", options.reduction, REDUCTIONS),
-        Field.of_choice("normalize", options.normalize, (False, True)),
         Field.of_choice("whether a gradient is wanted (requires_grad)", sharding.has_backward, (False, True)),
+        *(_field_of(name, getattr(options, name)) for name in _AGREED_OPTIONS),
     ]
+
+
+_AGREED_OPTIONS = tuple(name for name in LossOptions._fields if name != "n_left")
+"""Of the rows on either side a rank has its own number."""
+
+N_FIELDS = 11 + len(_AGREED_OPTIONS)
+
+
+def _field_of(name: str, value: Any) -> Field:
+    if name in NUMBERS:
+        return Field.of_float(name, None if isinstance(value, Tensor) else value)
+    if isinstance(value, torch.dtype):
+        return Field.of_choice("the dtype of the matrix products (autocast)", value, DTYPES)
+    if isinstance(value, str):
+        return Field.of_choice(name, value, CHOICES[name])
+    return Field.of_choice(name, value, (False, True)) if isinstance(value, bool) else Field(name, value)

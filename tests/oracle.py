@@ -333,7 +333,7 @@ def assert_pairs_accurate(
     Allowed are ``slack`` roundings of the largest S in the accumulate dtype; for the gradient ``gradient_tolerance``, if more.
     ``n_classes`` 0: no row of a side has positives on the other one.
     """
-    options = LossOptions(1, "label", temperature, 0.0, "cosine", "mean", dtype, normalize)
+    options = LossOptions(temperature, positives="label", compute_dtype=dtype, normalize=normalize)
     generator = torch.Generator().manual_seed(n_rows + width)
     z = torch.randn(n_rows, width, dtype=torch.float64, generator=generator)
     labels = torch.randint(0, max(n_classes, 1), (n_rows,), generator=generator)

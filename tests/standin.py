@@ -110,7 +110,7 @@ def training_step(number: int, dtype: torch.dtype, width: int) -> None:
         triton = backends.select("triton", z.device, z.dtype).load()
         zhat, groups = unit_rows(z.detach(), z.dtype), label_groups(labels, 2, None).table()
         n_left = None if number % 2 else n_instances
-        alone = LossOptions(1, "label", options["temperature"], 0.0, "cosine", "mean", z.dtype)
+        alone = LossOptions(options["temperature"], positives="label", compute_dtype=z.dtype)
         triton.pair_softmax(zhat, groups, n_left, alone)
         triton.pair_gradient(zhat, groups, n_left, torch.zeros(4, z.shape[0]), alone)
         return

@@ -209,7 +209,7 @@ def test_a_single_positive_keeps_its_relative_accuracy(backend: str) -> None:
 
 
 def fits_unshifted(temperature: float, dtype: torch.dtype, norms: Tensor | None = None) -> bool:
-    options = LossOptions(2, "instance", temperature, 1.0, "cosine", "mean", dtype, normalize=norms is None)
+    options = LossOptions(temperature, n_views=2, compute_dtype=dtype, normalize=norms is None)
     return tiled.fits_unshifted(torch.full((3,), 1e9, dtype=dtype) if norms is None else norms.to(dtype), options)
 
 

@@ -370,7 +370,7 @@ def test_pairs_alone_do_not_synchronise(width: int, kernels: str) -> None:
     module: Any = next(b for b in backends.BACKENDS if b.name == kernels).load()
     zhat = torch.nn.functional.normalize(torch.randn(300, width, device="cuda"), dim=1)
     for temperature in (0.1, torch.full((), 0.1, device="cuda")):
-        options = LossOptions(1, "label", temperature, 0.0, "cosine", "mean", torch.float32)
+        options = LossOptions(temperature, positives="label", compute_dtype=torch.float32)
         for n_left in (None, 100):
             groups = label_groups(torch.zeros(300, dtype=torch.int64, device="cuda"), 1, n_left).table()
             module.pair_softmax(zhat, groups, n_left, options)

@@ -493,7 +493,7 @@ def test_a_row_that_is_not_finite_shows_with_every_option(value: float, normaliz
 @pytest.mark.parametrize(("n_left", "n_rows"), [(None, 90), (0, 90), (33, 90), (64, 90), (90, 90)])
 def test_panels_have_every_pair_once(n_left: int | None, n_rows: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda, "panel_rows", lambda compute_dtype: 32)
-    options = LossOptions(1, "label", 0.1, 0.0, "cosine", "mean", torch.float32, n_left=n_left)
+    options = LossOptions(0.1, positives="label", compute_dtype=torch.float32, n_left=n_left)
     side = torch.arange(n_rows) < (n_rows if n_left is None else n_left)
     expected = torch.ones(n_rows, n_rows) if n_left is None else (side[:, None] != side).float()
     visits, once = torch.zeros(n_rows, n_rows), torch.zeros(n_rows, n_rows)
@@ -551,7 +551,7 @@ def test_sums_over_many_columns_do_not_drift(any_kernels: host.Kernels) -> None:
 
 @pytest.mark.parametrize("width", [24, 300])
 def test_pairs_of_rows_that_begin_anywhere_in_memory(width: int, kernels: host.Kernels) -> None:
-    options = LossOptions(1, "label", 0.1, 0.0, "cosine", "mean", torch.float32)
+    options = LossOptions(0.1, positives="label", compute_dtype=torch.float32)
     zhat = torch.nn.functional.normalize(torch.randn(20, width), dim=1)
     groups = label_groups(torch.arange(20) % 3, 1, 8).table()
     shifted = torch.cat([zhat.new_zeros(1), zhat.flatten()])[1:].view(20, width)
@@ -563,7 +563,7 @@ def test_pairs_of_rows_that_begin_anywhere_in_memory(width: int, kernels: host.K
 
 
 def test_runs_of_rows_without_a_result_are_not_read(kernels: host.Kernels) -> None:
-    options = LossOptions(1, "label", 0.1, 0.0, "cosine", "mean", torch.float32)
+    options = LossOptions(0.1, positives="label", compute_dtype=torch.float32)
     zhat = torch.nn.functional.normalize(torch.randn(200, 24), dim=1)
     groups = label_groups(torch.arange(200) % 3, 1, 70).table()
     coefficients = torch.rand(4, 200)

@@ -395,7 +395,7 @@ def test_a_call_with_cpu_tensors_is_an_exception() -> None:
 @pytest.mark.parametrize("n_left", [None, 3])
 def test_the_backend_calls_what_is_registered(width: int, of_softmax: str, of_gradient: str, n_left: int | None) -> None:
     """Arguments are held to the schema first, and only then to the device."""
-    options = LossOptions(1, "label", 0.1, 0.0, "cosine", "mean", torch.float32)
+    options = LossOptions(0.1, positives="label", compute_dtype=torch.float32)
     zhat, table = torch.ones(8, width), label_groups(torch.zeros(8, dtype=torch.int64), 1, n_left).table()
     message = "'clop_native::cuda_{}' with arguments from the 'CPU' backend"
     with pytest.raises(NotImplementedError, match=message.format(of_softmax)):

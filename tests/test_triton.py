@@ -415,7 +415,7 @@ def test_a_temperature_whose_inverse_float32_does_not_hold(temperature: float) -
     torch.testing.assert_close(loss.detach(), torch.tensor(11.0).log())
     assert torch.autograd.grad(loss, z)[0].abs().max() < 1e-29
     groups = torch.stack([torch.arange(12), torch.arange(12) // 2 * 2, torch.arange(12) // 2 * 2 + 2]).int()
-    options = LossOptions(1, "label", temperature, 0.0, "cosine", "mean", torch.float32)
+    options = LossOptions(temperature, positives="label", compute_dtype=torch.float32)
     zhat = torch.nn.functional.normalize(z.detach(), dim=1)
     assert (TRITON.load().pair_softmax(zhat, groups, None, options).total == 11).all()
 
@@ -599,7 +599,7 @@ def test_tf32_is_unbiased(of_forward: str, is_wide: bool, small_tiles: None, uni
 def test_tf32_is_unbiased_in_passes_over_pairs_alone(is_wide: bool, small_tiles: None, units_that_cut_off: list[str]) -> None:
     zhat = torch.nn.functional.normalize(torch.randn(80, 24), dim=1)
     groups = torch.stack([torch.arange(80), torch.arange(80) // 2 * 2, torch.arange(80) // 2 * 2 + 2]).int()
-    options = LossOptions(1, "label", 0.1, 0.0, "cosine", "mean", torch.float32)
+    options = LossOptions(0.1, positives="label", compute_dtype=torch.float32)
     triton, tiled = TRITON.load(), next(b for b in backends.BACKENDS if b.name == "tiled").load()
     expected, actual = (b.pair_softmax(zhat, groups, None, options) for b in (tiled, triton))
     bias = (actual.negative.log() + actual.shift - expected.negative.log() - expected.shift).mean()
@@ -617,7 +617,7 @@ def test_operands_of_tf32_are_rounded(units_that_cut_off: list[str]) -> None:
     zhat = contract.unit_rows(torch.empty(2, 5), torch.float32)
     zhat.copy_(torch.tensor([1 + 2.0**-11, -1 - 2.0**-12, 2.0**-130, float("inf"), float("nan")]))
     zhat.view(torch.int32)[1, 4] = 0x7FFFFFFF  # a GPU's NaN
-    options = LossOptions(1, "label", 0.1, 0.0, "cosine", "mean", torch.float32)
+    options = LossOptions(0.1, positives="label", compute_dtype=torch.float32)
     groups = torch.zeros(3, 2, dtype=torch.int32)
     launch = next(launches.pair_softmax(zhat, groups, None, options, torch.empty(1, 4, 2), tiles.Target(0, 1)))
     launch.run()

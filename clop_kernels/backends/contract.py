@@ -31,8 +31,7 @@ sides it may be empty, but lies within the right one. ``options`` have positives
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
@@ -47,15 +46,24 @@ EPS = 1e-12
 """Smallest norm that a row is divided by; the same constant as in :mod:`clop_kernels.reference`."""
 
 
-@dataclass(frozen=True)
-class LossOptions:
-    """The loss that is asked for, apart from its tensors.
+Number = float | Tensor
+"""A number that changes during training: a float, or a 0-dim tensor on the device of the embeddings.
+
+A GPU's is never read on the host. Where the host is to know the number it is a float: of a tensor on a CPU its value.
+"""
+
+
+class LossOptions(NamedTuple):
+    """The loss that is asked for, apart from its tensors: an option is declared here, in csrc/common/options.h, and nowhere else.
+
+    From this table come the schemas of all operators, how they pack and read their arguments (:mod:`clop_kernels.ops`), what ranks
+    compare before a loss over a process group, and what the compiled extension is told.
 
     Attributes:
+        temperature: tau > 0.
+        prototype_weight: lambda >= 0, the factor of the prototype term.
         n_views: V; row ``v * B + b`` of the embeddings is view v of instance b.
         positives: one of :data:`POSITIVES`.
-        temperature: a float, or a 0-dim tensor on the device of the embeddings, which must not be read on the host there.
-        prototype_weight: lambda, the factor of the prototype term.
         distance: one of :data:`DISTANCES`, from a unit row to its prototype.
         reduction: one of :data:`REDUCTIONS`.
         compute_dtype: the operands of the N x N matrix products are rounded to it: that of the embeddings, or autocast's.
@@ -66,13 +74,13 @@ class LossOptions:
             has none; A is the rows that have some.
     """
 
-    n_views: int
-    positives: str
-    temperature: float | Tensor
-    prototype_weight: float
-    distance: str
-    reduction: str
-    compute_dtype: torch.dtype
+    temperature: Number = 0.1
+    prototype_weight: Number = 0.0
+    n_views: int = 1
+    positives: str = "instance"
+    distance: str = "cosine"
+    reduction: str = "mean"
+    compute_dtype: torch.dtype = torch.float32
     normalize: bool = True
     n_left: int | None = None
     negatives_only: bool = False
@@ -86,6 +94,34 @@ class LossOptions:
     def accumulate_dtype(self) -> torch.dtype:
         """The dtype of sums, losses, lse and norms: float32, or float64 where the products are float64."""
         return accumulate_dtype(self.compute_dtype)
+
+    def of_pairs(self, n_left: int | None = None) -> LossOptions:
+        """The options of a pass over pairs alone, of rows in the order of their positive groups."""
+        return self._replace(n_views=1, positives="label", n_left=n_left, negatives_only=False)
+
+
+CHOICES: dict[str, tuple[str, ...]] = {"positives": POSITIVES, "distance": DISTANCES, "reduction": REDUCTIONS}
+"""What an option that is a string can be."""
+
+NUMBERS = tuple(name for name, kind in get_type_hints(LossOptions).items() if kind == Number)
+
+
+class Sharding(NamedTuple):
+    """How the rows of a loss are spread over processes.
+
+    Attributes:
+        group_name: of the process group, as torch registers it: an operator takes no group.
+        strategy: one of STRATEGIES.
+        grad_scale: one of GRADIENT_SCALES.
+        check_ranks: whether ranks tell each other their sizes and options first. If not, all must have the same.
+        has_backward: whether there will be a backward pass, in which all ranks must take part.
+    """
+
+    group_name: str
+    strategy: str
+    grad_scale: str
+    check_ranks: bool
+    has_backward: bool = False
 
 
 DENSE_DEVICES = ("cpu",)
@@ -126,7 +162,7 @@ class Residuals(NamedTuple):
     2^shift_i * negative_i. Of the total the backward pass needs only the inverse, so no pass divides by it for every pair.
 
     Attributes:
-        normalized: (N, D) in the compute dtype, the rows zhat as all products see them, z itself without ``options.normalize``;
+        zhat: (N, D) in the compute dtype, the rows as all products see them, z itself without ``options.normalize``;
             laid out as :func:`unit_rows` says.
         norms: (N,) in the accumulate dtype, the norms |z_i| of the raw rows, not clamped.
         shift: (N,) in the accumulate dtype.
@@ -136,7 +172,7 @@ class Residuals(NamedTuple):
         counts: (2,) in the accumulate dtype, how many rows are in A and in S: what a mean divides by.
     """
 
-    normalized: Tensor
+    zhat: Tensor
     norms: Tensor
     shift: Tensor
     inverse_total: Tensor

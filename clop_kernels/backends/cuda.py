@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -87,7 +86,7 @@ def backward(
     if embeddings.shape[0] == 0:
         zero = embeddings.new_zeros((), dtype=torch.float32)
         return Gradients(torch.zeros_like(embeddings), zero, None if prototypes is None else torch.zeros_like(prototypes))
-    residuals = residuals._replace(normalized=as_unit_rows(residuals.normalized))
+    residuals = residuals._replace(zhat=as_unit_rows(residuals.zhat))
     arguments = _arguments(residuals.groups, labels, prototypes, options)
     upstream = upstream_of(grad_loss, residuals, options)
     grad_embeddings = grad_temperature = grad_prototypes = None
@@ -103,7 +102,7 @@ def backward(
         else:
             by_class, bounds = sorted_by_class(labels, residuals.groups, options, prototypes.shape[0])
             parts = kernels.cuda_prototype_gradient(
-                upstream.unit, upstream.weights, residuals.normalized, residuals.counts, by_class, bounds, *arguments
+                upstream.unit, upstream.weights, residuals.zhat, residuals.counts, by_class, bounds, *arguments
             )
             grad_prototypes = parts.sum(0)
     return Gradients(
@@ -116,7 +115,7 @@ def backward(
 
 def pair_softmax(zhat: Tensor, groups: Tensor, n_left: int | None, options: LossOptions) -> Softmax:
     """See :mod:`clop_kernels.backends.contract`."""
-    zhat, options = as_unit_rows(zhat), replace(options, n_views=1, n_left=n_left)
+    zhat, options = as_unit_rows(zhat), options._replace(n_views=1, n_left=n_left)
     if is_wide(zhat.shape[1], options.compute_dtype):
         statistics = _panel_statistics(zhat, options, _arguments(groups, None, None, options), pairs_alone=True)
     else:
@@ -126,7 +125,7 @@ def pair_softmax(zhat: Tensor, groups: Tensor, n_left: int | None, options: Loss
 
 def pair_gradient(zhat: Tensor, groups: Tensor, n_left: int | None, coefficients: Tensor, options: LossOptions) -> Tensor:
     """See :mod:`clop_kernels.backends.contract`. M is rounded to the type of the rows; float16 has room for w_i of up to 1."""
-    zhat, options = as_unit_rows(zhat), replace(options, n_views=1, n_left=n_left)
+    zhat, options = as_unit_rows(zhat), options._replace(n_views=1, n_left=n_left)
     inputs = zhat, coefficients, *_pair_arguments(groups, options)
     if is_wide(zhat.shape[1], options.compute_dtype):
         laid_out, loss = kernels.cuda_pair_coefficients(*inputs), _arguments(groups, None, None, options)
@@ -240,7 +239,7 @@ def _loss_of_no_rows(embeddings: Tensor, options: LossOptions) -> tuple[Tensor, 
 
 def _softmax(residuals: Residuals) -> tuple[Tensor, ...]:
     r = residuals
-    return r.normalized, r.norms, r.shift, r.inverse_total, r.negative, r.counts
+    return r.zhat, r.norms, r.shift, r.inverse_total, r.negative, r.counts
 
 
 def _arguments(groups: Tensor, labels: Tensor | None, prototypes: Tensor | None, options: LossOptions) -> tuple[Any, ...]:

@@ -41,11 +41,6 @@ def normalized_rows(embeddings: Tensor, order: Tensor, options: LossOptions) -> 
     return z.to(options.compute_dtype), norms * largest
 
 
-def labels_of_rows(labels: Tensor, order: Tensor, options: LossOptions) -> Tensor:
-    """(B,) labels -> (N,) labels by position."""
-    return labels.repeat(options.n_views).index_select(0, order)
-
-
 def merged(parts: Softmax) -> Softmax:
     """The sums over several sets of columns, (sets, N) each, as those over all. Of one shift for all rows, that is the shift."""
     shift = parts.shift.amax(0)
@@ -53,13 +48,17 @@ def merged(parts: Softmax) -> Softmax:
     return Softmax(shift, (parts.negative * scale).sum(0), (parts.positive * scale).sum(0), parts.positive_logits.sum(0))
 
 
-def contrastive_terms(softmax: Softmax, n_positives: Tensor) -> Tensor:
-    """lse_i - mean_p s_ip, (N,), in a form that cancels only what the inputs' rounding has left: any value outside A."""
+def contrastive_terms(softmax: Softmax, n_positives: Tensor, is_anchor: Tensor, zhat: Tensor) -> Tensor:
+    """lse_i - mean_p s_ip, (N,), in a form that cancels only what the inputs' rounding has left.
+
+    A row outside A has a plain zero, unless it holds a NaN or an Inf, which must stay visible.
+    """
     mean_positive = softmax.positive_logits / n_positives.clamp(min=1)
     mantissa, exponent = torch.frexp(softmax.total)  # log2(total) = exponent + log2(mantissa): subtract the large parts first
     log2_ratio = (softmax.shift - mean_positive) + exponent + mantissa.log2()
     is_dominated = (n_positives == 1) & (softmax.negative < softmax.positive)
-    return torch.where(is_dominated, torch.log1p(softmax.negative / softmax.positive), log2_ratio / LOG2_E)
+    terms = torch.where(is_dominated, torch.log1p(softmax.negative / softmax.positive), log2_ratio / LOG2_E)
+    return torch.where(is_anchor, terms, 0.0 * zhat.sum(1))
 
 
 def inverse_totals(softmax: Softmax, is_anchor: Tensor) -> Tensor:
@@ -83,6 +82,17 @@ class Pull(NamedTuple):
     prototypes: Tensor
     distance: str
 
+    @staticmethod
+    def of(labels: Tensor | None, prototypes: Tensor | None, order: Tensor, options: LossOptions) -> Pull | None:
+        """Of (B,) labels; None where there is no prototype term."""
+        if labels is None or prototypes is None:
+            return None
+        return Pull(labels.repeat(options.n_views).index_select(0, order), prototypes, options.distance)
+
+    @property
+    def is_labelled(self) -> Tensor:
+        return self.label >= 0
+
     def distances(self, zhat: Tensor) -> Tensor:
         """Of each row to its own prototype, (N,); 0 without a label."""
         offset_or_dot = self._targets(zhat)
@@ -91,11 +101,11 @@ class Pull(NamedTuple):
         else:
             order = 2 if self.distance == "euclidean" else 1
             distances = torch.linalg.vector_norm(zhat - offset_or_dot, ord=order, dim=1)
-        return torch.where(self.label >= 0, distances, 0.0)
+        return torch.where(self.is_labelled, distances, 0.0)
 
     def gradients(self, zhat: Tensor, weight: Tensor, needs_prototypes: bool) -> tuple[Tensor, Tensor | None]:
         """Of sum_i weight_i d(zhat_i, c), weight () or (N,), with respect to zhat and to the prototypes."""
-        weight = torch.where(self.label >= 0, weight, 0.0).unsqueeze(1)
+        weight = torch.where(self.is_labelled, weight, 0.0).unsqueeze(1)
         of_rows = self._direction(zhat).mul_(weight)
         if not needs_prototypes:
             return of_rows, None
@@ -124,23 +134,29 @@ def finish(
     grad: Tensor,
     zhat: Tensor,
     norms: Tensor,
-    pull: Pull | None,
+    labels: Tensor | None,
+    prototypes: Tensor | None,
     pull_weight: Tensor,
+    order: Tensor,
     options: LossOptions,
     needs: Needs,
     dtype: torch.dtype,
 ) -> Gradients:
-    """From d L_con / d zhat, ``grad``, (N, D), which is overwritten, to the gradients of the raw rows, by position, in ``dtype``.
+    """From d L_con / d zhat, ``grad``, (N, D) by position, which is overwritten, to the gradients of the inputs.
 
-    ``pull_weight``, () or (N,): the upstream gradient of each row's prototype term.
+    Those of the raw rows are in ``dtype`` and the rows' own order. ``pull_weight``, () or (N,): the upstream gradient of each row's
+    prototype term.
     """
     grad_temperature = grad_prototypes = None
+    pull = Pull.of(labels, prototypes, order, options)
     if needs.temperature:  # s_ij is linear in 1/tau and in each of its two rows: dL/dtau = -1/(2 tau) sum_i zhat_i . dL/dzhat_i
         grad_temperature = _row_dots(zhat, grad).sum() / (-2 * options.temperature)
     if pull is not None:
         of_rows, grad_prototypes = pull.gradients(zhat, options.prototype_weight * pull_weight, needs.prototypes)
         grad += of_rows
         del of_rows
+    elif needs.prototypes and prototypes is not None:
+        grad_prototypes = torch.zeros_like(prototypes, dtype=zhat.dtype)
     if not needs.embeddings:
         return Gradients(None, grad_temperature, grad_prototypes)
     if options.normalize:
@@ -153,7 +169,8 @@ def finish(
         # step; any other row's overflow stays infinite, for a gradient scaler to see.
         largest = torch.finfo(torch.float16).max
         grad = torch.where((norms < EPS).unsqueeze(1), grad.clamp(-largest, largest), grad)
-    return Gradients(grad.to(dtype), grad_temperature, grad_prototypes)
+    grad = grad.to(dtype)
+    return Gradients(torch.empty_like(grad).index_copy_(0, order, grad), grad_temperature, grad_prototypes)
 
 
 def _row_dots(a: Tensor, b: Tensor) -> Tensor:

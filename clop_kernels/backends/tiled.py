@@ -114,21 +114,18 @@ def forward(
 ) -> tuple[Tensor, Residuals]:
     """(N, D) embeddings, (B,) int64 labels, (K, D) prototypes -> the loss, and what the backward pass needs."""
     groups = rowwise.groups_of(embeddings.shape[0], labels, options, embeddings.device)
-    normalized, norms = rowwise.normalized_rows(embeddings, groups.order, options)
-    zhat = normalized.to(options.accumulate_dtype)
+    rounded, norms = rowwise.normalized_rows(embeddings, groups.order, options)
+    zhat = rounded.to(options.accumulate_dtype)
 
     softmax = _softmax(zhat, groups, options, fits_unshifted(norms, options))
     is_anchor = softmax.total != 0 if options.negatives_only else groups.n_positives > 0
-    # A row that is no anchor has a plain zero, unless it holds a NaN or an Inf, which must stay visible.
-    contrastive = torch.where(is_anchor, rowwise.contrastive_terms(softmax, groups.n_positives), 0.0 * zhat.sum(1))
-
-    prototype = torch.zeros_like(contrastive)
+    contrastive = rowwise.contrastive_terms(softmax, groups.n_positives, is_anchor, zhat)
+    pull = rowwise.Pull.of(labels, prototypes, groups.order, options)
+    prototype = torch.zeros_like(contrastive) if pull is None else pull.distances(zhat)
     counts = contrastive.new_zeros(2)
     counts[0] = is_anchor.sum()
-    if labels is not None and prototypes is not None:
-        pull = rowwise.Pull(rowwise.labels_of_rows(labels, groups.order, options), prototypes, options.distance)
-        prototype = pull.distances(zhat)
-        counts[1] = (pull.label >= 0).sum()
+    if pull is not None:
+        counts[1] = pull.is_labelled.sum()
 
     if options.reduction == "mean":
         divisors = counts.clamp(min=1)
@@ -138,7 +135,7 @@ def forward(
         loss = per_row.sum() if options.reduction == "sum" else torch.empty_like(per_row).index_copy_(0, groups.order, per_row)
     table = groups.table() if groups.size is None else groups.order.new_empty((3, 0), dtype=torch.int32)
     inverse_total = rowwise.inverse_totals(softmax, is_anchor)
-    return loss, Residuals(as_unit_rows(normalized), norms, softmax.shift, inverse_total, softmax.negative, table, counts)
+    return loss, Residuals(as_unit_rows(rounded), norms, softmax.shift, inverse_total, softmax.negative, table, counts)
 
 
 def backward(
@@ -151,7 +148,7 @@ def backward(
     needs: Needs,
 ) -> Gradients:
     """The upstream gradient, () or (N,), to the gradients of the raw embeddings, the temperature and the prototypes."""
-    zhat = residuals.normalized.to(options.accumulate_dtype)
+    zhat = residuals.zhat.to(options.accumulate_dtype)
     if options.positives == "label":
         groups = Groups.of_table(residuals.groups, options.n_left)
     else:
@@ -167,16 +164,9 @@ def backward(
 
     # The gradient of zhat first, and at last, in place, that of the raw rows.
     grad = _gradient(zhat, groups, coefficients, options, fits_unshifted(residuals.norms, options)).div_(options.temperature)
-    pull = None
-    if labels is not None and prototypes is not None:
-        pull = rowwise.Pull(rowwise.labels_of_rows(labels, groups.order, options), prototypes, options.distance)
-    grads = rowwise.finish(grad, zhat, residuals.norms, pull, shares[1], options, needs, embeddings.dtype)
-    if needs.prototypes and grads.prototypes is None:
-        assert prototypes is not None
-        grads = grads._replace(prototypes=torch.zeros_like(prototypes, dtype=zhat.dtype))
-    if grads.embeddings is None:
-        return grads
-    return grads._replace(embeddings=torch.empty_like(grads.embeddings).index_copy_(0, groups.order, grads.embeddings))
+    return rowwise.finish(
+        grad, zhat, residuals.norms, labels, prototypes, shares[1], groups.order, options, needs, embeddings.dtype
+    )
 
 
 def pair_softmax(zhat: Tensor, groups: Tensor, n_left: int | None, options: LossOptions) -> Softmax:

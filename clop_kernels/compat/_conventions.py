@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, distributed
 
-from .. import functional
+from .. import validation
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -38,7 +38,7 @@ def all_processes() -> ProcessGroup | None:
 
 def failures_announced(group: ProcessGroup | None, check_ranks: bool) -> AbstractContextManager[Any]:
     """As of the loss itself, for what is checked before it."""
-    return functional._failures_announced(functional._sharding(group, "auto", "ddp", check_ranks))
+    return validation.failures_announced(validation.sharding(group, "auto", "ddp", check_ranks))
 
 
 def unsupported(argument: str, value: Any, reason: str, remedy: str) -> NotImplementedError:

@@ -101,7 +101,7 @@ def backward(
     with tiles.device_guard(embeddings.device):
         if needs.embeddings or needs.temperature:
             grad_embeddings = torch.empty_like(embeddings, memory_format=torch.contiguous_format)
-            scratch = launches.BackwardScratch.like(residuals.normalized, options, target)
+            scratch = launches.BackwardScratch.like(residuals.zhat, options, target)
             for launch in launches.backward(upstream, residuals, labels, used, options, scratch, grad_embeddings, target):
                 launch.run()
             grad_temperature = scratch.grad_temperature if needs.temperature else None

@@ -193,7 +193,7 @@ def backward(
 
     In TF32 one more, for the forward pass may have had another precision.
     """
-    n_rows, width = residuals.normalized.shape
+    n_rows, width = residuals.zhat.shape
     shared = _of_loss(residuals, labels, prototypes, options, target) | _of_upstream(upstream, residuals) | {
         "grad_z": grad_embeddings,
         "n_splits": scratch.sums.shape[0],
@@ -318,7 +318,7 @@ def _of_loss(
     residuals: Residuals, labels: Tensor | None, prototypes: Tensor | None, options: LossOptions, target: Target
 ) -> dict[str, Any]:
     """The arguments that kernels of a loss have in common."""
-    zhat = residuals.normalized
+    zhat = residuals.zhat
     return _of_pairs(zhat, residuals.groups, residuals.norms, options, target) | {
         "norms": residuals.norms,
         "shift": residuals.shift,

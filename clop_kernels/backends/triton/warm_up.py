@@ -94,7 +94,7 @@ class Training:
 
 def kernels_of(training: Training, gpu: Gpu) -> list[Launch]:
     """A launch of each kernel that a training needs."""
-    options = LossOptions(2, "label", _empty(), 1.0, "cosine", "mean", training.compute_dtype)
+    options = LossOptions(_empty(), 1.0, n_views=2, positives="label", compute_dtype=training.compute_dtype)
     precision = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32" if training.allows_tf32 else "ieee"
     try:
