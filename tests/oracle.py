@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import clop_kernels
-from clop_kernels import compat, functional
+from clop_kernels import compat, functional, ops
 from clop_kernels.backends import BACKENDS
 from clop_kernels.backends.contract import DISTANCES, POSITIVES, REDUCTIONS, LossOptions
 from clop_kernels.groups import label_groups
@@ -75,7 +75,8 @@ class Problem:
     def loss(self, z: Tensor, labels: Tensor | None, prototypes: Tensor | None, tau: Tensor, backend: str) -> Tensor:
         if INNER_OPTIONS.isdisjoint(self.options):
             return clop_kernels.clop_loss(z, labels, prototypes, temperature=tau, backend=backend, **self.options)
-        return functional._loss(z, labels, prototypes, temperature=tau, backend=backend, **OPTIONS | self.options)
+        options = LossOptions(temperature=tau, compute_dtype=ops.compute_dtype(z), **OPTIONS | self.options)
+        return functional._loss(z, labels, prototypes, options, backend, None)
 
     def with_options(self, **options: Any) -> Problem:
         return replace(self, options=self.options | options)
@@ -350,7 +351,7 @@ def assert_pairs_accurate(
     negatives = pairs & ~positives
     on_device = zhat.to(device), groups.table().to(device), n_left
     tolerance = slack * torch.finfo(options.accumulate_dtype).eps * (16 + float(s.abs().amax()))
-    options = replace(options, temperature=temperature.to(device) if isinstance(temperature, Tensor) else temperature)
+    options = options._replace(temperature=temperature.to(device) if isinstance(temperature, Tensor) else temperature)
     softmax = [x.cpu().double() for x in module.pair_softmax(*on_device, options)]
     assert all(x.shape == (n,) for x in softmax)
     shift, negative, positive, positive_logits = softmax

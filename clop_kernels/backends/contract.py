@@ -31,7 +31,8 @@ sides it may be empty, but lies within the right one. ``options`` have positives
 
 from __future__ import annotations
 
-from typing import NamedTuple, get_type_hints
+from collections.abc import Callable
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
@@ -95,6 +96,20 @@ class LossOptions(NamedTuple):
         """The dtype of sums, losses, lse and norms: float32, or float64 where the products are float64."""
         return accumulate_dtype(self.compute_dtype)
 
+    @property
+    def numbers(self) -> tuple[Number, ...]:
+        """Those of :data:`NUMBERS`."""
+        return self[: len(NUMBERS)]
+
+    @property
+    def has_tensors(self) -> bool:
+        """Whether a number is a tensor."""
+        return any(type(x) is not float for x in self.numbers)
+
+    def with_numbers(self, new: Callable[[Any], Any]) -> LossOptions:
+        """With ``new`` of each of :data:`NUMBERS`."""
+        return LossOptions(*map(new, self.numbers), *self[len(NUMBERS) :])
+
     def of_pairs(self, n_left: int | None = None) -> LossOptions:
         """The options of a pass over pairs alone, of rows in the order of their positive groups."""
         return self._replace(n_views=1, positives="label", n_left=n_left, negatives_only=False)
@@ -104,6 +119,8 @@ CHOICES: dict[str, tuple[str, ...]] = {"positives": POSITIVES, "distance": DISTA
 """What an option that is a string can be."""
 
 NUMBERS = tuple(name for name, kind in get_type_hints(LossOptions).items() if kind == Number)
+"""The options that change during training. They come first."""
+assert LossOptions._fields[: len(NUMBERS)] == NUMBERS
 
 
 class Sharding(NamedTuple):
