@@ -76,6 +76,15 @@ class _ContrastiveLoss(nn.Module):
         """tau: a float, or with ``learnable_temperature`` a 0-dim tensor, exp of the parameter ``log_temperature``."""
         return self._temperature if self.log_temperature is None else self.log_temperature.exp()
 
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        checked = validation.checked_temperature(value, torch.device("cpu"))
+        if self.log_temperature is None:
+            self._temperature = checked
+        else:
+            with torch.no_grad():
+                self.log_temperature.fill_(math.log(checked))
+
     def _stack(self, views: tuple[Tensor, ...], labels: Tensor | None, n_views: int | None) -> tuple[Tensor, Tensor | None, int]:
         """The views as one view-major tensor; a last positional tensor of integers is the labels."""
         for position, view in enumerate(views):

@@ -207,6 +207,7 @@ def test_ranking_and_sorting_give_the_same_bits(monkeypatch: pytest.MonkeyPatch)
     problem = random_problem(3, 40, 16, positives="label", n_classes=5)
     ranked = problem.solve("triton", torch.float32)
     monkeypatch.setattr(launches, "RANKED_INSTANCES", 0)
+    TRITON.load().plan_of.cache_clear()
     by_sort = problem.solve("triton", torch.float32)
     assert all(torch.equal(ranked[name], by_sort[name]) for name in ranked)
 
@@ -619,7 +620,9 @@ def test_operands_of_tf32_are_rounded(units_that_cut_off: list[str]) -> None:
     zhat.view(torch.int32)[1, 4] = 0x7FFFFFFF  # a GPU's NaN
     options = LossOptions(0.1, positives="label", compute_dtype=torch.float32)
     groups = torch.zeros(3, 2, dtype=torch.int32)
-    launch = next(launches.pair_softmax(zhat, groups, None, options, torch.empty(1, 4, 2), tiles.Target(0, 1)))
+    problem = launches.Problem.of_pairs(zhat, None, options, tiles.Target(0, 1))
+    values = launches.values_of_pairs(zhat, groups, options.temperature)
+    launch = next(launches.pair_softmax(problem).launches(values))
     launch.run()
     expected = torch.tensor([1 + 2.0**-10, -1, 2.0**-130, float("inf"), float("nan")]).expand(2, 5)
     torch.testing.assert_close(launch.arguments["operands"], expected, rtol=0, atol=0, equal_nan=True)

@@ -31,6 +31,7 @@ sides it may be empty, but lies within the right one. ``options`` have positives
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple, get_type_hints
 
@@ -104,16 +105,22 @@ class LossOptions(NamedTuple):
     @property
     def has_tensors(self) -> bool:
         """Whether a number is a tensor."""
-        return any(type(x) is not float for x in self.numbers)
+        return not _FLOAT.issuperset(map(type, self.numbers))
 
     def with_numbers(self, new: Callable[[Any], Any]) -> LossOptions:
         """With ``new`` of each of :data:`NUMBERS`."""
         return LossOptions(*map(new, self.numbers), *self[len(NUMBERS) :])
 
+    def without_numbers(self) -> LossOptions:
+        """What stays the same while a training changes its numbers."""
+        return self.with_numbers(lambda _: 0.0)
+
     def of_pairs(self, n_left: int | None = None) -> LossOptions:
         """The options of a pass over pairs alone, of rows in the order of their positive groups."""
         return self._replace(n_views=1, positives="label", n_left=n_left, negatives_only=False)
 
+
+_FLOAT = frozenset({float})
 
 CHOICES: dict[str, tuple[str, ...]] = {"positives": POSITIVES, "distance": DISTANCES, "reduction": REDUCTIONS}
 """What an option that is a string can be."""
@@ -139,6 +146,13 @@ class Sharding(NamedTuple):
     grad_scale: str
     check_ranks: bool
     has_backward: bool = False
+
+
+@functools.cache
+def no_groups(device: torch.device) -> Tensor:
+    """``groups`` of :class:`Residuals` where the views of an instance are positives: (3, 0), the same one for all losses."""
+    with torch.inference_mode(False):  # else autograd could not save it
+        return torch.empty((3, 0), dtype=torch.int32, device=device)
 
 
 DENSE_DEVICES = ("cpu",)

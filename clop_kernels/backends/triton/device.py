@@ -77,6 +77,14 @@ def logit_scale(temperature, scale, scale_rest):
 
 
 @triton.jit
+def known_weight(weight, prototype_weight):
+    """The prototype weight that the host knows, or, where that is below 0, the () float32 ``weight``, which it never reads."""
+    if prototype_weight < 0.0:
+        prototype_weight = tl.load(weight)
+    return prototype_weight
+
+
+@triton.jit
 def as_operand(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
     """x as an operand of tl.dot.
 

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from ..contract import EPS as _EPS
-from .device import LN_2, from_position, load_rows, logit_scale, row_of
+from .device import LN_2, from_position, known_weight, load_rows, logit_scale, row_of
 from .prologue import load_targets
 from .softmax import sum_of
 
@@ -46,7 +46,7 @@ def distance_gradient(unit, target, distance):
     do_not_specialize=[
         "n_rows", "n_instances", "n_classes", "views", "n_splits", "is_weighted", "normalize", "distance", "is_mean",
     ],
-    do_not_specialize_on_alignment=["row_weights", "groups", "labels", "prototypes", "upstream", "temperature"],
+    do_not_specialize_on_alignment=["norms", "row_weights", "groups", "labels", "prototypes", "upstream", "counts", "temperature", "weight"],
 )  # fmt: skip
 def finish_kernel(
     sums,  # (splits, N, D) float32, by position: sum_j M_ij zhat_j times M_SCALE, a summand a split
@@ -61,6 +61,7 @@ def finish_kernel(
     temperature,  # device.logit_scale
     scale,
     scale_rest,
+    weight,  # device.known_weight
     prototype_weight,
     grad_z,  # (N, D) contiguous, by row
     temperature_sums,  # (programs,) float32: parts of dL/dtau
@@ -89,7 +90,7 @@ def finish_kernel(
     inverse_temperature = (scale.value + scale.rest) * LN_2
 
     of_contrastive = tl.load(upstream) * inverse_temperature * (1.0 / M_SCALE)
-    of_prototypes = tl.load(upstream) * prototype_weight
+    of_prototypes = tl.load(upstream) * known_weight(weight, prototype_weight)
     if is_mean != 0:
         of_contrastive /= tl.maximum(tl.load(counts), 1.0)
         of_prototypes /= tl.maximum(tl.load(counts + 1), 1.0)

@@ -63,7 +63,7 @@ def load_targets(prototypes, label, columns, n_classes, WIDTH: tl.constexpr):
 
 @triton.jit(
     do_not_specialize=["n_rows", "n_instances", "n_classes", "n_views", "views", "is_ranked", "normalize", "distance"],
-    do_not_specialize_on_alignment=["labels", "prototypes", "groups"],
+    do_not_specialize_on_alignment=["labels", "prototypes", "groups", "norms"],
 )
 def prologue_kernel(
     z,  # (N, D), any strides

@@ -7,7 +7,6 @@ training will ask for.
 
 from __future__ import annotations
 
-import itertools
 import multiprocessing
 import time
 from collections.abc import Iterator
@@ -140,17 +139,20 @@ def launches_of(options: LossOptions, n_rows: int, width: int, dtype: torch.dtyp
     labels, prototypes = _empty(n_rows // options.n_views, dtype=torch.int64), _empty(n_classes, width)
     groups = _empty(3, n_rows if options.positives == "label" else 0, dtype=torch.int32)
     residuals = Residuals(zhat, _empty(n_rows), _empty(n_rows), _empty(n_rows), _empty(n_rows), groups, _empty(2))
-    of_forward = launches.ForwardScratch.like(zhat, options, target)
-    loss = _empty(n_rows) if is_per_row else _empty()
     upstream = Upstream(_empty(), _empty(n_rows) if is_per_row else None)
-    of_backward = launches.BackwardScratch.like(zhat, options, target)
-    of_classes = _empty(n_rows, dtype=torch.int64), _empty(n_classes + 1, dtype=torch.int64)
-    parts = _empty(4, n_classes, width)
-    yield from itertools.chain(
-        launches.forward(z, labels, prototypes, options, loss, residuals, of_forward, target),
-        launches.backward(upstream, residuals, labels, prototypes, options, of_backward, grad_z, target),
-        [launches.prototypes_backward(upstream, residuals, *of_classes, prototypes, options, parts, target)],
-    )
+    problem = launches.Problem.of(z, zhat, labels, prototypes, options, target)
+    values = {
+        **launches.values_of_loss(residuals, labels, prototypes, options),
+        **launches.values_of_upstream(upstream, residuals),
+        "z": z,
+        "loss": _empty(n_rows) if is_per_row else _empty(),
+        "grad_z": grad_z,
+        "by_class": _empty(n_rows, dtype=torch.int64),
+        "bounds": _empty(n_classes + 1, dtype=torch.int64),
+    }
+    plans = launches.forward(problem), *(make(problem, is_per_row) for make in (launches.backward, launches.prototypes_backward))
+    for plan in plans:
+        yield from plan.launches(values)
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
