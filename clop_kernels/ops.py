@@ -86,7 +86,7 @@ def loss(call: Call) -> Tensor:
     if not _runs_directly(embeddings, labels, prototypes, *options.numbers):
         return _first(_entrance()(*call.packed()))
     if has_backward:
-        return _first(_DirectLoss.apply(embeddings, prototypes, temperature, call))
+        return _first(_DirectLoss.apply(embeddings, prototypes, temperature, call))  # type: ignore[no-untyped-call]
     with without_autocast(embeddings.device.type):
         return _first(backend_of(call).forward(*arguments_of(call)))
 
@@ -126,8 +126,8 @@ def check_values(labels: Tensor | None, prototypes: Tensor | None, options: Loss
     """Checks what only the values show: raises on a CPU, asserts on the device without a synchronisation elsewhere.
 
     Raises:
-        ValueError: if a label is below -1 or names a prototype that does not exist, if a temperature is not positive and finite, or
-            a prototype weight is negative or not finite.
+        ValueError: if a label is below -1 or names a prototype that does not exist, if a temperature is not positive and finite,
+            or a prototype weight is negative or not finite.
     """
     if labels is not None and labels.numel() > 0:
         n_classes = None if prototypes is None else prototypes.shape[0]
@@ -214,7 +214,7 @@ class _DirectLoss(torch.autograd.Function):
         return value
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad_loss is None:
             return None, None, None, None
         needs_embeddings, needs_prototypes, needs_temperature, _ = ctx.needs_input_grad
@@ -360,7 +360,7 @@ class Operator:
         )
 
     def _of_backward(self, arguments: tuple[Any, ...]) -> tuple[Any, Call, Needs]:
-        *arguments_of_call, needs = arguments  # type: ignore[assignment]
+        *arguments_of_call, needs = arguments
         n_residuals = len(self.residuals._fields)
         residuals = self.residuals(*arguments_of_call[:n_residuals])
         return residuals, Call.of(tuple(arguments_of_call[n_residuals:])), Needs(*needs)
@@ -371,18 +371,15 @@ class Operator:
 
     def formula(self, ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         """The gradients of a call's arguments."""
-        nothing = Call.of((None,) * len(ctx.needs_input_grad))
+        nothing: Any = Call.of((None,) * len(ctx.needs_input_grad))
         if grad_loss is None:
             return nothing.flat()
         needed = Call.of(ctx.needs_input_grad)
         needs = Needs(bool(needed.embeddings), bool(needed.options.temperature), bool(needed.prototypes))
         call, residuals = _saved(ctx, self.residuals)
         grads = _by_operator(self._entrance(), grad_loss, residuals, call, needs)
-        results = nothing._replace(
-            embeddings=grads.embeddings,
-            prototypes=grads.prototypes,
-            options=nothing.options._replace(temperature=grads.temperature),
-        )
+        options = nothing.options._replace(temperature=grads.temperature)
+        results = nothing._replace(embeddings=grads.embeddings, prototypes=grads.prototypes, options=options)
         return results.flat()
 
 
@@ -396,11 +393,11 @@ def no_second_derivative(ctx: Any, *grads: Tensor) -> None:
 def _fake(call: Call) -> tuple[Tensor, Residuals]:
     embeddings, options = call.embeddings, call.options
     n_rows, precise = embeddings.shape[0], options.accumulate_dtype
-    per_row = [embeddings.new_empty(n_rows, dtype=precise) for _ in range(4)]
+    norms, shift, inverse_total, negative = (embeddings.new_empty(n_rows, dtype=precise) for _ in range(4))
     value = embeddings.new_empty((n_rows,) if options.reduction == "none" else (), dtype=precise)
     groups = embeddings.new_empty((3, n_rows if options.positives == "label" else 0), dtype=torch.int32)
     counts = embeddings.new_empty(2, dtype=precise)
-    return value, Residuals(unit_rows(embeddings, options.compute_dtype), *per_row, groups, counts)
+    return value, Residuals(unit_rows(embeddings, options.compute_dtype), norms, shift, inverse_total, negative, groups, counts)
 
 
 LOSS = Operator(
@@ -413,7 +410,7 @@ LOSS = Operator(
 )
 
 
-# ---- inside torch.func's transforms ---------------------------------------------------------------------------------------------
+# ---- inside torch.func's transforms -------------------------------------------------------------------------------------------
 
 
 def _no_vmap(*_: Any) -> None:

@@ -59,9 +59,7 @@ def check_spread(backend: str | None) -> None:
     if backend == REFERENCE:
         raise ValueError('backend="reference" with a group: expected another backend, or all rows in one process')
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        raise NotImplementedError(
-            "a group inside a transform of torch.func: expected torch.autograd, or all rows in one process"
-        )
+        raise NotImplementedError("a group inside a transform of torch.func: expected torch.autograd, or all rows in one process")
 
 
 def check_strategies(strategy: str, grad_scale: str) -> None:
@@ -138,7 +136,9 @@ def check_prototypes(prototypes: Tensor, embeddings: Tensor) -> None:
 
 
 def checked_temperature(temperature: Number, device: torch.device) -> Number:
-    if type(temperature) is float and 0 < temperature < math.inf:  # what nearly every call has: a small one is as dear as its checks
+    if (
+        type(temperature) is float and 0 < temperature < math.inf
+    ):  # what nearly every call has: a small one is as dear as its checks
         return temperature
     value = _checked_number("temperature", temperature, device)
     if not isinstance(value, Tensor) and value <= 0:

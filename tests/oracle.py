@@ -103,6 +103,16 @@ def random_problem(
     return Problem(z.float().double(), labels, prototypes.float().double(), temperature, options)
 
 
+def op_call(backend: str, reduction: str, dtype: torch.dtype) -> ops.Call:
+    """A call with gradients of all that can have some."""
+    problem = random_problem(2, 5, 5)
+    assert problem.prototypes is not None
+    tau = torch.tensor(0.2, dtype=dtype, requires_grad=True)
+    options = LossOptions(tau, torch.tensor(0.7, dtype=dtype), 2, "label", "euclidean", reduction, dtype)
+    z, prototypes = problem.embeddings.to(dtype).requires_grad_(), problem.prototypes.to(dtype).requires_grad_()
+    return ops.Call(z, problem.labels, prototypes, options, backend)
+
+
 def two_sided_problem(
     n_left: int, n_right: int, width: int, *, labelled: bool, temperature: float = 0.1, seed: int = 0, **options: Any
 ) -> Problem:

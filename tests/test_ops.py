@@ -3,27 +3,17 @@
 from __future__ import annotations
 
 import shutil
+
 import pytest
 import torch
 from torch import Tensor
 
 import clop_kernels
-from clop_kernels import ops
 from clop_kernels.backends import contract
-from clop_kernels.backends.contract import LossOptions
 
-from .oracle import Problem, negatives_problem, random_problem, two_sided_problem
+from .oracle import Problem, negatives_problem, op_call, random_problem, two_sided_problem
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile's default backend needs g++")
-
-
-def op_call(learned: bool, reduction: str, dtype: torch.dtype) -> ops.Call:
-    problem = random_problem(2, 5, 5)
-    assert problem.prototypes is not None
-    tau = torch.tensor(0.2, dtype=dtype, requires_grad=learned)
-    options = LossOptions(tau, torch.tensor(0.7), 2, "label", "euclidean", reduction, dtype)
-    z, prototypes = problem.embeddings.to(dtype).requires_grad_(), problem.prototypes.to(dtype).requires_grad_()
-    return ops.Call(z, problem.labels, prototypes, options, "tiled")
 
 
 @pytest.mark.parametrize("learned", [False, True])
@@ -31,7 +21,9 @@ def op_call(learned: bool, reduction: str, dtype: torch.dtype) -> ops.Call:
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_opcheck(learned: bool, reduction: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contract, "DENSE_DEVICES", ())  # rows of zhat are apart, as on a GPU
-    call = op_call(learned, reduction, dtype)
+    call = op_call("tiled", reduction, dtype)
+    if not learned:
+        call = call._replace(options=call.options.with_numbers(lambda x: x.detach()))
     torch.library.opcheck(torch.ops.clop.loss.default, call.packed())
     arguments = [a.detach() if isinstance(a, Tensor) else a for a in call.packed()]
     loss, *residuals = torch.ops.clop.loss(*arguments)

@@ -31,7 +31,7 @@ class Schedule:
 
     step: Step
     module: Any = None
-    attributes: Callable[[float], dict[str, float]] = lambda p: {}  # noqa: E731
+    attributes: Callable[[float], dict[str, float]] = lambda p: {}
 
 
 def _of_rows(criterion: Any, z: Tensor, p: float) -> Tensor:
@@ -54,23 +54,15 @@ SCHEDULES = {
     "CLOPLoss": Schedule(
         lambda m, z, p: m(z, LABELS), clop_kernels.CLOPLoss(3, 8), lambda p: {"temperature": p, "prototype_weight": 2 * p}
     ),
-    "clop": Schedule(
-        lambda m, z, p: m(z[:6], z[6:], LABELS), compat.clop.CLOPLoss(3, 8), lambda p: {"lambda_value": 3 * p}
-    ),
-    "lightly": Schedule(
-        lambda m, z, p: m(z[:6], z[6:]), compat.lightly.NTXentLoss(), lambda p: {"temperature": 0.55 - 0.4 * p}
-    ),
+    "clop": Schedule(lambda m, z, p: m(z[:6], z[6:], LABELS), compat.clop.CLOPLoss(3, 8), lambda p: {"lambda_value": 3 * p}),
+    "lightly": Schedule(lambda m, z, p: m(z[:6], z[6:]), compat.lightly.NTXentLoss(), lambda p: {"temperature": 0.55 - 0.4 * p}),
     "supcontrast": Schedule(
         lambda m, z, p: m(F.normalize(z, dim=1).view(6, 2, 8), LABELS),
         compat.supcontrast.SupConLoss(),
-        lambda p: {"temperature": p, "base_temperature": 2 * p + 0.1},
+        lambda p: {"temperature": p},
     ),
-    "open_clip": Schedule(
-        lambda m, z, p: m(*F.normalize(z, dim=1).chunk(2), 1 + 10 * p), compat.open_clip.ClipLoss()
-    ),
-    "pytorch_metric_learning": Schedule(
-        _of_rows, compat.pytorch_metric_learning.SupConLoss(), lambda p: {"temperature": p}
-    ),
+    "open_clip": Schedule(lambda m, z, p: m(*F.normalize(z, dim=1).chunk(2), 1 + 10 * p), compat.open_clip.ClipLoss()),
+    "pytorch_metric_learning": Schedule(_of_rows, compat.pytorch_metric_learning.SupConLoss(), lambda p: {"temperature": p}),
 }
 
 INDUCTOR = pytest.param("clop_loss", "inductor", marks=needs_compiler)

@@ -31,7 +31,7 @@ sides it may be empty, but lies within the right one. ``options`` have positives
 
 from __future__ import annotations
 
-import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple, get_type_hints
 
@@ -44,8 +44,21 @@ REDUCTIONS = ("mean", "sum", "none")
 STRATEGIES = ("auto", "gather", "ring")
 GRADIENT_SCALES = ("ddp", "none")
 
+# Constants of all backends. csrc/common/constants.h has those of the compiled ones, and tests hold them equal.
+
 EPS = 1e-12
 """Smallest norm that a row is divided by; the same constant as in :mod:`clop_kernels.reference`."""
+
+LOG2_E = math.log2(math.e)
+
+LARGEST_UNSHIFTED_LOGIT = {torch.float32: 60.0, torch.float64: 600.0}
+"""Up to it exp s needs no shift: sums over 2^38 rows stay below exp(88), the end of float32; float64 ends at exp(709)."""
+
+FLOAT16_SCALE = 2.0**14
+"""What M is multiplied by before it is rounded to float16, which ends at 65504 and 6e-8; M <= 2."""
+
+RANKED_INSTANCES = 4096
+"""On a GPU so many labels at most are put in order by counting: B^2 comparisons in one launch, against the several of a sort."""
 
 
 Number = float | Tensor
@@ -58,8 +71,8 @@ A GPU's is never read on the host. Where the host is to know the number it is a 
 class LossOptions(NamedTuple):
     """The loss that is asked for, apart from its tensors: an option is declared here, in csrc/common/options.h, and nowhere else.
 
-    From this table come the schemas of all operators, how they pack and read their arguments (:mod:`clop_kernels.ops`), what ranks
-    compare before a loss over a process group, and what the compiled extension is told.
+    From this table come the schemas of all operators and how they pack and read their arguments (:mod:`clop_kernels.ops`), what
+    ranks compare before a loss over a process group, and what the compiled extension is told.
 
     Attributes:
         temperature: tau > 0.
@@ -100,7 +113,8 @@ class LossOptions(NamedTuple):
     @property
     def numbers(self) -> tuple[Number, ...]:
         """Those of :data:`NUMBERS`."""
-        return self[: len(NUMBERS)]
+        numbers: tuple[Any, ...] = self[: len(NUMBERS)]
+        return numbers
 
     @property
     def has_tensors(self) -> bool:
@@ -146,13 +160,6 @@ class Sharding(NamedTuple):
     grad_scale: str
     check_ranks: bool
     has_backward: bool = False
-
-
-@functools.cache
-def no_groups(device: torch.device) -> Tensor:
-    """``groups`` of :class:`Residuals` where the views of an instance are positives: (3, 0), the same one for all losses."""
-    with torch.inference_mode(False):  # else autograd could not save it
-        return torch.empty((3, 0), dtype=torch.int32, device=device)
 
 
 DENSE_DEVICES = ("cpu",)

@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from ...groups import label_groups
-from ..contract import Gradients, LossOptions, Needs, Residuals, Softmax, as_unit_rows, no_groups, unit_rows
+from ..contract import Gradients, LossOptions, Needs, Residuals, Softmax, as_unit_rows, unit_rows
 from ..positions import sorted_by_class, upstream_of, used_prototypes
 from ..rowwise import merged
 from . import launches, tiles
@@ -53,25 +53,26 @@ def forward(
 ) -> tuple[Tensor, Residuals]:
     """(N, D) embeddings, (B,) int64 labels, (K, D) prototypes -> the loss, and what the backward pass needs."""
     n_rows, device = embeddings.shape[0], embeddings.device
-    zhat, target, used = unit_rows(embeddings, options.compute_dtype), tiles.target_of(device), used_prototypes(prototypes, labels)
-    problem = Problem.of(embeddings, zhat, labels, used, options, target)
+    zhat, used = unit_rows(embeddings, options.compute_dtype), used_prototypes(prototypes, labels)
+    problem = Problem.of(embeddings, zhat, labels, used, options, tiles.target_of(device))
     if options.positives == "instance":
-        groups = no_groups(device)
+        groups = embeddings.new_empty((3, 0), dtype=torch.int32)
     elif problem.is_ranked:
         groups = embeddings.new_empty((3, n_rows), dtype=torch.int32)
     else:
         assert labels is not None
         groups = label_groups(labels, options.n_views, options.n_left).table()
-    # One piece of memory, for each costs the host time.
-    of_rows = embeddings.new_empty(4 * n_rows + 2, dtype=torch.float32) if n_rows > 0 else embeddings.new_zeros(2, dtype=torch.float32)
-    norms, shift, inverse_total, negative, counts = of_rows.split([n_rows, n_rows, n_rows, n_rows, 2])
+    # Results of an operator may not share memory, so each has its own.
+    norms, shift, inverse_total, negative = (torch.empty(n_rows, dtype=torch.float32, device=device) for _ in range(4))
+    counts = torch.empty(2, dtype=torch.float32, device=device)
     residuals = Residuals(zhat, norms, shift, inverse_total, negative, groups, counts)
     of_loss = (n_rows,) if problem.is_per_row else ()
     if n_rows == 0:
+        counts.zero_()
         return embeddings.new_zeros(of_loss, dtype=torch.float32), residuals
 
     loss = embeddings.new_empty(of_loss, dtype=torch.float32)
-    values = launches.values_of_loss(residuals, labels, used, options) | {"z": embeddings, "loss": loss}
+    values = launches.values_of_loss(residuals, labels, used, options) | {"embeddings": embeddings, "loss": loss}
     with tiles.device_guard(device):
         plan_of(launches.forward, problem).run(values)
     return loss, residuals
@@ -105,7 +106,7 @@ def backward(
     values = launches.values_of_loss(residuals, labels, used, options) | launches.values_of_upstream(upstream, residuals)
     with tiles.device_guard(embeddings.device):
         if needs.embeddings or needs.temperature:
-            values["grad_z"] = grad_embeddings = torch.empty_like(embeddings, memory_format=torch.contiguous_format)
+            values["grad_embeddings"] = grad_embeddings = torch.empty_like(embeddings, memory_format=torch.contiguous_format)
             grad_temperature = plan_of(launches.backward, problem, is_weighted).run(values)["grad_temperature"]
         if needs.prototypes and used is not None:
             assert labels is not None

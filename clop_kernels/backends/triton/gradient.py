@@ -234,7 +234,7 @@ def gradient_kernel(
 
 @triton.jit(
     do_not_specialize=["n_rows", "n_left", "views", "negatives_only", "is_weighted"],
-    do_not_specialize_on_alignment=["shift", "inverse_total", "negative", "groups", "row_weights"],
+    do_not_specialize_on_alignment=["groups", "row_weights"],
 )
 def coefficients_kernel(
     shift,  # (N,), by position; so are the next three

@@ -1,7 +1,7 @@
 """The launches of one call, as data: which kernel, on what grid, with which arguments and tiles.
 
-A :class:`Plan` depends on a :class:`Problem` alone, which holds no tensor and no number that training changes, and is kept: a call
-puts its tensors into it, and launches what is compiled already. :mod:`clop_kernels.backends.triton` does;
+A :class:`Plan` depends on a :class:`Problem` alone, which holds no tensor and no number that training changes, and is kept: a
+call puts its tensors into it, and launches what is compiled already. :mod:`clop_kernels.backends.triton` does;
 ``python -m benchmarks.resources`` compiles the very same launches ahead of time for GPUs that need not be there.
 
 A kernel is compiled anew for each type and constant among its arguments. Those depend on the width, the dtypes and the GPU
@@ -20,10 +20,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..contract import DISTANCES, LossOptions, Number, Residuals
+from ..contract import DISTANCES, FLOAT16_SCALE, LARGEST_UNSHIFTED_LOGIT, LOG2_E, RANKED_INSTANCES, LossOptions, Number, Residuals
 from ..positions import Upstream, allows_tf32, logit_scale
 from . import tiles
-from .device import LARGEST_UNSHIFTED_LOGIT, LOG2_E
 from .finish import finish_kernel
 from .gradient import coefficients_kernel, gradient_kernel
 from .prologue import operands_kernel, prologue_kernel
@@ -31,9 +30,6 @@ from .prototype_gradient import prototype_kernel
 from .softmax import loss_kernel, softmax_kernel
 from .tiles import Target, Tile
 from .wide import pair_kernel, product_kernel
-
-RANKED_INSTANCES = 4096
-"""Up to so many labels the prologue orders the rows itself: B^2 comparisons, against the several launches of a sort."""
 
 Values = dict[str, Any]
 """Arguments of kernels by name: the tensors of a call, and its numbers."""
@@ -102,9 +98,11 @@ class Problem(NamedTuple):
         """Of a loss; ``prototypes`` that no row has a label for are None."""
         n_classes = 0 if prototypes is None else prototypes.shape[0]
         strides = embeddings.stride()
+        n_rows, width = zhat.shape
         return Problem(
             options.without_numbers(),
-            *zhat.shape,
+            n_rows,
+            width,
             zhat.stride(0),
             embeddings.dtype,
             (strides[0], strides[1]),
@@ -136,8 +134,8 @@ def precision(dtype: torch.dtype, target: Target) -> str:
 
 
 def m_scale(dtype: torch.dtype) -> float:
-    """What M is multiplied by before it is rounded: M <= 2, and float16 ends at 65504 and 6e-8."""
-    return 2.0**14 if dtype == torch.float16 else 1.0
+    """What M is multiplied by before it is rounded."""
+    return FLOAT16_SCALE if dtype == torch.float16 else 1.0
 
 
 # ---- what a plan is made of ------------------------------------------------------------------------------------------------
@@ -219,7 +217,7 @@ class Plan:
     """The launches of a pass, in their order, and their scratch by name."""
 
     steps: tuple[Step, ...]
-    scratch: Mapping[str, Scratch]
+    scratch: dict[str, Scratch]
 
     def launches(self, values: Values) -> Iterator[Launch]:
         """``values`` hold what is read and written, :func:`values_of_loss` and others; the scratch comes in here."""
@@ -315,8 +313,8 @@ def forward(p: Problem) -> Plan:
     whole, by_row = tiles.whole_rows(p.width), tiles.BY_ROW
     n_splits = softmax_splits(p) if p.is_compared else 1
     constants = _of_loss(p) | {
-        "stride_z_row": p.strides[0],
-        "stride_z_column": p.strides[1],
+        "row_stride": p.strides[0],
+        "column_stride": p.strides[1],
         "n_splits": n_splits,
         "n_views": p.options.n_views,
         "is_ranked": int(p.is_ranked),
@@ -510,7 +508,7 @@ def _of_pairs(p: Problem) -> Values:
         "is_one_way": int(p.is_one_way),
         "negatives_only": int(options.negatives_only),
         # Rows of any length have similarities of any size.
-        "largest_unshifted": LARGEST_UNSHIFTED_LOGIT.value * LOG2_E.value if options.normalize else 0.0,
+        "largest_unshifted": LARGEST_UNSHIFTED_LOGIT[torch.float32] * LOG2_E if options.normalize else 0.0,
         "WIDTH": p.width,
         "PITCH": p.pitch,  # between its rows nothing is read: contract.unit_rows
         "PRECISION": p.precision,

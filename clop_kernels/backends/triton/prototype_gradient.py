@@ -16,7 +16,7 @@ from .finish import distance_gradient
 
 @triton.jit(
     do_not_specialize=["n_rows", "n_classes", "n_splits", "is_weighted", "distance", "is_mean"],
-    do_not_specialize_on_alignment=["by_class", "bounds", "row_weights", "prototypes", "upstream", "counts", "weight"],
+    do_not_specialize_on_alignment=["by_class", "bounds", "row_weights", "prototypes", "upstream", "weight"],
 )
 def prototype_kernel(
     zhat,  # (N, D), by position

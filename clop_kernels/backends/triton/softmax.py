@@ -271,9 +271,7 @@ def sum_of(partial_sums, which, n_programs, BLOCK: tl.constexpr):
         "n_rows", "n_left", "views", "negatives_only", "n_instances", "n_classes", "n_splits", "is_labelled", "is_mean",
         "is_per_row",
     ],
-    do_not_specialize_on_alignment=[
-        "groups", "labels", "temperature", "weight", "shift_out", "inverse_total_out", "negative_out", "counts",
-    ],
+    do_not_specialize_on_alignment=["groups", "labels", "temperature", "weight"],
 )  # fmt: skip
 def loss_kernel(
     statistics,  # (splits, 4, N), as softmax_kernel leaves them

@@ -104,7 +104,7 @@ def device_guard(device: torch.device) -> AbstractContextManager[Any]:
     """Makes ``device`` the current one: Triton launches there, on its current stream."""
     if device.type == "cpu" or device.index == torch.get_device_module(device).current_device():
         return _NOTHING
-    return torch.get_device_module(device).device(device)  # type: ignore[no-any-return]
+    return torch.get_device_module(device).device(device)
 
 
 _NOTHING = nullcontext()

@@ -134,7 +134,7 @@ def _compile(training: Training, gpu: Gpu, number: int) -> tuple[str, float]:
 def launches_of(options: LossOptions, n_rows: int, width: int, dtype: torch.dtype, target: Target) -> Iterator[Launch]:
     """The launches of a loss of (n_rows, width) labelled rows with prototypes, and of all its gradients, on the device "meta"."""
     n_classes, is_per_row = 10, options.reduction == "none"
-    z, grad_z = (_empty(n_rows, width, dtype=dtype) for _ in range(2))
+    z, grad_embeddings = (_empty(n_rows, width, dtype=dtype) for _ in range(2))
     zhat = unit_rows(z, options.compute_dtype)
     labels, prototypes = _empty(n_rows // options.n_views, dtype=torch.int64), _empty(n_classes, width)
     groups = _empty(3, n_rows if options.positives == "label" else 0, dtype=torch.int32)
@@ -144,9 +144,9 @@ def launches_of(options: LossOptions, n_rows: int, width: int, dtype: torch.dtyp
     values = {
         **launches.values_of_loss(residuals, labels, prototypes, options),
         **launches.values_of_upstream(upstream, residuals),
-        "z": z,
+        "embeddings": z,
         "loss": _empty(n_rows) if is_per_row else _empty(),
-        "grad_z": grad_z,
+        "grad_embeddings": grad_embeddings,
         "by_class": _empty(n_rows, dtype=torch.int64),
         "bounds": _empty(n_classes + 1, dtype=torch.int64),
     }
