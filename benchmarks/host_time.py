@@ -4,15 +4,16 @@
 
     python -m benchmarks.host_time
 
-needs no GPU. Kernels of ``cuda`` and ``triton`` are not launched: "cuda" is the CPU, Triton's launches go to a stand-in, and the
-bindings of ``cuda`` are those of tests/host/, whose launches return at once. All else is what a training runs: the checks, autograd,
-memory, the arguments of each launch. What a launch costs in the driver, some microseconds each, is left out on both sides.
+needs no GPU. Kernels of ``cuda`` and ``triton`` are not launched: "cuda" is the CPU, Triton's launches go to a stand-in, and
+the bindings of ``cuda`` are those of tests/host/, whose launches return at once. All else is what a training runs: checks,
+autograd, memory, the arguments of each launch. What a launch costs in the driver, some microseconds each, is left out on both
+sides.
 
-``cpu`` runs whole, on 16 rows of 16 numbers, whose arithmetic is next to nothing. So does the plain loss, for all of them: the one
-that users write (normalise, product, mask, cross entropy), and the definition, clop_kernels.reference, which does more. A table
-for a machine with a GPU comes from ``python -m benchmarks.gpu_check --steps host``.
+``cpu`` runs whole, on 16 rows of 16 numbers, whose arithmetic is next to nothing. So do, for all of them, the plain loss that users
+write (normalise, product, mask, cross entropy), and the definition, clop_kernels.reference, which does more. For a machine with a
+GPU there is ``python -m benchmarks.gpu_check --steps host``.
 
-The providers take turns, forward and backward, and what is printed is the median of each; trust the ratios, not the microseconds.
+Providers take turns, and what is printed is the median of each: trust the ratios, not the microseconds.
 """
 
 from __future__ import annotations
@@ -22,7 +23,6 @@ import os
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor
