@@ -350,7 +350,7 @@ def assert_pairs_accurate(
     negatives = pairs & ~positives
     on_device = zhat.to(device), groups.table().to(device), n_left
     tolerance = slack * torch.finfo(options.accumulate_dtype).eps * (16 + float(s.abs().amax()))
-    options = replace(options, temperature=temperature.to(device) if isinstance(temperature, Tensor) else temperature)
+    options = options._replace(temperature=temperature.to(device) if isinstance(temperature, Tensor) else temperature)
     softmax = [x.cpu().double() for x in module.pair_softmax(*on_device, options)]
     assert all(x.shape == (n,) for x in softmax)
     shift, negative, positive, positive_logits = softmax

@@ -135,9 +135,9 @@ def test_groups_are_those_of_the_sort(n_instances: int, n_views: int, any_kernel
     for order, n_classes in itertools.product(host.ORDERS, (1, 5, 1000)):
         any_kernels.module.set_order(order, 7)
         labels = torch.randint(-1, n_classes, (n_instances,))
-        assert torch.equal(any_kernels.cuda_groups(labels, n_views, -1), label_groups(labels, n_views).table())
-        for n_left in {0, 1, n_instances // 2, n_instances} if n_views == 1 else ():
-            assert torch.equal(any_kernels.cuda_groups(labels, 1, n_left), label_groups(labels, 1, n_left).table())
+        for n_left in {None, 0, 1, n_instances // 2, n_instances} if n_views == 1 else {None}:
+            options = cuda.arguments_of(LossOptions(n_views=n_views, n_left=n_left))
+            assert torch.equal(any_kernels.cuda_groups(labels, *options), label_groups(labels, n_views, n_left).table())
 
 
 def test_many_instances_are_sorted(any_kernels: host.Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -348,9 +348,7 @@ def test_sums_of_shared_rows_do_not_grow_with_the_rows(width: int, any_kernels: 
     """At most three blocks of 128 rows for each that a processor has at once: 384 KB a processor."""
     n_processors, places = 132, 1 if width == 256 else 2
     for n_rows in (1, 2, 200, 512, 2048, 8192, 16384, 17000, 25000, 33000, 50000, 60000, 70000, 2**20):
-        loss = {"n_rows": n_rows, "width": width, "compute_dtype": 2, "n_views": 1, "groups": 1, "n_left": -1}
-        of_left, _, n_blocks = any_kernels.module.gradient_shares(loss, n_processors)
-        n_floats = any_kernels.module.gradient_split_floats(loss, n_processors)
+        (of_left, _, n_blocks), n_floats = any_kernels.module.gradient_plan(n_rows, width, n_processors)
         assert n_blocks == of_left * -(-n_rows // 128)
         assert n_floats == (n_blocks * 128 * width if of_left > 1 else 0)
         assert n_floats <= 3 * places * n_processors * 128 * width <= n_processors * 384 * 256
@@ -428,7 +426,8 @@ def test_rows_as_they_are(dtype: torch.dtype, norm: float, temperature: float, k
 def test_rows_as_they_are_to_the_last_bit(width: int, dtype: torch.dtype, any_kernels: host.Kernels) -> None:
     z = torch.randn(9, width) * torch.logspace(-30, 30, 9)[:, None]
     zhat = unit_rows(z, dtype)
-    norms, _ = any_kernels.cuda_prologue(z, zhat, None, None, None, 1, 0, False, False)
+    options = cuda.arguments_of(LossOptions(compute_dtype=dtype, normalize=False))
+    norms, _ = any_kernels.cuda_prologue(z, zhat, torch.empty((3, 0), dtype=torch.int32), None, None, *options)
     assert torch.equal(zhat.float().nan_to_num(), z.to(dtype).float().nan_to_num())
     torch.testing.assert_close(norms, z.double().norm(dim=1).float(), rtol=1e-6, atol=0.0)
 

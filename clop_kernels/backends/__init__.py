@@ -94,7 +94,7 @@ def _obstacle_to_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
 def _obstacle_to_cpu(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cpu":
         return "it computes on the CPU"
-    reason: str | None = importlib.import_module(".native", __name__).obstacle()
+    reason: str | None = importlib.import_module(".extension", __name__).obstacle()
     return reason
 
 
@@ -103,7 +103,7 @@ _GPUS = ("cuda", "xpu")
 BACKENDS: tuple[Backend, ...] = (
     Backend("cuda", "compiled CUDA C++ kernels", _obstacle_to_cuda, ".cuda", ("cuda",)),
     Backend("triton", "Triton kernels", _obstacle_to_triton, ".triton", _GPUS),
-    Backend("cpu", "compiled SIMD kernels", _obstacle_to_cpu, ".native"),
+    Backend("cpu", "compiled SIMD kernels", _obstacle_to_cpu, ".cpu"),
     Backend("tiled", "plain PyTorch, tile by tile; any device", lambda device, dtype: None, ".tiled"),
 )
 
