@@ -95,6 +95,7 @@ void step(int64_t n_rows, int64_t width, ScalarType compute_dtype, bool by_label
   panel_finish(sums, n_finished, upstream, std::nullopt, embeddings, zhat, again, table, counts, labels, prototypes,
                true PASS_OPTIONS);
 
+  host::n_processors = 1;  // each has blocks of its own
   const Tensor by_class = filled<int64_t>({n_rows}, ScalarType::Long, [](int64_t k) { return k; });
   const Tensor bounds = integers({0, n_rows / 4, n_rows / 2, n_rows / 2, n_rows});
   prototype_gradient(upstream, std::nullopt, zhat, counts, by_class, bounds, prototypes PASS_OPTIONS);

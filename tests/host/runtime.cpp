@@ -36,7 +36,11 @@ int64_t n_processors_of(int32_t) { return host::n_processors; }
 
 Tensor allocate(const char*, const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
   Tensor tensor = torch::stable::new_empty(like, sizes, dtype);
-  if (simt::launches) std::memset(tensor.mutable_data_ptr(), 0xff, tensor.numel() * tensor.element_size());
+  const auto fill = [&](int byte) { std::memset(tensor.mutable_data_ptr(), byte, tensor.numel() * tensor.element_size()); };
+  if (simt::launches)
+    fill(0xff);
+  else if (dtype == ScalarType::Int)
+    fill(0);  // positions, by which torch may look something up
   return tensor;
 }
 
