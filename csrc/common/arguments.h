@@ -1,6 +1,8 @@
-// From the arguments of an operator to the options of a pass, and how an operator refuses wrong ones.
+// What the operators of both backends do with tensors: from arguments to the options of a pass, how wrong ones are refused, and memory.
 #pragma once
 
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/stableivalue_conversions.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
@@ -61,5 +63,19 @@ inline void decode(const char* name, int64_t given, Reduction& option) {
 // Of the arguments of an operator, which have the names of the options, into the struct `options`. A backend may have a `decode` of
 // its own for kinds that are its own.
 #define CLOP_DECODE(kind, name) decode(#name, name, options.name);
+
+// A contiguous tensor; what it holds at first is undefined. torch::stable::new_empty, which first asks a tensor for all its properties,
+// takes two to three times as long, and at small N allocations are most of what a call costs.
+inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, int32_t device_type, int32_t device_index) {
+  constexpr int kMostDims = 3;
+  int64_t strides[kMostDims] = {1, 1, 1};
+  const int n_dims = int(sizes.size());
+  for (int dim = n_dims - 2; dim >= 0; --dim) strides[dim] = strides[dim + 1] * sizes.begin()[dim + 1];
+  AtenTensorHandle handle = nullptr;
+  const auto code = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+  if (aoti_torch_empty_strided(n_dims, sizes.begin(), strides, code, device_type, device_index, &handle) != 0)
+    throw std::runtime_error("clop_native: torch could not allocate a tensor of shape " + shape_text(sizes));
+  return Tensor(handle);
+}
 
 }  // namespace clop

@@ -1,6 +1,5 @@
 #include "bindings.h"
 
-#include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
 #include <cstdlib>
@@ -46,6 +45,7 @@ const Level& level() {
 // ---- tensors ---------------------------------------------------------------------------------------------------------
 
 using clop::decode;
+using clop::empty;
 
 void decode(const char* name, ScalarType given, Dtype& option) {
   const std::optional<Dtype> dtype = dtype_of(given);
@@ -82,8 +82,8 @@ ScalarType precise_of(const Pairs& pairs) {
   return pairs.compute_dtype == Dtype::float64 ? ScalarType::Double : ScalarType::Float;
 }
 
-Tensor empty(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::new_empty(like, sizes, dtype);
+Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  return empty(sizes, dtype, aoti_torch_device_type_cpu(), 0);
 }
 
 // Fills in what every pass is given of `rows`, (N, D), and checks it, all but the values of `groups`.
@@ -152,11 +152,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   Forward f = {};
   set_loss(f, CLOP_GIVEN_OPTIONS, embeddings, groups, labels, prototypes);
   const ScalarType precise = precise_of(f);
-  const auto per_row = [&] { return empty(embeddings, {f.n_rows}, precise); };
-  Tensor loss = f.reduction == Reduction::none ? per_row() : empty(embeddings, {}, precise);
-  Tensor zhat = empty(embeddings, {f.n_rows, f.width}, compute_dtype);
+  const auto per_row = [&] { return empty({f.n_rows}, precise); };
+  Tensor loss = f.reduction == Reduction::none ? per_row() : empty({}, precise);
+  Tensor zhat = empty({f.n_rows, f.width}, compute_dtype);
   Tensor norms = per_row(), shift = per_row(), inverse_total = per_row(), negative = per_row();
-  Tensor counts = empty(embeddings, {2}, precise);
+  Tensor counts = empty({2}, precise);
   f.embeddings = embeddings.const_data_ptr();
   f.row_stride = embeddings.stride(0);
   f.column_stride = embeddings.stride(1);
@@ -197,9 +197,9 @@ Gradients backward(const Tensor& grad_loss, const Tensor& embeddings, const Tens
   b.negative = negative.const_data_ptr();
   b.counts = counts.const_data_ptr();
   std::optional<Tensor> grad_embeddings, grad_temperature, grad_prototypes;
-  if (needs_embeddings) grad_embeddings = empty(embeddings, {b.n_rows, b.width}, embeddings.scalar_type());
-  if (needs_temperature) grad_temperature = empty(embeddings, {}, precise);
-  if (needs_prototypes) grad_prototypes = empty(embeddings, {b.n_classes, b.width}, precise);
+  if (needs_embeddings) grad_embeddings = empty({b.n_rows, b.width}, embeddings.scalar_type());
+  if (needs_temperature) grad_temperature = empty({}, precise);
+  if (needs_prototypes) grad_prototypes = empty({b.n_classes, b.width}, precise);
   b.grad_embeddings = grad_embeddings ? grad_embeddings->mutable_data_ptr() : nullptr;
   b.grad_temperature = grad_temperature ? grad_temperature->mutable_data_ptr() : nullptr;
   b.grad_prototypes = grad_prototypes ? grad_prototypes->mutable_data_ptr() : nullptr;
@@ -210,7 +210,7 @@ Gradients backward(const Tensor& grad_loss, const Tensor& embeddings, const Tens
 std::tuple<Tensor, Tensor, Tensor, Tensor> pair_softmax(const Tensor& zhat, const Tensor& groups CLOP_CPU_OPTIONS_PARAMETERS) {
   PairSoftmax p = {};
   set_pairs_alone(p, CLOP_GIVEN_OPTIONS, zhat, groups);
-  const auto per_row = [&] { return empty(zhat, {p.n_results()}, precise_of(p)); };
+  const auto per_row = [&] { return empty({p.n_results()}, precise_of(p)); };
   Tensor shift = per_row(), negative = per_row(), positive = per_row(), positive_logits = per_row();
   p.zhat = zhat.const_data_ptr();
   p.shift = shift.mutable_data_ptr();
@@ -225,7 +225,7 @@ Tensor pair_gradient(const Tensor& zhat, const Tensor& groups, const Tensor& coe
   PairGradient p = {};
   set_pairs_alone(p, CLOP_GIVEN_OPTIONS, zhat, groups);
   check("coefficients", coefficients, precise_of(p), {4, p.n_rows});
-  Tensor grad = empty(zhat, {p.n_results(), p.width}, precise_of(p));
+  Tensor grad = empty({p.n_results(), p.width}, precise_of(p));
   p.zhat = zhat.const_data_ptr();
   p.coefficients = coefficients.const_data_ptr();
   p.grad = grad.mutable_data_ptr();

@@ -1,7 +1,6 @@
 #include "runtime.h"
 
 #include <cuda_runtime_api.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <stdexcept>
 
@@ -98,10 +97,10 @@ int64_t n_processors_of(int32_t device) {
 // Why torch has no memory does not come through its C interface; how much was asked for is said here.
 Tensor allocate(const char* name, const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
   try {
-    return torch::stable::new_empty(like, sizes, dtype);
-  } catch (const std::runtime_error& error) {
+    return empty(sizes, dtype, aoti_torch_device_type_cuda(), like.get_device_index());
+  } catch (const std::runtime_error&) {
     throw std::runtime_error(std::string("clop_native: cannot allocate ") + name + " " + shape_text(sizes) +
-                             ": is the memory of the GPU full? " + error.what());
+                             ": is the memory of the GPU full?");
   }
 }
 

@@ -5,11 +5,11 @@
 #include "runtime.h"
 
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
 
 #include <cstring>
 #include <stdexcept>
 
+#include "../../csrc/common/arguments.h"
 #include "bindings.h"
 #include "gpu.h"
 #include "simt.h"
@@ -34,8 +34,8 @@ CUstream_st* current_stream(int32_t) { return nullptr; }
 
 int64_t n_processors_of(int32_t) { return host::n_processors; }
 
-Tensor allocate(const char*, const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  Tensor tensor = torch::stable::new_empty(like, sizes, dtype);
+Tensor allocate(const char*, const Tensor&, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  Tensor tensor = empty(sizes, dtype, aoti_torch_device_type_cpu(), 0);
   const auto fill = [&](int byte) { std::memset(tensor.mutable_data_ptr(), byte, tensor.numel() * tensor.element_size()); };
   if (simt::launches)
     fill(0xff);
