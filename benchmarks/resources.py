@@ -245,12 +245,11 @@ def launches_of_pairs(case: Case, n_left: int | None) -> Iterator[Any]:
 
     dtype, n, width, target = DTYPES[case.dtype], case.n_rows, case.width, tiles.Target(case.capability, PROCESSORS)
     options = LossOptions(_empty(), positives="label", compute_dtype=dtype)
-    zhat, groups, n_results = _empty(n, width, dtype=dtype), _empty(3, n, dtype=torch.int32), n if n_left is None else n_left
-    sides = -1 if n_left is None else n_left, n_left is not None
-    statistics = _empty(plan.softmax_splits(zhat, *sides, target), 4, n_results)
-    yield from plan.pair_softmax(zhat, groups, n_left, options, statistics, target)
-    sums = _empty(plan.gradient_splits(zhat, *sides, target), n_results, width)
-    yield from plan.pair_gradient(zhat, groups, n_left, _empty(4, n), options, sums, target)
+    zhat, groups = _empty(n, width, dtype=dtype), _empty(3, n, dtype=torch.int32)
+    problem = plan.Problem.of_pairs(zhat, n_left, options, target)
+    values = plan.values_of_pairs(zhat, groups, options.temperature) | {"coefficients": _empty(4, n)}
+    yield from plan.pair_softmax(problem).launches(values)
+    yield from plan.pair_gradient(problem).launches(values)
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

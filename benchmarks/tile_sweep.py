@@ -139,6 +139,8 @@ def record(group: Group, tile: Tile | None, n_rows: int, device: torch.device, t
         if not is_real:
             put(mock.patch.object(tiles, "target_of", return_value=target))
             put(mock.patch.object(tiles, "device_guard", return_value=nullcontext()))
+        backend.plan_of.cache_clear()  # those of other tiles
+        stack.callback(backend.plan_of.cache_clear)
         if tile is not None:
             _put_tile(put, group, tile)
         loss, residuals = backend.forward(z, None, None, options)

@@ -6,7 +6,7 @@ positive) is checked in :func:`clop_kernels.ops.check_values`, which raises on a
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -111,20 +111,17 @@ def clop_loss(
         if prototypes is not None:
             validation.check_prototypes(prototypes, embeddings)
         prototype_weight = validation.checked_prototype_weight(prototype_weight, embeddings.device)
-    return _loss(
-        embeddings,
-        labels,
-        prototypes,
-        n_views=n_views,
-        positives=positives,
+    options = LossOptions(
         temperature=temperature,
         prototype_weight=prototype_weight,
+        n_views=n_views,
+        positives=positives,
         distance=distance,
         reduction=reduction,
+        compute_dtype=ops.compute_dtype(embeddings),
         normalize=normalize,
-        backend=backend,
-        sharding=sharding,
     )
+    return _loss(embeddings, labels, prototypes, options, backend, sharding)
 
 
 def ntxent_loss(
@@ -250,18 +247,16 @@ def clip_loss(
         if left_labels is not None:
             of_left = validation.checked_labels("left_labels", left_labels, left.shape[0], left.device)
             labels = torch.cat([of_left, validation.checked_labels("right_labels", right_labels, right.shape[0], left.device)])
-    return _loss(
-        torch.cat([left, right]),
-        labels,
+    options = LossOptions(
+        temperature=temperature,
         n_views=2 if labels is None else 1,
         positives="instance" if labels is None else "label",
-        temperature=temperature,
         reduction=reduction,
+        compute_dtype=ops.compute_dtype(left),
         normalize=normalize,
         n_left=left.shape[0],
-        backend=backend,
-        sharding=sharding,
     )
+    return _loss(torch.cat([left, right]), labels, None, options, backend, sharding)
 
 
 def negative_logsumexp(
@@ -297,50 +292,42 @@ def negative_logsumexp(
         validation.check_sides("embeddings", embeddings, "others", others)
         other_labels = validation.checked_labels("other_labels", other_labels, others.shape[0], embeddings.device)
         embeddings, labels = torch.cat([embeddings, others]), torch.cat([labels, other_labels])
-    terms = _loss(
-        embeddings,
-        labels,
-        n_views=1,
-        positives="label",
+    options = LossOptions(
         temperature=temperature,
+        positives="label",
         reduction="none",
+        compute_dtype=ops.compute_dtype(embeddings),
         normalize=normalize,
         n_left=None if others is None else n_rows,
         negatives_only=True,
-        backend=backend,
     )
-    return terms[:n_rows]
+    return _loss(embeddings, labels, None, options, backend, None)[:n_rows]
 
 
 def _loss(
     embeddings: Tensor,
     labels: Tensor | None,
-    prototypes: Tensor | None = None,
-    *,
+    prototypes: Tensor | None,
+    options: LossOptions,
     backend: str | None,
-    sharding: Sharding | None = None,
-    **options: Any,
+    sharding: Sharding | None,
 ) -> Tensor:
-    """Checks what all losses have in common, and calls the operator, or the reference. ``options``: of :class:`LossOptions`."""
+    """Checks what all losses have in common, and calls the operator, or the reference."""
     with validation.failures_announced(sharding):
-        validation.check_choice("reduction", options["reduction"], REDUCTIONS)
+        validation.check_choice("reduction", options.reduction, REDUCTIONS)
         if backend is not None:
             validation.check_choice("backend", backend, backends.NAMES)
-        if backend == backends.REFERENCE and sharding is not None:
-            raise ValueError('backend="reference" with a group: expected another backend, or all rows in one process')
-        if sharding is not None and not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-            raise NotImplementedError(
-                "a group inside a transform of torch.func: expected torch.autograd, or all rows in one process"
-            )
-        if not isinstance(options["normalize"], bool):
-            normalize = options["normalize"]
-            raise TypeError(f"normalize={normalize!r} of type {type(normalize).__name__}: expected a bool")
-        temperature = validation.checked_temperature(options.pop("temperature"), embeddings.device)
-        checked = LossOptions(temperature=temperature, compute_dtype=ops.compute_dtype(embeddings), **options)
+        if sharding is not None:
+            validation.check_spread(backend)
+        if not isinstance(options.normalize, bool):
+            raise TypeError(f"normalize={options.normalize!r} of type {type(options.normalize).__name__}: expected a bool")
+        temperature = validation.checked_temperature(options.temperature, embeddings.device)
+        if temperature is not options.temperature:  # an int, say
+            options = options._replace(temperature=temperature)
     if backend != backends.REFERENCE:
-        return ops.loss(ops.Call(embeddings, labels, prototypes, checked, backend, sharding))
+        return ops.loss(ops.Call(embeddings, labels, prototypes, options, backend, sharding))
     if not torch.compiler.is_compiling():
-        ops.check_values(labels, prototypes, checked)
-    definition = checked._asdict()
+        ops.check_values(labels, prototypes, options)
+    definition = options._asdict()
     del definition["compute_dtype"]  # its products are plain PyTorch's
     return reference.clop_loss(embeddings, labels, prototypes, **definition)

@@ -25,11 +25,23 @@ if TYPE_CHECKING:
 _PROTOTYPES = {"orthonormal": orthonormal_prototypes, "simplex": simplex_prototypes}
 
 
-class _ShardingArguments(TypedDict):
+class _Arguments(TypedDict):
+    """What the losses pass on to their functions."""
+
+    n_views: int
+    temperature: float | Tensor
+    reduction: str
+    backend: str | None
     group: ProcessGroup | None
     strategy: str
     grad_scale: str
     check_ranks: bool
+
+
+def _checked_float(temperature: float) -> float:
+    if isinstance(temperature, Tensor):
+        raise TypeError("temperature is a Tensor: expected a float; learnable_temperature=True makes it a parameter")
+    return float(validation.checked_temperature(temperature, torch.device("cpu")))
 
 
 class _ContrastiveLoss(nn.Module):
@@ -39,20 +51,18 @@ class _ContrastiveLoss(nn.Module):
 
     def __init__(
         self,
-        temperature: float,
-        n_views: int,
-        reduction: str,
-        learnable_temperature: bool,
-        backend: str | None,
-        group: ProcessGroup | None,
-        strategy: str,
-        grad_scale: str,
-        check_ranks: bool,
+        temperature: float = 0.1,
+        *,
+        n_views: int = 2,
+        reduction: str = "mean",
+        learnable_temperature: bool = False,
+        backend: str | None = None,
+        group: ProcessGroup | None = None,
+        strategy: str = "auto",
+        grad_scale: str = "ddp",
+        check_ranks: bool = True,
     ) -> None:
         super().__init__()
-        if isinstance(temperature, Tensor):
-            raise TypeError("temperature is a Tensor: expected a float; learnable_temperature=True makes it a parameter")
-        value = validation.checked_temperature(temperature, torch.device("cpu"))
         validation.check_choice("reduction", reduction, REDUCTIONS)
         if backend is not None:
             validation.check_choice("backend", backend, NAMES)
@@ -67,7 +77,7 @@ class _ContrastiveLoss(nn.Module):
         self.strategy = strategy
         self.grad_scale = grad_scale
         self.check_ranks = check_ranks
-        self._temperature = float(value)
+        self._temperature = _checked_float(temperature)
         # The logarithm is what is learned, so that no step of an optimiser can make the temperature negative.
         self.log_temperature = nn.Parameter(torch.tensor(math.log(self._temperature))) if learnable_temperature else None
 
@@ -75,6 +85,13 @@ class _ContrastiveLoss(nn.Module):
     def temperature(self) -> float | Tensor:
         """tau: a float, or with ``learnable_temperature`` a 0-dim tensor, exp of the parameter ``log_temperature``."""
         return self._temperature if self.log_temperature is None else self.log_temperature.exp()
+
+    @temperature.setter
+    def temperature(self, value: float) -> None:
+        self._temperature = _checked_float(value)
+        if self.log_temperature is not None:
+            with torch.no_grad():
+                self.log_temperature.fill_(math.log(self._temperature))
 
     def _stack(self, views: tuple[Tensor, ...], labels: Tensor | None, n_views: int | None) -> tuple[Tensor, Tensor | None, int]:
         """The views as one view-major tensor; a last positional tensor of integers is the labels."""
@@ -97,13 +114,20 @@ class _ContrastiveLoss(nn.Module):
             raise ValueError(f"n_views={n_views} with {len(views)} views: expected None, or one stacked tensor")
         return torch.cat(views), labels, len(views)
 
-    def _sharding(self) -> _ShardingArguments:
-        return _ShardingArguments(
-            group=self.group, strategy=self.strategy, grad_scale=self.grad_scale, check_ranks=self.check_ranks
+    def _arguments(self, n_views: int) -> _Arguments:
+        return _Arguments(
+            n_views=n_views,
+            temperature=self.temperature,
+            reduction=self.reduction,
+            backend=self.backend,
+            group=self.group,
+            strategy=self.strategy,
+            grad_scale=self.grad_scale,
+            check_ranks=self.check_ranks,
         )
 
     def _failures_announced(self) -> AbstractContextManager[Any]:
-        return validation.failures_announced(validation.sharding(**self._sharding()))
+        return validation.failures_announced(validation.sharding(self.group, self.strategy, self.grad_scale, self.check_ranks))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         memo[id(self.group)] = self.group  # the copy shares it: a process group cannot be copied
@@ -130,37 +154,13 @@ class NTXentLoss(_ContrastiveLoss):
         group, strategy, grad_scale, check_ranks: as for :func:`clop_kernels.clop_loss`.
     """
 
-    def __init__(
-        self,
-        temperature: float = 0.1,
-        *,
-        n_views: int = 2,
-        reduction: str = "mean",
-        learnable_temperature: bool = False,
-        backend: str | None = None,
-        group: ProcessGroup | None = None,
-        strategy: str = "auto",
-        grad_scale: str = "ddp",
-        check_ranks: bool = True,
-    ) -> None:
-        super().__init__(
-            temperature, n_views, reduction, learnable_temperature, backend, group, strategy, grad_scale, check_ranks
-        )
-
     def forward(self, *views: Tensor, n_views: int | None = None) -> Tensor:
         """Any number of (B, D) views, or one view-major (V*B, D) tensor -> the loss."""
         with self._failures_announced():
             embeddings, labels, n_views = self._stack(views, None, n_views)
             if labels is not None:
                 raise TypeError("NTXentLoss takes no labels: expected views only. SupConLoss and CLOPLoss take labels")
-        return functional.ntxent_loss(
-            embeddings,
-            n_views=n_views,
-            temperature=self.temperature,
-            reduction=self.reduction,
-            backend=self.backend,
-            **self._sharding(),
-        )
+        return functional.ntxent_loss(embeddings, **self._arguments(n_views))
 
 
 class SupConLoss(_ContrastiveLoss):
@@ -180,23 +180,22 @@ class SupConLoss(_ContrastiveLoss):
         check_ranks: bool = True,
     ) -> None:
         super().__init__(
-            temperature, n_views, reduction, learnable_temperature, backend, group, strategy, grad_scale, check_ranks
+            temperature,
+            n_views=n_views,
+            reduction=reduction,
+            learnable_temperature=learnable_temperature,
+            backend=backend,
+            group=group,
+            strategy=strategy,
+            grad_scale=grad_scale,
+            check_ranks=check_ranks,
         )
 
     def forward(self, *views: Tensor, labels: Tensor | None = None, n_views: int | None = None) -> Tensor:
         """Any number of (B, D) views, or one view-major (V*B, D) tensor, and (B,) labels -> the loss."""
         with self._failures_announced():
             embeddings, labels, n_views = self._stack(views, labels, n_views)
-        return functional.clop_loss(
-            embeddings,
-            labels,
-            n_views=n_views,
-            positives="label",
-            temperature=self.temperature,
-            reduction=self.reduction,
-            backend=self.backend,
-            **self._sharding(),
-        )
+        return functional.clop_loss(embeddings, labels, positives="label", **self._arguments(n_views))
 
 
 class CLOPLoss(_ContrastiveLoss):
@@ -251,7 +250,15 @@ class CLOPLoss(_ContrastiveLoss):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
-            temperature, n_views, reduction, learnable_temperature, backend, group, strategy, grad_scale, check_ranks
+            temperature,
+            n_views=n_views,
+            reduction=reduction,
+            learnable_temperature=learnable_temperature,
+            backend=backend,
+            group=group,
+            strategy=strategy,
+            grad_scale=grad_scale,
+            check_ranks=check_ranks,
         )
         validation.check_choice("distance", distance, DISTANCES)
         validation.check_choice("positives", positives, POSITIVES)
@@ -283,14 +290,10 @@ class CLOPLoss(_ContrastiveLoss):
             embeddings,
             labels,
             self.prototypes,
-            n_views=n_views,
             positives=self.positives,
-            temperature=self.temperature,
             prototype_weight=self.prototype_weight,
             distance=self.distance,
-            reduction=self.reduction,
-            backend=self.backend,
-            **self._sharding(),
+            **self._arguments(n_views),
         )
 
     def extra_repr(self) -> str:

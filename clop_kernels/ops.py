@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .backends.contract import NUMBERS, Gradients, LossOptions, Needs, Number, Residuals, Sharding, unit_rows
+from .backends.contract import Gradients, LossOptions, Needs, Number, Residuals, Sharding, unit_rows
 
 
 class Call(NamedTuple):
@@ -42,10 +42,7 @@ class Call(NamedTuple):
 
     def packed(self) -> tuple[Any, ...]:
         """The arguments of an operator. Its numbers are tensors: torch.compile makes one graph for all their values."""
-        options = self.options
-        for name in NUMBERS:
-            options = options._replace(**{name: self._as_tensor(getattr(options, name))})
-        return self._replace(options=options).flat()
+        return self._replace(options=self.options.with_numbers(self._as_tensor)).flat()
 
     def flat(self) -> tuple[Any, ...]:
         """All fields, in the order of an operator's arguments."""
@@ -73,20 +70,23 @@ class Call(NamedTuple):
 def loss(call: Call) -> Tensor:
     """() or, for ``reduction="none"``, (N,)."""
     embeddings, labels, prototypes, options, _, sharding = call
-    for name in NUMBERS:
-        value = getattr(options, name)
-        if isinstance(value, Tensor):
-            options = options._replace(**{name: value.to(options.accumulate_dtype)})
-    call = call._replace(options=options)
-    inputs = embeddings, prototypes, options.temperature
-    has_backward = torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in inputs)
+    if options.has_tensors:
+        precise = options.accumulate_dtype
+        options = options.with_numbers(lambda x: x.to(precise) if isinstance(x, Tensor) else x)
+        call = call._replace(options=options)
+    temperature = options.temperature
+    has_backward = torch.is_grad_enabled() and (
+        embeddings.requires_grad
+        or (prototypes is not None and prototypes.requires_grad)
+        or (isinstance(temperature, Tensor) and temperature.requires_grad)
+    )
     if sharding is not None:
         call = call._replace(sharding=sharding._replace(has_backward=has_backward))
         return _first(torch.ops.clop.sharded_loss(*call.packed()))
-    if not _runs_directly(*inputs, labels, options.prototype_weight):
+    if not _runs_directly(embeddings, labels, prototypes, *options.numbers):
         return _first(_entrance()(*call.packed()))
     if has_backward:
-        return _first(_DirectLoss.apply(*inputs, call))
+        return _first(_DirectLoss.apply(embeddings, prototypes, temperature, call))  # type: ignore[no-untyped-call]
     with without_autocast(embeddings.device.type):
         return _first(backend_of(call).forward(*arguments_of(call)))
 
@@ -115,16 +115,19 @@ def _is_autocast_on(device_type: str) -> bool:
     return device_type in DEVICES_WITH_AUTOCAST and torch.is_autocast_enabled(device_type)
 
 
+_NOTHING = nullcontext()
+
+
 def without_autocast(device_type: str) -> AbstractContextManager[Any]:
-    return torch.autocast(device_type, enabled=False) if _is_autocast_on(device_type) else nullcontext()
+    return torch.autocast(device_type, enabled=False) if _is_autocast_on(device_type) else _NOTHING
 
 
 def check_values(labels: Tensor | None, prototypes: Tensor | None, options: LossOptions) -> None:
     """Checks what only the values show: raises on a CPU, asserts on the device without a synchronisation elsewhere.
 
     Raises:
-        ValueError: if a label is below -1 or names a prototype that does not exist, if a temperature is not positive and finite, or
-            a prototype weight is negative or not finite.
+        ValueError: if a label is below -1 or names a prototype that does not exist, if a temperature is not positive and finite,
+            or a prototype weight is negative or not finite.
     """
     if labels is not None and labels.numel() > 0:
         n_classes = None if prototypes is None else prototypes.shape[0]
@@ -164,7 +167,7 @@ def _runs_directly(*inputs: Any) -> bool:
         return False
     if torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None:
         return False
-    return all(type(x) in _PLAIN for x in inputs)
+    return _PLAIN.issuperset(map(type, inputs))
 
 
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer, float, type(None)})
@@ -190,12 +193,13 @@ def contiguous(x: Tensor | None) -> Tensor | None:
 
 def known_numbers(options: LossOptions) -> LossOptions:
     """With what the host may read as floats, and other numbers in the accumulate dtype."""
-    for name in NUMBERS:
-        value = getattr(options, name)
-        if isinstance(value, Tensor):
-            known = value.item() if value.device.type == "cpu" else value.to(options.accumulate_dtype)
-            options = options._replace(**{name: known})
-    return options
+
+    def known(number: Number) -> Number:
+        if not isinstance(number, Tensor):
+            return number
+        return number.item() if number.device.type == "cpu" else number.to(options.accumulate_dtype)
+
+    return options.with_numbers(known) if options.has_tensors else options
 
 
 class _DirectLoss(torch.autograd.Function):
@@ -203,46 +207,51 @@ class _DirectLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, embeddings: Tensor, prototypes: Tensor | None, temperature: Number, call: Call) -> Tensor:
+        value: Tensor
         with without_autocast(embeddings.device.type):
             value, residuals = backend_of(call).forward(*arguments_of(call))
         _save(ctx, call, residuals)
-        result: Tensor = value
-        return result
+        return value
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad_loss: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad_loss is None:
+            return None, None, None, None
         needs_embeddings, needs_prototypes, needs_temperature, _ = ctx.needs_input_grad
         needs = Needs(needs_embeddings, needs_temperature, needs_prototypes)
-        is_direct = not torch.is_grad_enabled() and _runs_directly(grad_loss)
-        operator = None if is_direct else _entrance(backward=True)
-        of_embeddings, of_temperature, of_prototypes = _gradients(ctx, grad_loss, needs, operator, Residuals)
-        return of_embeddings, of_prototypes, of_temperature, None
+        call, residuals = _saved(ctx, Residuals)
+        if torch.is_grad_enabled() or not _runs_directly(grad_loss):
+            grads = _by_operator(_entrance(backward=True), grad_loss, residuals, call, needs)
+        else:
+            grads = in_dtypes_of_inputs(_backward(grad_loss, residuals, call, needs), call)
+        return grads.embeddings, grads.prototypes, grads.temperature, None
 
 
 def _save(ctx: Any, call: Call, residuals: tuple[Tensor, ...]) -> None:
-    """For :func:`_gradients`."""
-    options = call.options
-    numbers = {name: value for name in NUMBERS if isinstance(value := getattr(options, name), Tensor)}
-    ctx.save_for_backward(call.embeddings, call.labels, call.prototypes, *numbers.values(), *residuals)
+    """A tensor is saved as one, where hooks and autograd's checks see it, and nowhere else."""
+    embeddings, labels, prototypes, options, ctx.backend, ctx.sharding = call
+    numbers: list[Tensor] = []
+    if options.has_tensors:
+        numbers = [x for x in options.numbers if isinstance(x, Tensor)]
+        options = options.with_numbers(lambda x: None if isinstance(x, Tensor) else x)
+    ctx.save_for_backward(embeddings, labels, prototypes, *residuals, *numbers)
     ctx.set_materialize_grads(False)
-    ctx.names_of_saved_numbers = tuple(numbers)
-    ctx.call_without_tensors = call._replace(
-        embeddings=None, labels=None, prototypes=None, options=options._replace(**dict.fromkeys(numbers))
-    )
+    ctx.options = options
 
 
-def _gradients(ctx: Any, grad_loss: Tensor | None, needs: Needs, operator: Any, residuals_type: Any) -> Gradients:
-    """Of a saved call, by a backward operator, or where that is None by the backend itself."""
-    if grad_loss is None:
-        return Gradients(None, None, None)
+def _saved(ctx: Any, residuals_type: Any) -> tuple[Call, Any]:
+    """The call and the residuals that :func:`_save` was given."""
     embeddings, labels, prototypes, *saved = ctx.saved_tensors
-    names = ctx.names_of_saved_numbers
-    call: Call = ctx.call_without_tensors
-    options = call.options._replace(**dict(zip(names, saved, strict=False)))
-    call = call._replace(embeddings=embeddings, labels=labels, prototypes=prototypes, options=options)
-    residuals = residuals_type(*saved[len(names) :])
-    if operator is None:
-        return in_dtypes_of_inputs(_backward(grad_loss, residuals, call, needs), call, needs)
+    n_residuals = len(residuals_type._fields)
+    options = ctx.options
+    if len(saved) > n_residuals:
+        numbers = iter(saved[n_residuals:])
+        options = options.with_numbers(lambda x: next(numbers) if x is None else x)
+        del saved[n_residuals:]
+    return Call(embeddings, labels, prototypes, options, ctx.backend, ctx.sharding), residuals_type(*saved)
+
+
+def _by_operator(operator: Any, grad_loss: Tensor, residuals: tuple[Tensor, ...], call: Call, needs: Needs) -> Gradients:
     results = operator(grad_loss, *residuals, *call.packed(), list(needs))
     return Gradients(*(grad if needed else None for grad, needed in zip(results, needs, strict=True)))
 
@@ -255,19 +264,16 @@ def _backward(grad_loss: Tensor, residuals: Residuals, call: Call, needs: Needs)
     return grads
 
 
-def _inputs_of(call: Call) -> tuple[Tensor, Number, Tensor | None]:
-    """What has gradients, in their order."""
-    return call.embeddings, call.options.temperature, call.prototypes
-
-
-def in_dtypes_of_inputs(grads: Gradients, call: Call, needs: Needs) -> Gradients:
-    """The gradients that are needed, as autograd takes them."""
-    return Gradients(
-        *(
-            grad.to(x.dtype) if needed and grad is not None and isinstance(x, Tensor) else None
-            for grad, x, needed in zip(grads, _inputs_of(call), needs, strict=True)
-        )
-    )
+def in_dtypes_of_inputs(grads: Gradients, call: Call) -> Gradients:
+    """As autograd takes them."""
+    embeddings, temperature, prototypes = grads
+    if embeddings is not None and embeddings.dtype != call.embeddings.dtype:
+        embeddings = embeddings.to(call.embeddings.dtype)
+    if temperature is not None and isinstance(call.options.temperature, Tensor):
+        temperature = temperature.to(call.options.temperature.dtype)
+    if prototypes is not None and call.prototypes is not None:
+        prototypes = prototypes.to(call.prototypes.dtype)
+    return Gradients(embeddings, temperature, prototypes)
 
 
 # ---- the operators ------------------------------------------------------------------------------------------------------------
@@ -343,18 +349,18 @@ class Operator:
     def _run_backward(self, grad_loss: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         residuals, call, needs = self._of_backward(arguments)
         with without_autocast(call.embeddings.device.type):
-            grads = in_dtypes_of_inputs(self.backward(grad_loss, residuals, call, needs), call, needs)
+            grads = in_dtypes_of_inputs(self.backward(grad_loss, residuals, call, needs), call)
         return tuple(call.embeddings.new_empty(0) if grad is None else grad for grad in grads)
 
     def _run_backward_fake(self, grad_loss: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         _, call, needs = self._of_backward(arguments)
         return tuple(
             x.new_empty(x.shape) if needed and isinstance(x, Tensor) else call.embeddings.new_empty(0)
-            for x, needed in zip(_inputs_of(call), needs, strict=True)
+            for x, needed in zip((call.embeddings, call.options.temperature, call.prototypes), needs, strict=True)
         )
 
     def _of_backward(self, arguments: tuple[Any, ...]) -> tuple[Any, Call, Needs]:
-        *arguments_of_call, needs = arguments  # type: ignore[assignment]
+        *arguments_of_call, needs = arguments
         n_residuals = len(self.residuals._fields)
         residuals = self.residuals(*arguments_of_call[:n_residuals])
         return residuals, Call.of(tuple(arguments_of_call[n_residuals:])), Needs(*needs)
@@ -365,15 +371,15 @@ class Operator:
 
     def formula(self, ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         """The gradients of a call's arguments."""
+        nothing: Any = Call.of((None,) * len(ctx.needs_input_grad))
+        if grad_loss is None:
+            return nothing.flat()
         needed = Call.of(ctx.needs_input_grad)
         needs = Needs(bool(needed.embeddings), bool(needed.options.temperature), bool(needed.prototypes))
-        grads = _gradients(ctx, grad_loss, needs, self._entrance(), self.residuals)
-        nothing = Call.of((None,) * len(ctx.needs_input_grad))
-        results = nothing._replace(
-            embeddings=grads.embeddings,
-            prototypes=grads.prototypes,
-            options=nothing.options._replace(temperature=grads.temperature),
-        )
+        call, residuals = _saved(ctx, self.residuals)
+        grads = _by_operator(self._entrance(), grad_loss, residuals, call, needs)
+        options = nothing.options._replace(temperature=grads.temperature)
+        results = nothing._replace(embeddings=grads.embeddings, prototypes=grads.prototypes, options=options)
         return results.flat()
 
 
@@ -387,11 +393,11 @@ def no_second_derivative(ctx: Any, *grads: Tensor) -> None:
 def _fake(call: Call) -> tuple[Tensor, Residuals]:
     embeddings, options = call.embeddings, call.options
     n_rows, precise = embeddings.shape[0], options.accumulate_dtype
-    per_row = [embeddings.new_empty(n_rows, dtype=precise) for _ in range(4)]
+    norms, shift, inverse_total, negative = (embeddings.new_empty(n_rows, dtype=precise) for _ in range(4))
     value = embeddings.new_empty((n_rows,) if options.reduction == "none" else (), dtype=precise)
     groups = embeddings.new_empty((3, n_rows if options.positives == "label" else 0), dtype=torch.int32)
     counts = embeddings.new_empty(2, dtype=precise)
-    return value, Residuals(unit_rows(embeddings, options.compute_dtype), *per_row, groups, counts)
+    return value, Residuals(unit_rows(embeddings, options.compute_dtype), norms, shift, inverse_total, negative, groups, counts)
 
 
 LOSS = Operator(
@@ -404,7 +410,7 @@ LOSS = Operator(
 )
 
 
-# ---- inside torch.func's transforms ---------------------------------------------------------------------------------------------
+# ---- inside torch.func's transforms -------------------------------------------------------------------------------------------
 
 
 def _no_vmap(*_: Any) -> None:

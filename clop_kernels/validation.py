@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from .backends import REFERENCE
 from .backends.contract import GRADIENT_SCALES, STRATEGIES, Number, Sharding
 
 if torch.distributed.is_available():
@@ -46,8 +47,19 @@ def failures_announced(sharding: Sharding | None) -> AbstractContextManager[Any]
     error while it is traced is this rank's alone, unless torch.compile then runs the function as it is.
     """
     if sharding is None or torch.compiler.is_compiling():
-        return nullcontext()
+        return _NOTHING
     return distributed.FailuresAnnounced(sharding)
+
+
+_NOTHING = nullcontext()
+
+
+def check_spread(backend: str | None) -> None:
+    """Whether rows can be spread over processes here."""
+    if backend == REFERENCE:
+        raise ValueError('backend="reference" with a group: expected another backend, or all rows in one process')
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise NotImplementedError("a group inside a transform of torch.func: expected torch.autograd, or all rows in one process")
 
 
 def check_strategies(strategy: str, grad_scale: str) -> None:
@@ -124,6 +136,10 @@ def check_prototypes(prototypes: Tensor, embeddings: Tensor) -> None:
 
 
 def checked_temperature(temperature: Number, device: torch.device) -> Number:
+    if (
+        type(temperature) is float and 0 < temperature < math.inf
+    ):  # what nearly every call has: a small one is as dear as its checks
+        return temperature
     value = _checked_number("temperature", temperature, device)
     if not isinstance(value, Tensor) and value <= 0:
         raise ValueError(f"temperature={temperature}: expected a positive finite number")
@@ -131,6 +147,8 @@ def checked_temperature(temperature: Number, device: torch.device) -> Number:
 
 
 def checked_prototype_weight(weight: Number, device: torch.device) -> Number:
+    if type(weight) is float and 0 <= weight < math.inf:
+        return weight
     value = _checked_number("prototype_weight", weight, device)
     if isinstance(value, Tensor):
         if value.requires_grad:

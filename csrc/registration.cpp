@@ -11,6 +11,7 @@
 #include <cstdio>
 #include <string>
 
+#include "common/constants.h"
 #include "common/types.h"
 #include "cpu/bindings.h"
 #ifdef CLOP_CUDA_VERSION
@@ -44,10 +45,16 @@ std::string build_info() {
 std::string constants() {
 #define CLOP_NAME(name) "\"" #name "\", "
   const auto listed = [](std::string names) { return "[" + names.substr(0, names.size() - 2) + "]"; };
-  char numbers[100];
-  std::snprintf(numbers, sizeof numbers, "\"EPS\": %.17g, \"FLOAT16_SCALE\": %.17g", clop::kEps<double>, clop::kFloat16Scale);
-  return std::string("{") + numbers + ", \"POSITIVES\": " + listed(CLOP_POSITIVES(CLOP_NAME)) +
-         ", \"DISTANCES\": " + listed(CLOP_DISTANCES(CLOP_NAME)) + ", \"REDUCTIONS\": " + listed(CLOP_REDUCTIONS(CLOP_NAME)) + "}";
+  const auto number = [](double value) {
+    char text[32];
+    std::snprintf(text, sizeof text, "%.17g", value);
+    return std::string(text);
+  };
+  return "{\"EPS\": " + number(clop::kEps<double>) + ", \"LOG2_E\": " + number(clop::kLog2E) +
+         ", \"LARGEST_UNSHIFTED_LOGIT\": [" + number(clop::kLargestUnshiftedLogit<float>) + ", " +
+         number(clop::kLargestUnshiftedLogit<double>) + "], \"FLOAT16_SCALE\": " + number(clop::kFloat16Scale) +
+         ", \"POSITIVES\": " + listed(CLOP_POSITIVES(CLOP_NAME)) + ", \"DISTANCES\": " + listed(CLOP_DISTANCES(CLOP_NAME)) +
+         ", \"REDUCTIONS\": " + listed(CLOP_REDUCTIONS(CLOP_NAME)) + "}";
 #undef CLOP_NAME
 }
 

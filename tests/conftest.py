@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -28,6 +29,14 @@ def _one_thread() -> None:
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _plans_of_this_test() -> Iterator[None]:
+    """Launches that the backend triton keeps are of the tiles that a test has put in place."""
+    yield
+    if (triton := sys.modules.get("clop_kernels.backends.triton")) is not None:
+        triton.plan_of.cache_clear()
 
 
 @pytest.fixture(params=RUNNABLE)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import clop_kernels
-from clop_kernels import compat, functional
+from clop_kernels import compat, functional, ops
 from clop_kernels.backends import BACKENDS
 from clop_kernels.backends.contract import DISTANCES, POSITIVES, REDUCTIONS, LossOptions
 from clop_kernels.groups import label_groups
@@ -75,7 +75,8 @@ class Problem:
     def loss(self, z: Tensor, labels: Tensor | None, prototypes: Tensor | None, tau: Tensor, backend: str) -> Tensor:
         if INNER_OPTIONS.isdisjoint(self.options):
             return clop_kernels.clop_loss(z, labels, prototypes, temperature=tau, backend=backend, **self.options)
-        return functional._loss(z, labels, prototypes, temperature=tau, backend=backend, **OPTIONS | self.options)
+        options = LossOptions(temperature=tau, compute_dtype=ops.compute_dtype(z), **OPTIONS | self.options)
+        return functional._loss(z, labels, prototypes, options, backend, None)
 
     def with_options(self, **options: Any) -> Problem:
         return replace(self, options=self.options | options)
@@ -100,6 +101,16 @@ def random_problem(
     prototypes = torch.randn(n_classes, width, dtype=torch.float64, generator=generator) / width**0.5
     options = {"n_views": n_views, "prototype_weight": 0.7} | options
     return Problem(z.float().double(), labels, prototypes.float().double(), temperature, options)
+
+
+def op_call(backend: str, reduction: str, dtype: torch.dtype) -> ops.Call:
+    """A call with gradients of all that can have some."""
+    problem = random_problem(2, 5, 5)
+    assert problem.prototypes is not None
+    tau = torch.tensor(0.2, dtype=dtype, requires_grad=True)
+    options = LossOptions(tau, torch.tensor(0.7, dtype=dtype), 2, "label", "euclidean", reduction, dtype)
+    z, prototypes = problem.embeddings.to(dtype).requires_grad_(), problem.prototypes.to(dtype).requires_grad_()
+    return ops.Call(z, problem.labels, prototypes, options, backend)
 
 
 def two_sided_problem(

@@ -302,7 +302,7 @@ def test_wrong_values_are_asserted_on_the_device(
 
 def wrong_calls() -> list[tuple[str, dict[str, Any]]]:
     """What an operator refuses, and what of the right call of cuda_forward makes it do so."""
-    n_rows, width, none = 6, 4, torch.empty((3, 0), dtype=torch.int32)
+    n_rows, width = 6, 4
     table = label_groups(torch.zeros(n_rows, dtype=torch.int64), 1).table()
     zhat, by_label = torch.zeros(n_rows, width), {"positives": 1, "n_views": 1}
     return [

@@ -14,8 +14,8 @@ import pytest
 import torch
 
 import clop_kernels
-from clop_kernels.backends import cuda, extension
-from clop_kernels.backends.contract import CHOICES, EPS, NUMBERS, LossOptions, Number
+from clop_kernels.backends import contract, extension
+from clop_kernels.backends.contract import NUMBERS, LossOptions, Number
 from clop_kernels.backends.extension import native_options
 from clop_kernels.groups import label_groups
 
@@ -187,8 +187,14 @@ def test_every_operator_takes_the_options_that_python_declares() -> None:
 
 def test_constants_are_those_of_python() -> None:
     constants = json.loads(torch.ops.clop_native.constants())
-    choices = {name.upper() if name == "positives" else f"{name.upper()}S": list(values) for name, values in CHOICES.items()}
-    assert constants == {"EPS": EPS, "FLOAT16_SCALE": cuda.FLOAT16_SCALE, **choices}
+    names = ("EPS", "LOG2_E", "FLOAT16_SCALE")
+    choices = ("POSITIVES", "DISTANCES", "REDUCTIONS")
+    assert constants == {
+        **{name: getattr(contract, name) for name in names},
+        **{name: list(getattr(contract, name)) for name in choices},
+        "LARGEST_UNSHIFTED_LOGIT": [contract.LARGEST_UNSHIFTED_LOGIT[dtype] for dtype in (torch.float32, torch.float64)],
+    }
+    assert set(contract.CHOICES.values()) == {getattr(contract, name) for name in choices}
 
 
 def test_options_are_packed_in_their_order() -> None:

@@ -268,7 +268,7 @@ def test_bad_input() -> None:
     order = torch.arange(6, dtype=torch.int32, device="cuda")
     zhat = torch.empty_like(z)
     none, table = table_of(z, None), table_of(z, order)
-    by_label = {"positives": 1}
+    by_label: dict[str, object] = {"positives": 1}
     wrong: list[tuple[str, tuple[object, ...], dict[str, object]]] = [
         ("embeddings", (z[0], zhat, none, None, None), {}),
         ("embeddings", (z.double(), zhat, none, None, None), {}),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-from typing import Any
 
 import pytest
 import torch
@@ -12,41 +11,25 @@ from torch import Tensor
 import clop_kernels
 from clop_kernels.backends import contract
 
-from .oracle import Problem, negatives_problem, random_problem, two_sided_problem
+from .oracle import Problem, negatives_problem, op_call, random_problem, two_sided_problem
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile's default backend needs g++")
 
 
-def op_arguments(temperature_tensor: bool, reduction: str, dtype: torch.dtype) -> tuple[Any, ...]:
-    problem = random_problem(2, 5, 5)
-    assert problem.prototypes is not None
-    z = problem.embeddings.to(dtype).requires_grad_()
-    tau = torch.tensor(0.2, dtype=dtype, requires_grad=True) if temperature_tensor else None
-    prototypes = problem.prototypes.to(dtype).requires_grad_()
-    sides = True, None, False
-    return z, problem.labels, prototypes, 0.2, tau, 2, "label", 0.7, "euclidean", reduction, dtype, *sides, "tiled"
-
-
-@pytest.mark.parametrize("temperature_tensor", [False, True])
+@pytest.mark.parametrize("learned", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
-def test_opcheck(temperature_tensor: bool, reduction: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_opcheck(learned: bool, reduction: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contract, "DENSE_DEVICES", ())  # rows of zhat are apart, as on a GPU
-    arguments = op_arguments(temperature_tensor, reduction, dtype)
-    torch.library.opcheck(torch.ops.clop.loss.default, arguments)
-    loss, *residuals = torch.ops.clop.loss(*(a.detach() if isinstance(a, Tensor) else a for a in arguments))
-    z, labels, prototypes, *options = arguments
-    options[1] = None if options[1] is None else options[1].detach()
-    backward = (
-        torch.ones_like(loss),
-        z.detach(),
-        *residuals,
-        labels,
-        prototypes.detach(),
-        [True, temperature_tensor, True],
-        *options,
+    call = op_call("tiled", reduction, dtype)
+    if not learned:
+        call = call._replace(options=call.options.with_numbers(lambda x: x.detach()))
+    torch.library.opcheck(torch.ops.clop.loss.default, call.packed())
+    arguments = [a.detach() if isinstance(a, Tensor) else a for a in call.packed()]
+    loss, *residuals = torch.ops.clop.loss(*arguments)
+    torch.library.opcheck(
+        torch.ops.clop.loss_backward.default, (torch.ones_like(loss), *residuals, *arguments, [True, learned, True])
     )
-    torch.library.opcheck(torch.ops.clop.loss_backward.default, backward)
 
 
 @pytest.mark.parametrize("positives", ["instance", "label"])

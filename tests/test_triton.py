@@ -36,6 +36,7 @@ from .oracle import (
     assert_float16_saturates_and_overflow_shows,
     assert_layouts_do_not_matter,
     near_duplicates,
+    op_call,
     random_problem,
     relative_error,
     shaped_problem,
@@ -207,6 +208,7 @@ def test_ranking_and_sorting_give_the_same_bits(monkeypatch: pytest.MonkeyPatch)
     problem = random_problem(3, 40, 16, positives="label", n_classes=5)
     ranked = problem.solve("triton", torch.float32)
     monkeypatch.setattr(launches, "RANKED_INSTANCES", 0)
+    TRITON.load().plan_of.cache_clear()
     by_sort = problem.solve("triton", torch.float32)
     assert all(torch.equal(ranked[name], by_sort[name]) for name in ranked)
 
@@ -435,29 +437,20 @@ def run(problem: Problem, temperature: float | torch.Tensor) -> dict[str, torch.
 # ---- as a user and torch.compile meet it -------------------------------------------------------------------------------
 
 
-def op_arguments(reduction: str, temperature_tensor: bool) -> tuple[Any, ...]:
-    problem = random_problem(2, 5, 5)
-    assert problem.prototypes is not None
-    tau = torch.tensor(0.2, requires_grad=True) if temperature_tensor else None
-    z, prototypes = problem.embeddings.float().requires_grad_(), problem.prototypes.float().requires_grad_()
-    common = "label", 0.7, "euclidean", reduction, torch.float32
-    if reduction == "none":  # rows as they are, of two sides
-        return z, torch.arange(10) % 3, prototypes, 0.2, tau, 1, *common, False, 4, False, "triton"
-    return z, problem.labels, prototypes, 0.2, tau, 2, *common, True, None, False, "triton"
-
-
 @interpreted
-@pytest.mark.parametrize("temperature_tensor", [False, True])
 @pytest.mark.parametrize("reduction", ["mean", "none"])
-def test_opcheck(reduction: str, temperature_tensor: bool) -> None:
-    arguments = op_arguments(reduction, temperature_tensor)
+def test_opcheck(reduction: str) -> None:
+    """Backends make the results, so of each the operator is looked at."""
+    call = op_call("triton", reduction, torch.float32)
+    if reduction == "none":  # and rows as they are, of two sides
+        options = call.options._replace(n_views=1, normalize=False, n_left=4)
+        call = call._replace(labels=torch.arange(10) % 3, options=options)
+    arguments = call.packed()
     torch.library.opcheck(torch.ops.clop.loss.default, arguments)
     detached = [a.detach() if isinstance(a, torch.Tensor) else a for a in arguments]
     loss, *residuals = torch.ops.clop.loss(*detached)
-    z, labels, prototypes, *options = detached
-    needs = [True, temperature_tensor, True]
-    backward = (torch.ones_like(loss), z, *residuals, labels, prototypes, needs, *options)
-    torch.library.opcheck(torch.ops.clop.loss_backward.default, backward)
+    needs = [True, True, True]
+    torch.library.opcheck(torch.ops.clop.loss_backward.default, (torch.ones_like(loss), *residuals, *detached, needs))
 
 
 @interpreted
@@ -619,7 +612,9 @@ def test_operands_of_tf32_are_rounded(units_that_cut_off: list[str]) -> None:
     zhat.view(torch.int32)[1, 4] = 0x7FFFFFFF  # a GPU's NaN
     options = LossOptions(0.1, positives="label", compute_dtype=torch.float32)
     groups = torch.zeros(3, 2, dtype=torch.int32)
-    launch = next(launches.pair_softmax(zhat, groups, None, options, torch.empty(1, 4, 2), tiles.Target(0, 1)))
+    problem = launches.Problem.of_pairs(zhat, None, options, tiles.Target(0, 1))
+    values = launches.values_of_pairs(zhat, groups, options.temperature)
+    launch = next(launches.pair_softmax(problem).launches(values))
     launch.run()
     expected = torch.tensor([1 + 2.0**-10, -1, 2.0**-130, float("inf"), float("nan")]).expand(2, 5)
     torch.testing.assert_close(launch.arguments["operands"], expected, rtol=0, atol=0, equal_nan=True)
@@ -656,17 +651,17 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     assert reason is not None
     with pytest.raises(clop_kernels.BackendUnavailableError, match="backend='triton' cannot run on cpu"):
         clop_kernels.ntxent_loss(torch.randn(4, 3), backend="triton")
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(backends, "_is_installed", lambda package: False)
     assert "pip install triton" in str(TRITON.obstacle(gpu, torch.float32))
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(backends, "_is_installed", lambda package: True)
     assert "takes float32, float16 and bfloat16" in str(TRITON.obstacle(gpu, torch.float64))
     assert "TRITON_INTERPRET=1" in str(TRITON.obstacle(cpu, torch.float32))
     assert "cuda and xpu" in str(TRITON.obstacle(torch.device("mps"), torch.float32))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert "rounds bfloat16" in str(TRITON.obstacle(cpu, torch.bfloat16))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    monkeypatch.setattr(backends, "_capability", lambda index: (7, 5))
     assert "8.0 or more, and this GPU has 7.5" in str(TRITON.obstacle(gpu, torch.float32))
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(backends, "_capability", lambda index: (9, 0))
     versions: dict[str, str] = {}
     monkeypatch.setattr(importlib, "import_module", lambda name: SimpleNamespace(__version__=versions[name]))
     for triton, numpy, device, expected in (

@@ -45,7 +45,12 @@ class Backend:
     devices: tuple[str, ...] | None = None
 
     def load(self) -> ModuleType:
-        return importlib.import_module(self.module, __name__)
+        return _module(self.module)
+
+
+@functools.cache  # a loss asks several times a step
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(name, __name__)
 
 
 _OLDEST_TRITON = (3, 6)
@@ -54,7 +59,7 @@ _OLDEST_CAPABILITY = (8, 0)  # Triton compiles matrix products for sm_80 and new
 
 def _obstacle_to_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     """Triton itself is imported last, where nothing else stands in its way."""
-    if importlib.util.find_spec("triton") is None:
+    if not _is_installed("triton"):
         return "Triton is not installed: `pip install triton`, or the build of it that came with torch for this GPU"
     if dtype == torch.float64:
         return "it takes float32, float16 and bfloat16"
@@ -68,7 +73,7 @@ def _obstacle_to_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     elif device.type not in _GPUS:
         return f"Triton compiles for {' and '.join(_GPUS)} devices"
     elif device.type == "cuda" and torch.version.hip is None:
-        capability = torch.cuda.get_device_capability(device)
+        capability = _capability(device.index)
         if capability < _OLDEST_CAPABILITY:
             return "Triton needs compute capability 8.0 or more, and this GPU has {}.{}".format(*capability)
     if _version_of("triton") < _OLDEST_TRITON:
@@ -76,7 +81,17 @@ def _obstacle_to_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-@functools.cache  # a loss asks twice a step
+@functools.cache
+def _is_installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+@functools.cache
+def _capability(index: int) -> tuple[int, int]:
+    return torch.cuda.get_device_capability(index)
+
+
+@functools.cache
 def _version_of(package: str) -> tuple[int, int]:
     major, minor = re.findall(r"\d+", importlib.import_module(package).__version__)[:2]
     return int(major), int(minor)
@@ -87,14 +102,14 @@ def _obstacle_to_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
         return "CUDA kernels run on NVIDIA GPUs"
     if dtype == torch.float64:
         return "it takes float32, float16 and bfloat16"
-    reason: str | None = importlib.import_module(".cuda", __name__).obstacle(device.index or 0)
+    reason: str | None = _module(".cuda").obstacle(device.index or 0)
     return reason
 
 
 def _obstacle_to_cpu(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cpu":
         return "it computes on the CPU"
-    reason: str | None = importlib.import_module(".extension", __name__).obstacle()
+    reason: str | None = _module(".extension").obstacle()
     return reason
 
 
@@ -122,7 +137,7 @@ def by_preference(device: torch.device, dtype: torch.dtype) -> tuple[Backend, ..
     """
     if device.type != "cuda" or torch.version.hip is not None or dtype == torch.float32:
         return BACKENDS
-    if torch.cuda.get_device_capability(device)[0] not in _WARPGROUP_CAPABILITIES:
+    if _capability(device.index)[0] not in _WARPGROUP_CAPABILITIES:
         return BACKENDS
     return tuple(sorted(BACKENDS, key=lambda backend: backend.name != "triton"))  # stable
 

@@ -31,7 +31,9 @@ sides it may be empty, but lies within the right one. ``options`` have positives
 
 from __future__ import annotations
 
-from typing import NamedTuple, get_type_hints
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
@@ -42,8 +44,21 @@ REDUCTIONS = ("mean", "sum", "none")
 STRATEGIES = ("auto", "gather", "ring")
 GRADIENT_SCALES = ("ddp", "none")
 
+# Constants of all backends. csrc/common/constants.h has those of the compiled ones, and tests hold them equal.
+
 EPS = 1e-12
 """Smallest norm that a row is divided by; the same constant as in :mod:`clop_kernels.reference`."""
+
+LOG2_E = math.log2(math.e)
+
+LARGEST_UNSHIFTED_LOGIT = {torch.float32: 60.0, torch.float64: 600.0}
+"""Up to it exp s needs no shift: sums over 2^38 rows stay below exp(88), the end of float32; float64 ends at exp(709)."""
+
+FLOAT16_SCALE = 2.0**14
+"""What M is multiplied by before it is rounded to float16, which ends at 65504 and 6e-8; M <= 2."""
+
+RANKED_INSTANCES = 4096
+"""On a GPU so many labels at most are put in order by counting: B^2 comparisons in one launch, against the several of a sort."""
 
 
 Number = float | Tensor
@@ -56,8 +71,8 @@ A GPU's is never read on the host. Where the host is to know the number it is a 
 class LossOptions(NamedTuple):
     """The loss that is asked for, apart from its tensors: an option is declared here, in csrc/common/options.h, and nowhere else.
 
-    From this table come the schemas of all operators, how they pack and read their arguments (:mod:`clop_kernels.ops`), what ranks
-    compare before a loss over a process group, and what the compiled extension is told.
+    From this table come the schemas of all operators and how they pack and read their arguments (:mod:`clop_kernels.ops`), what
+    ranks compare before a loss over a process group, and what the compiled extension is told.
 
     Attributes:
         temperature: tau > 0.
@@ -95,15 +110,38 @@ class LossOptions(NamedTuple):
         """The dtype of sums, losses, lse and norms: float32, or float64 where the products are float64."""
         return accumulate_dtype(self.compute_dtype)
 
+    @property
+    def numbers(self) -> tuple[Number, ...]:
+        """Those of :data:`NUMBERS`."""
+        numbers: tuple[Any, ...] = self[: len(NUMBERS)]
+        return numbers
+
+    @property
+    def has_tensors(self) -> bool:
+        """Whether a number is a tensor."""
+        return not _FLOAT.issuperset(map(type, self.numbers))
+
+    def with_numbers(self, new: Callable[[Any], Any]) -> LossOptions:
+        """With ``new`` of each of :data:`NUMBERS`."""
+        return LossOptions(*map(new, self.numbers), *self[len(NUMBERS) :])
+
+    def without_numbers(self) -> LossOptions:
+        """What stays the same while a training changes its numbers."""
+        return self.with_numbers(lambda _: 0.0)
+
     def of_pairs(self, n_left: int | None = None) -> LossOptions:
         """The options of a pass over pairs alone, of rows in the order of their positive groups."""
         return self._replace(n_views=1, positives="label", n_left=n_left, negatives_only=False)
 
 
+_FLOAT = frozenset({float})
+
 CHOICES: dict[str, tuple[str, ...]] = {"positives": POSITIVES, "distance": DISTANCES, "reduction": REDUCTIONS}
 """What an option that is a string can be."""
 
 NUMBERS = tuple(name for name, kind in get_type_hints(LossOptions).items() if kind == Number)
+"""The options that change during training. They come first."""
+assert LossOptions._fields[: len(NUMBERS)] == NUMBERS
 
 
 class Sharding(NamedTuple):

@@ -69,5 +69,5 @@ def _precise(prototypes: Tensor | None, options: LossOptions) -> Tensor | None:
 
 
 def _arguments(options: LossOptions) -> tuple[Any, ...]:
-    """What the operators take after their tensors: the options, the side of a tile, 0 for the kernels' choice, and the threads."""
+    """What every operator takes after its tensors. The side of a tile: 0 for the kernels' choice."""
     return *native_options(options), tiled.chosen_tile_rows() or 0, torch.get_num_threads()

@@ -21,18 +21,22 @@ from torch import Tensor
 
 from ..groups import label_groups
 from . import extension
-from .contract import Gradients, LossOptions, Needs, Residuals, Softmax, as_unit_rows, unit_rows
+from .contract import (
+    FLOAT16_SCALE,
+    RANKED_INSTANCES,
+    Gradients,
+    LossOptions,
+    Needs,
+    Residuals,
+    Softmax,
+    as_unit_rows,
+    unit_rows,
+)
 from .extension import native_options, number_tensors
 from .positions import Upstream, allows_tf32, sorted_by_class, upstream_of, used_prototypes
 
 CHECKS_VALUES = True
 """The kernels look at every label anyway, and assert on the device."""
-
-RANKED_INSTANCES = 4096
-"""Up to so many labels are put in order by counting, B^2 comparisons in one launch, against the several launches of a sort."""
-
-FLOAT16_SCALE = 16384.0
-"""What M is multiplied by before it is rounded to float16; kFloat16Scale in csrc/common/types.h."""
 
 kernels: Any = torch.ops.clop_native
 """Where the operators are; tests put ones that run on a CPU in their place."""

@@ -10,7 +10,6 @@ import functools
 import importlib
 import importlib.util
 import json
-import operator
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -58,7 +57,7 @@ def native_options(options: LossOptions) -> tuple[Any, ...]:
 
 def number_tensors(options: LossOptions) -> tuple[Tensor | None, ...]:
     """The numbers that are tensors, as operators that read them on the device take them."""
-    return tuple(value if isinstance(value, Tensor) else None for value in _numbers(options))
+    return tuple(value if isinstance(value, Tensor) else None for value in options.numbers)
 
 
 def _encoder(name: str) -> Callable[[Any], Any] | None:
@@ -71,4 +70,3 @@ def _encoder(name: str) -> Callable[[Any], Any] | None:
 
 
 _ENCODERS = [(index, encode) for index, name in enumerate(LossOptions._fields) if (encode := _encoder(name)) is not None]
-_numbers = operator.attrgetter(*NUMBERS)

@@ -6,15 +6,12 @@ A position is an index into the rows as sorted by positive group (:mod:`clop_ker
 from __future__ import annotations
 
 import ctypes
-import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .contract import LossOptions, Residuals
-
-_LOG2_E = math.log2(math.e)
+from .contract import LOG2_E, LossOptions, Residuals
 
 
 class Upstream(NamedTuple):
@@ -52,7 +49,7 @@ def logit_scale(temperature: float | Tensor) -> tuple[float, float]:
     """
     if isinstance(temperature, Tensor):
         return 0.0, 0.0
-    scale = _LOG2_E / temperature
+    scale = LOG2_E / temperature
     rounded = ctypes.c_float(scale).value
     return rounded, scale - rounded
 

@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 from ..groups import Groups, instance_groups, label_groups
-from .contract import EPS, Coefficients, Gradients, LossOptions, Needs, Softmax
-
-LOG2_E = math.log2(math.e)
+from .contract import EPS, LOG2_E, Coefficients, Gradients, LossOptions, Needs, Softmax
 
 
 def groups_of(n_rows: int, labels: Tensor | None, options: LossOptions, device: torch.device) -> Groups:
@@ -144,8 +142,8 @@ def finish(
 ) -> Gradients:
     """From d L_con / d zhat, ``grad``, (N, D) by position, which is overwritten, to the gradients of the inputs.
 
-    Those of the raw rows are in ``dtype`` and the rows' own order. ``pull_weight``, () or (N,): the upstream gradient of each row's
-    prototype term.
+    Those of the raw rows are in ``dtype`` and the rows' own order. ``pull_weight``, () or (N,): the upstream gradient of each
+    row's prototype term.
     """
     grad_temperature = grad_prototypes = None
     pull = Pull.of(labels, prototypes, order, options)

@@ -50,12 +50,9 @@ from torch import Tensor
 
 from ..groups import Groups
 from . import rowwise
-from .contract import Gradients, LossOptions, Needs, Residuals, Softmax, as_unit_rows
+from .contract import LARGEST_UNSHIFTED_LOGIT, LOG2_E, Gradients, LossOptions, Needs, Residuals, Softmax, as_unit_rows
 
 CHECKS_VALUES = False
-
-_LARGEST_UNSHIFTED_LOGIT = {torch.float32: 60.0, torch.float64: 600.0}
-"""Room for sums over 2^38 rows: exp(60) * 2^38 is below exp(88), the end of float32; float64 ends at exp(709)."""
 
 _tile_rows: int | None = None
 
@@ -106,7 +103,7 @@ def fits_unshifted(norms: Tensor, options: LossOptions) -> bool:
     if needs_reading and norms.device.type != "cpu":
         return False
     largest_norm = 1.0 if options.normalize or len(norms) == 0 else float(norms.max())
-    return largest_norm**2 / float(options.temperature) <= _LARGEST_UNSHIFTED_LOGIT[options.accumulate_dtype]
+    return largest_norm**2 / float(options.temperature) <= LARGEST_UNSHIFTED_LOGIT[options.accumulate_dtype]
 
 
 def forward(
@@ -218,7 +215,7 @@ def _tiles(zhat: Tensor, groups: Groups, options: LossOptions, unshifted: bool) 
     # In float32 the factor's own rounding would be an error of one sign in every S_ij, as if of another temperature. In
     # float64 each element rounds for itself. Apple's GPUs have no float64.
     wide = torch.float64 if zhat.device.type != "mps" else zhat.dtype
-    scale = rowwise.LOG2_E / (temperature.to(wide) if isinstance(temperature, Tensor) else temperature)
+    scale = LOG2_E / (temperature.to(wide) if isinstance(temperature, Tensor) else temperature)
     rounded = torch.as_tensor(scale, dtype=wide).to(zhat.dtype)
     rest = (scale - rounded.to(wide)).to(zhat.dtype)
     logits_buffer = zhat.new_empty(side * side)

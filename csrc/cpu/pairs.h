@@ -33,11 +33,6 @@
 namespace clop::cpu {
 namespace CLOP_LEVEL {
 
-// Up to which |s_ij|, in nats, 2^S needs no maximum. Nothing is shifted here, so that there must be room for sums over 2^38 rows:
-// exp(60) 2^38 is below exp(88), the end of float; double ends at exp(709). (In csrc/cuda/pairs.cuh it is less, and says why.)
-template <class T>
-constexpr double kLargestUnshifted = sizeof(T) == 8 ? 600.0 : 60.0;
-
 // A shift that no similarity reaches, and finite, so that no infinities are subtracted.
 template <class T>
 constexpr T kNoShift = sizeof(T) == 8 ? T(-1e300) : T(-1e38);
@@ -194,7 +189,7 @@ struct Rows {
     double largest = pairs.normalize ? 1 : 0;
     for (int64_t k = 0; !pairs.normalize && k < pairs.n_rows; ++k)
       if (!(double(norms[k]) <= largest)) largest = double(norms[k]);
-    return largest * largest / pairs.temperature <= kLargestUnshifted<T>;
+    return largest * largest / pairs.temperature <= kLargestUnshiftedLogit<T>;
   }
 };
 

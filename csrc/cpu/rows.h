@@ -1,6 +1,7 @@
 // What is done row by row, O(N D): reading and normalising embeddings, distances to prototypes, and the way back.
 #pragma once
 
+#include "../common/constants.h"
 #include "../common/positions.h"
 #include "loss.h"
 #include "parallel.h"

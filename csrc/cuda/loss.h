@@ -7,6 +7,7 @@
 
 #include <cstdint>
 
+#include "../common/constants.h"
 #include "../common/options.h"
 
 struct CUstream_st;  // what cudaStream_t points to

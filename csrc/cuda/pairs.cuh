@@ -41,8 +41,8 @@ constexpr float kLn2 = 0.693147181f;
 // Up to which log2(e) / tau, in bits, 2^S needs no maximum: of unit rows it is the largest S, that of equal ones. While twice that is
 // below 110, 2^(S - log2(e) / tau) is above 2^-110 for every pair, a normal float even with what is divided by it. It has all its
 // digits where S is largest, as near-duplicate views ask for; without a shift S itself would have been rounded at log2(e) / tau. Rows
-// as they are may have any S. (In csrc/cpu/pairs.h nothing is shifted, and there is room for more.)
-constexpr float kLargestUnshifted = 55.0f;
+// as they are may have any S. (On the CPU nothing is shifted then, and there is room for more: kLargestUnshiftedLogit.)
+constexpr float kLargestUnshiftedBits = 55.0f;
 
 constexpr float kLeastShift = -1e38f;  // where a maximum begins: finite, so that no two infinities are subtracted
 constexpr int kNumbers = 2;            // coefficients of each column that come with its tile: a_j and the shift
@@ -112,7 +112,7 @@ struct Scale : LogitScale {
   __device__ explicit Scale(const Options& p)
       : LogitScale(p.temperature.tensor != nullptr ? logit_scale(double(*p.temperature.tensor)) : p.scale) {}
   // Whether all rows have the shift `value`.
-  __device__ bool is_fixed(const Options& p) const { return p.normalize && value <= kLargestUnshifted; }
+  __device__ bool is_fixed(const Options& p) const { return p.normalize && value <= kLargestUnshiftedBits; }
   // S - shift
   template <class Product>
   __device__ float apply(float product, float shift) const {

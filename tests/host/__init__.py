@@ -1,8 +1,8 @@
 """The CUDA kernels' own source on a CPU: csrc/cuda/ compiled with g++ against simt.h, which runs a grid there.
 
 All of it is: the kernels, their launches, and the operators, which runtime.cpp registers for tensors of the CPU as
-``torch.ops.clop_host``. :func:`load` compiles it, with ninja; :class:`Kernels` puts NaN around what the operators are given, and is what
-the backend ``cuda`` calls in a test.
+``torch.ops.clop_host``. :func:`load` compiles it, with ninja. :class:`Kernels`, which the backend ``cuda`` calls in a test, puts
+NaN around what the operators are given.
 """
 
 from __future__ import annotations
@@ -147,7 +147,8 @@ class Kernels:
 def _with_nan_around_zhat(operator: Any) -> Callable[..., Any]:
     arguments = {argument.name: (index, argument) for index, argument in enumerate(operator.default._schema.arguments)}
     if "zhat" not in arguments:
-        return operator  # type: ignore[no-any-return]
+        of_other_tensors: Callable[..., Any] = operator
+        return of_other_tensors
     index, argument = arguments["zhat"]
     is_result = argument.alias_info is not None
 

@@ -29,6 +29,8 @@ sm_100 and sm_120.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -37,41 +39,42 @@ from ..contract import Gradients, LossOptions, Needs, Residuals, Softmax, as_uni
 from ..positions import sorted_by_class, upstream_of, used_prototypes
 from ..rowwise import merged
 from . import launches, tiles
+from .launches import Problem
 
 CHECKS_VALUES = True
 """The kernels look at every label anyway, and assert on the device."""
+
+plan_of = functools.lru_cache(maxsize=256)(lambda make, *problem: make(*problem))
+"""``make(*problem)``, one of the functions of launches.py that make a plan. A training has few: one a pass and batch size."""
 
 
 def forward(
     embeddings: Tensor, labels: Tensor | None, prototypes: Tensor | None, options: LossOptions
 ) -> tuple[Tensor, Residuals]:
     """(N, D) embeddings, (B,) int64 labels, (K, D) prototypes -> the loss, and what the backward pass needs."""
-    n_rows = embeddings.shape[0]
-
-    def per_row() -> Tensor:
-        return embeddings.new_empty(n_rows, dtype=torch.float32)
-
+    n_rows, device = embeddings.shape[0], embeddings.device
+    zhat, used = unit_rows(embeddings, options.compute_dtype), used_prototypes(prototypes, labels)
+    problem = Problem.of(embeddings, zhat, labels, used, options, tiles.target_of(device))
     if options.positives == "instance":
         groups = embeddings.new_empty((3, 0), dtype=torch.int32)
-    elif launches.is_ranked(labels, options):
+    elif problem.is_ranked:
         groups = embeddings.new_empty((3, n_rows), dtype=torch.int32)
     else:
         assert labels is not None
         groups = label_groups(labels, options.n_views, options.n_left).table()
-    zhat = unit_rows(embeddings, options.compute_dtype)
-    counts = embeddings.new_zeros(2, dtype=torch.float32) if n_rows == 0 else embeddings.new_empty(2, dtype=torch.float32)
-    residuals = Residuals(zhat, per_row(), per_row(), per_row(), per_row(), groups, counts)
+    # Results of an operator may not share memory, so each has its own.
+    norms, shift, inverse_total, negative = (torch.empty(n_rows, dtype=torch.float32, device=device) for _ in range(4))
+    counts = torch.empty(2, dtype=torch.float32, device=device)
+    residuals = Residuals(zhat, norms, shift, inverse_total, negative, groups, counts)
+    of_loss = (n_rows,) if problem.is_per_row else ()
     if n_rows == 0:
-        return embeddings.new_zeros((0,) if options.reduction == "none" else (), dtype=torch.float32), residuals
+        counts.zero_()
+        return embeddings.new_zeros(of_loss, dtype=torch.float32), residuals
 
-    loss = per_row() if options.reduction == "none" else embeddings.new_empty((), dtype=torch.float32)
-    target = tiles.target_of(embeddings.device)
-    scratch = launches.ForwardScratch.like(zhat, options, target)
-    with tiles.device_guard(embeddings.device):
-        for launch in launches.forward(
-            embeddings, labels, used_prototypes(prototypes, labels), options, loss, residuals, scratch, target
-        ):
-            launch.run()
+    loss = embeddings.new_empty(of_loss, dtype=torch.float32)
+    values = launches.values_of_loss(residuals, labels, used, options) | {"embeddings": embeddings, "loss": loss}
+    with tiles.device_guard(device):
+        plan_of(launches.forward, problem).run(values)
     return loss, residuals
 
 
@@ -86,7 +89,6 @@ def backward(
 ) -> Gradients:
     """The upstream gradient, () or (N,), to the gradients of the raw embeddings, the temperature and the prototypes."""
     n_rows = embeddings.shape[0]
-    target = tiles.target_of(embeddings.device)
     used = used_prototypes(prototypes, labels)
     grad_embeddings = grad_temperature = grad_prototypes = None
     if n_rows == 0:
@@ -97,47 +99,42 @@ def backward(
     if n_rows == 0:
         return Gradients(grad_embeddings, grad_temperature, grad_prototypes)
 
+    residuals = residuals._replace(zhat=as_unit_rows(residuals.zhat))
     upstream = upstream_of(grad_loss, residuals, options)
+    problem = Problem.of(embeddings, residuals.zhat, labels, used, options, tiles.target_of(embeddings.device))
+    is_weighted = upstream.weights is not None
+    values = launches.values_of_loss(residuals, labels, used, options) | launches.values_of_upstream(upstream, residuals)
     with tiles.device_guard(embeddings.device):
         if needs.embeddings or needs.temperature:
-            grad_embeddings = torch.empty_like(embeddings, memory_format=torch.contiguous_format)
-            scratch = launches.BackwardScratch.like(residuals.zhat, options, target)
-            for launch in launches.backward(upstream, residuals, labels, used, options, scratch, grad_embeddings, target):
-                launch.run()
-            grad_temperature = scratch.grad_temperature if needs.temperature else None
+            values["grad_embeddings"] = grad_embeddings = torch.empty_like(embeddings, memory_format=torch.contiguous_format)
+            grad_temperature = plan_of(launches.backward, problem, is_weighted).run(values)["grad_temperature"]
         if needs.prototypes and used is not None:
             assert labels is not None
-            n_classes, width = used.shape
-            by_class, bounds = sorted_by_class(labels, residuals.groups, options, n_classes)
-            parts = embeddings.new_empty((launches.prototype_parts(n_classes, target), n_classes, width), dtype=torch.float32)
-            launches.prototypes_backward(upstream, residuals, by_class, bounds, used, options, parts, target).run()
-            grad_prototypes = parts.sum(0)
-    return Gradients(grad_embeddings if needs.embeddings else None, grad_temperature, grad_prototypes)
+            by_class, bounds = sorted_by_class(labels, residuals.groups, options, problem.n_classes)
+            values |= {"by_class": by_class, "bounds": bounds}
+            grad_prototypes = plan_of(launches.prototypes_backward, problem, is_weighted).run(values)["partial_gradients"].sum(0)
+    return Gradients(
+        grad_embeddings if needs.embeddings else None, grad_temperature if needs.temperature else None, grad_prototypes
+    )
 
 
 def pair_softmax(zhat: Tensor, groups: Tensor, n_left: int | None, options: LossOptions) -> Softmax:
     """See :mod:`clop_kernels.backends.contract`."""
     zhat = as_unit_rows(zhat)  # for which the kernels of a loss are compiled
-    n_rows = zhat.shape[0] if n_left is None else n_left
-    target = tiles.target_of(zhat.device)
-    n_splits = launches.softmax_splits(zhat, -1 if n_left is None else n_left, n_left is not None, target)
-    statistics = zhat.new_empty((n_splits, 4, n_rows), dtype=torch.float32)
+    problem = Problem.of_pairs(zhat, n_left, options, tiles.target_of(zhat.device))
+    values = launches.values_of_pairs(zhat, groups, options.temperature)
     with tiles.device_guard(zhat.device):
-        for launch in launches.pair_softmax(zhat, groups, n_left, options, statistics, target):
-            launch.run()
+        statistics = plan_of(launches.pair_softmax, problem).run(values)["statistics"]
     parts = Softmax(*statistics.unbind(1))
-    return merged(parts) if n_splits > 1 else Softmax(*(of_rows[0] for of_rows in parts))
+    return merged(parts) if len(statistics) > 1 else Softmax(*(of_rows[0] for of_rows in parts))
 
 
 def pair_gradient(zhat: Tensor, groups: Tensor, n_left: int | None, coefficients: Tensor, options: LossOptions) -> Tensor:
     """See :mod:`clop_kernels.backends.contract`."""
-    zhat = as_unit_rows(zhat)
-    n_rows, scale = zhat.shape[0] if n_left is None else n_left, launches.m_scale(zhat.dtype)
-    target = tiles.target_of(zhat.device)
-    n_splits = launches.gradient_splits(zhat, -1 if n_left is None else n_left, n_left is not None, target)
-    sums = zhat.new_empty((n_splits, n_rows, zhat.shape[1]), dtype=torch.float32)
+    zhat, scale = as_unit_rows(zhat), launches.m_scale(zhat.dtype)
+    problem = Problem.of_pairs(zhat, n_left, options, tiles.target_of(zhat.device))
+    values = launches.values_of_pairs(zhat, groups, options.temperature) | {"coefficients": coefficients}
     with tiles.device_guard(zhat.device):
-        for launch in launches.pair_gradient(zhat, groups, n_left, coefficients, options, sums, target):
-            launch.run()
-    total = sums[0] if n_splits == 1 else sums.sum(0)
+        sums = plan_of(launches.pair_gradient, problem).run(values)["sums"]
+    total = sums[0] if len(sums) == 1 else sums.sum(0)
     return total if scale == 1 else total.div_(scale)

@@ -20,11 +20,10 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-LOG2_E = tl.constexpr(1.4426950408889634)
-LN_2 = tl.constexpr(0.6931471805599453)
+from ..contract import LOG2_E as _LOG2_E
 
-LARGEST_UNSHIFTED_LOGIT = tl.constexpr(60.0)
-"""exp(60), summed over 2^38 rows, is within float32: while 1/tau is below, exp s needs no shift, and no maximum."""
+LOG2_E = tl.constexpr(_LOG2_E)
+LN_2 = tl.constexpr(0.6931471805599453)
 
 NO_LOGIT = tl.constexpr(float("-inf"))
 LEAST_SHIFT = tl.constexpr(-1.0e38)
@@ -74,6 +73,14 @@ def logit_scale(temperature, scale, scale_rest):
         scale = precise.to(tl.float32)
         scale_rest = (precise - scale.to(tl.float64)).to(tl.float32)
     return Scale(scale, scale_rest)
+
+
+@triton.jit
+def known_weight(weight, prototype_weight):
+    """The prototype weight that the host knows, or, where that is below 0, the () float32 ``weight``, which it never reads."""
+    if prototype_weight < 0.0:
+        prototype_weight = tl.load(weight)
+    return prototype_weight
 
 
 @triton.jit

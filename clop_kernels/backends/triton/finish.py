@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 
 from ..contract import EPS as _EPS
-from .device import LN_2, from_position, load_rows, logit_scale, row_of
+from .device import LN_2, from_position, known_weight, load_rows, logit_scale, row_of
 from .prologue import load_targets
 from .softmax import sum_of
 
@@ -46,7 +46,7 @@ def distance_gradient(unit, target, distance):
     do_not_specialize=[
         "n_rows", "n_instances", "n_classes", "views", "n_splits", "is_weighted", "normalize", "distance", "is_mean",
     ],
-    do_not_specialize_on_alignment=["row_weights", "groups", "labels", "prototypes", "upstream", "temperature"],
+    do_not_specialize_on_alignment=["row_weights", "groups", "labels", "prototypes", "upstream", "temperature", "weight"],
 )  # fmt: skip
 def finish_kernel(
     sums,  # (splits, N, D) float32, by position: sum_j M_ij zhat_j times M_SCALE, a summand a split
@@ -61,8 +61,9 @@ def finish_kernel(
     temperature,  # device.logit_scale
     scale,
     scale_rest,
+    weight,  # device.known_weight
     prototype_weight,
-    grad_z,  # (N, D) contiguous, by row
+    grad_embeddings,  # (N, D) contiguous, by row
     temperature_sums,  # (programs,) float32: parts of dL/dtau
     grad_temperature,  # () float32, written: dL/dtau
     n_finished,  # () int32, 0: how many programs are done
@@ -89,7 +90,7 @@ def finish_kernel(
     inverse_temperature = (scale.value + scale.rest) * LN_2
 
     of_contrastive = tl.load(upstream) * inverse_temperature * (1.0 / M_SCALE)
-    of_prototypes = tl.load(upstream) * prototype_weight
+    of_prototypes = tl.load(upstream) * known_weight(weight, prototype_weight)
     if is_mean != 0:
         of_contrastive /= tl.maximum(tl.load(counts), 1.0)
         of_prototypes /= tl.maximum(tl.load(counts + 1), 1.0)
@@ -112,13 +113,13 @@ def finish_kernel(
         norm = tl.load(norms + rows, mask=is_row, other=1.0)
         radial = tl.where(norm < EPS, 0.0, tl.sum(gradient * unit, 1))
         gradient = (gradient - radial[:, None] * unit) / tl.maximum(norm, EPS)[:, None]
-        if grad_z.dtype.element_ty == tl.float16:
+        if grad_embeddings.dtype.element_ty == tl.float16:
             # 1 / EPS is beyond float16. A row of zeros gets the largest gradient there is, not an infinity that would cost
             # every step; any other row's overflow stays infinite, for a gradient scaler to see.
             bounded = tl.minimum(tl.maximum(gradient, -LARGEST_FLOAT16), LARGEST_FLOAT16)
             gradient = tl.where((norm < EPS)[:, None] & (gradient == gradient), bounded, gradient)
-    pointers = grad_z + row.to(tl.int64)[:, None] * WIDTH + width[None, :]
-    tl.store(pointers, gradient.to(grad_z.dtype.element_ty), mask=is_row[:, None] & (width[None, :] < WIDTH))
+    pointers = grad_embeddings + row.to(tl.int64)[:, None] * WIDTH + width[None, :]
+    tl.store(pointers, gradient.to(grad_embeddings.dtype.element_ty), mask=is_row[:, None] & (width[None, :] < WIDTH))
 
     tl.debug_barrier()  # as in loss_kernel
     if tl.atomic_add(n_finished, 1, sem="acq_rel") == tl.num_programs(0) - 1:

@@ -41,6 +41,8 @@ against w_i there, and not against the gradient. Rounding M to bfloat16 costs 0.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -63,16 +65,34 @@ from .device import (
 )
 
 
+class Factors(NamedTuple):
+    """What M is made of at some positions, of all pairs or of positives: a, or in its place b, and the shift."""
+
+    factor: tl.tensor  # times M_SCALE
+    shift: tl.tensor  # anything if not ONLINE
+
+
+class OfRows(NamedTuple):
+    """What near tiles need of a program's rows."""
+
+    positions: tl.tensor
+    start: tl.tensor  # [start, end): the run of their positives
+    end: tl.tensor
+    a: Factors
+    b: Factors
+    c: tl.tensor  # times M_SCALE
+
+
 @triton.jit
 def load_of_pairs(positions, coefficients, n_rows, end, ONLINE: tl.constexpr, M_SCALE: tl.constexpr, ALL: tl.constexpr):
-    """a_i * M_SCALE and the shift (anything if not ONLINE) of some positions; a_i = 0 from position ``end`` on."""
+    """a_i and the shift of some positions; a_i = 0 from position ``end`` on."""
     mask = None if ALL else positions < end
     other = None if ALL else 0.0
     a = tl.load(coefficients + positions, mask=mask, other=other) * M_SCALE
     shift = a
     if ONLINE:
         shift = tl.load(coefficients + 3 * n_rows.to(tl.int64) + positions, mask=mask, other=other)
-    return a, shift
+    return Factors(a, shift)
 
 
 @triton.jit
@@ -85,25 +105,31 @@ def load_of_positives(positions, coefficients, n_rows, end, M_SCALE: tl.constexp
 
 
 @triton.jit
-def far_pairs(s, a_i, shift_i, a_j, shift_j, ONLINE: tl.constexpr):
-    """(M, N) tile of M_ij where no j is a positive of i."""
-    if ONLINE:
-        return tl.exp2(s - shift_i[:, None]) * a_i[:, None] + tl.exp2(s - shift_j[None, :]) * a_j[None, :]
-    else:
-        return tl.exp2(s) * (a_i[:, None] + a_j[None, :])
+def load_of_rows(rows, a, coefficients, span, pairs, M_SCALE: tl.constexpr):
+    """What near tiles need of rows besides ``a``, their :class:`Factors`."""
+    b, c = load_of_positives(rows, coefficients, pairs.n_rows, span.row_end, M_SCALE)
+    start, end = group_of(rows, pairs, rows < span.row_end)
+    return OfRows(rows, start, end, a, Factors(b, a.shift), c)
 
 
 @triton.jit
-def near_pairs(
-    s, rows, columns, start, end, a_i, b_i, c_i, shift_i, a_j, shift_j, coefficients, span, pairs, ONLINE: tl.constexpr,
-    M_SCALE: tl.constexpr,
-):  # fmt: skip
+def far_pairs(s, of_rows, of_columns, ONLINE: tl.constexpr):
+    """(M, N) tile of M_ij where no j is a positive of i, from their :class:`Factors`."""
+    if ONLINE:
+        of_row = tl.exp2(s - of_rows.shift[:, None]) * of_rows.factor[:, None]
+        return of_row + tl.exp2(s - of_columns.shift[None, :]) * of_columns.factor[None, :]
+    else:
+        return tl.exp2(s) * (of_rows.factor[:, None] + of_columns.factor[None, :])
+
+
+@triton.jit
+def near_pairs(s, of_rows, columns, a_j, coefficients, span, pairs, ONLINE: tl.constexpr, M_SCALE: tl.constexpr):
     """(M, N) tile of M_ij: positives, pairs that are not compared, and columns past the end, which are zero."""
-    compared, among_positives = masks(rows, columns, start, end, span, pairs)
+    compared, among_positives = masks(of_rows.positions, columns, of_rows.start, of_rows.end, span, pairs)
     s = tl.where(compared, s, NO_LOGIT)
     b_j, c_j = load_of_positives(columns, coefficients, pairs.n_rows, span.column_end, M_SCALE)
-    of_positives = far_pairs(s, b_i, shift_i, b_j, shift_j, ONLINE) - (c_i[:, None] + c_j[None, :])
-    return tl.where(among_positives, of_positives, far_pairs(s, a_i, shift_i, a_j, shift_j, ONLINE))
+    of_positives = far_pairs(s, of_rows.b, Factors(b_j, a_j.shift), ONLINE) - (of_rows.c[:, None] + c_j[None, :])
+    return tl.where(among_positives, of_positives, far_pairs(s, of_rows.a, a_j, ONLINE))
 
 
 @triton.jit
@@ -128,9 +154,8 @@ def row_gradient(
 ):
     """sum_j M_ij zhat_j over a split's columns, (M, BLOCK_D) float32, times M_SCALE."""
     width = tl.arange(0, BLOCK_D)
-    a_i, shift_i = load_of_pairs(rows, coefficients, pairs.n_rows, span.row_end, ONLINE, M_SCALE, False)
-    b_i, c_i = load_of_positives(rows, coefficients, pairs.n_rows, span.row_end, M_SCALE)
-    start, end = group_of(rows, pairs, rows < span.row_end)
+    a_i = load_of_pairs(rows, coefficients, pairs.n_rows, span.row_end, ONLINE, M_SCALE, False)
+    of_rows = load_of_rows(rows, a_i, coefficients, span, pairs, M_SCALE)
     gradient = tl.zeros((rows.shape[0], BLOCK_D), tl.float32)
     of_columns, n_columns = from_position(zhat, span.column_base, PITCH), span.column_end - span.column_base
     first_tile, end_tile = share_of(span.n_near, split, n_splits)
@@ -140,10 +165,8 @@ def row_gradient(
         k = load_rows(of_columns, local, n_columns, width, PITCH, WIDTH, BLOCK_D)
         s = tl.dot(q, tl.trans(k), tl.zeros((rows.shape[0], BLOCK_N), tl.float32), input_precision=PRECISION)
         s = scaled(s, scale, EXACT_SCALE)
-        a_j, shift_j = load_of_pairs(columns, coefficients, pairs.n_rows, span.column_end, ONLINE, M_SCALE, False)
-        m = near_pairs(
-            s, rows, columns, start, end, a_i, b_i, c_i, shift_i, a_j, shift_j, coefficients, span, pairs, ONLINE, M_SCALE
-        )
+        a_j = load_of_pairs(columns, coefficients, pairs.n_rows, span.column_end, ONLINE, M_SCALE, False)
+        m = near_pairs(s, of_rows, columns, a_j, coefficients, span, pairs, ONLINE, M_SCALE)
         gradient = tl.dot(as_operand(m, k.dtype, PRECISION), k, gradient, input_precision=PRECISION)
     first_tile, end_tile = share_of(span.n_far, split, n_splits)
     for index in range(first_tile, end_tile):
@@ -152,8 +175,8 @@ def row_gradient(
         s = tl.dot(q, tl.trans(k), tl.zeros((rows.shape[0], BLOCK_N), tl.float32), input_precision=PRECISION)
         s = scaled(s, scale, EXACT_SCALE)
         columns = span.column_base + first + tl.arange(0, BLOCK_N)
-        a_j, shift_j = load_of_pairs(columns, coefficients, pairs.n_rows, span.column_end, ONLINE, M_SCALE, True)
-        m = far_pairs(s, a_i, shift_i, a_j, shift_j, ONLINE)
+        a_j = load_of_pairs(columns, coefficients, pairs.n_rows, span.column_end, ONLINE, M_SCALE, True)
+        m = far_pairs(s, a_i, a_j, ONLINE)
         gradient = tl.dot(as_operand(m, k.dtype, PRECISION), k, gradient, input_precision=PRECISION)
     return gradient
 

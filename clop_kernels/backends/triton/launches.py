@@ -1,7 +1,8 @@
 """The launches of one call, as data: which kernel, on what grid, with which arguments and tiles.
 
-:mod:`clop_kernels.backends.triton` runs them; ``python -m benchmarks.resources`` compiles the very same ones ahead of time
-for GPUs that need not be there.
+A :class:`Plan` depends on a :class:`Problem` alone, which holds no tensor and no number that training changes, and is kept: a
+call puts its tensors into it, and launches what is compiled already. :mod:`clop_kernels.backends.triton` does;
+``python -m benchmarks.resources`` compiles the very same launches ahead of time for GPUs that need not be there.
 
 A kernel is compiled anew for each type and constant among its arguments. Those depend on the width, the dtypes and the GPU
 alone, for the first kernel on the strides of the embeddings too; what else a loss is told are numbers and tensors, empty ones
@@ -10,17 +11,18 @@ where there is none.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterator, Mapping
-from dataclasses import dataclass
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ..contract import DISTANCES, LossOptions, Residuals
+from ..contract import DISTANCES, FLOAT16_SCALE, LARGEST_UNSHIFTED_LOGIT, LOG2_E, RANKED_INSTANCES, LossOptions, Number, Residuals
 from ..positions import Upstream, allows_tf32, logit_scale
 from . import tiles
-from .device import LARGEST_UNSHIFTED_LOGIT, LOG2_E
 from .finish import finish_kernel
 from .gradient import coefficients_kernel, gradient_kernel
 from .prologue import operands_kernel, prologue_kernel
@@ -29,8 +31,114 @@ from .softmax import loss_kernel, softmax_kernel
 from .tiles import Target, Tile
 from .wide import pair_kernel, product_kernel
 
-RANKED_INSTANCES = 4096
-"""Up to so many labels the prologue orders the rows itself: B^2 comparisons, against the several launches of a sort."""
+Values = dict[str, Any]
+"""Arguments of kernels by name: the tensors of a call, and its numbers."""
+
+
+class Problem(NamedTuple):
+    """What the launches of a call depend on.
+
+    Attributes:
+        options: whose numbers are left out.
+        n_rows, width: of zhat; pitch: its numbers from one row to the next.
+        dtype, strides: of the embeddings.
+        n_classes: how many prototypes, 0 where no row has a label.
+        is_labelled: whether there are labels.
+        is_one_way: of a pass over pairs alone: rows on the right get no results.
+        precision: see :func:`precision`.
+        device: where compiled kernels are loaded.
+    """
+
+    options: LossOptions
+    n_rows: int
+    width: int
+    pitch: int
+    dtype: torch.dtype
+    strides: tuple[int, int]
+    n_classes: int
+    is_labelled: bool
+    is_one_way: bool
+    precision: str
+    device: torch.device
+    target: Target
+
+    @property
+    def n_left(self) -> int:
+        """As kernels have it: -1 without sides."""
+        return -1 if self.options.n_left is None else self.options.n_left
+
+    @property
+    def n_results(self) -> int:
+        """Rows that get some."""
+        return self.n_left if self.is_one_way else self.n_rows
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return self.options.compute_dtype
+
+    @property
+    def is_compared(self) -> bool:
+        """Whether there is a pair to look at."""
+        return self.options.has_pairs and self.options.n_left not in (0, self.n_rows)
+
+    @property
+    def is_ranked(self) -> bool:
+        """Whether the prologue itself orders the rows by label."""
+        by_label = self.options.positives == "label" and self.options.n_left is None
+        return by_label and self.is_labelled and self.n_rows // self.options.n_views <= RANKED_INSTANCES
+
+    @property
+    def is_per_row(self) -> bool:
+        return self.options.reduction == "none"
+
+    @staticmethod
+    def of(
+        embeddings: Tensor, zhat: Tensor, labels: Tensor | None, prototypes: Tensor | None, options: LossOptions, target: Target
+    ) -> Problem:
+        """Of a loss; ``prototypes`` that no row has a label for are None."""
+        n_classes = 0 if prototypes is None else prototypes.shape[0]
+        strides = embeddings.stride()
+        n_rows, width = zhat.shape
+        return Problem(
+            options.without_numbers(),
+            n_rows,
+            width,
+            zhat.stride(0),
+            embeddings.dtype,
+            (strides[0], strides[1]),
+            n_classes,
+            labels is not None,
+            False,
+            precision(zhat.dtype, target),
+            zhat.device,
+            target,
+        )
+
+    @staticmethod
+    def of_pairs(zhat: Tensor, n_left: int | None, options: LossOptions, target: Target) -> Problem:
+        """Of a pass over pairs that stands alone: of two sides one way."""
+        options = options.of_pairs(n_left)
+        problem = Problem.of(zhat, zhat, None, None, options, target)
+        return problem._replace(is_one_way=n_left is not None)
+
+
+def precision(dtype: torch.dtype, target: Target) -> str:
+    """tl.dot's input_precision for operands of ``dtype``.
+
+    Exact float32 takes three TF32 products where the matrix units have TF32. Emulated on a CPU they are as accurate as float32
+    products: gradient errors of 2.6e-7 to 9e-7 at D of 32 to 512 and temperatures of 0.1 and 0.02, float32's own to 10%.
+    """
+    if dtype != torch.float32 or target.capability < 80:
+        return "ieee"
+    return "tf32" if allows_tf32() else "tf32x3"
+
+
+def m_scale(dtype: torch.dtype) -> float:
+    """What M is multiplied by before it is rounded."""
+    return FLOAT16_SCALE if dtype == torch.float16 else 1.0
+
+
+# ---- what a plan is made of ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -47,224 +155,305 @@ class Launch:
         return self.kernel[self.grid](**self.arguments, **self.options)
 
 
-def _launch(kernel: Any, grid: tuple[int, ...], tile: Tile, arguments: Mapping[str, Any], debug: bool = False) -> Launch:
-    """Takes from ``arguments`` what the kernel asks for, blocks from the tile. ``debug``: assertions are compiled in."""
-    blocks = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "BLOCK_D": tile.block_k}
-    arguments = {**blocks, **arguments}
+@dataclass
+class Step:
+    """A launch that waits for its tensors.
+
+    Attributes:
+        constants: its arguments; None for those that come with a call.
+        names: what a call calls those, by the kernel's own name.
+        compiled: what Triton compiled for it, once it has run.
+    """
+
+    kernel: Any
+    grid: tuple[int, ...]
+    constants: dict[str, Any]
+    options: dict[str, Any]
+    names: dict[str, str]
+    compiled: Any = field(default=None, compare=False)
+
+    def __post_init__(self) -> None:
+        self._template = list(self.constants.values())
+        self._slots = [(index, self.names[name]) for index, name in enumerate(self.constants) if name in self.names]
+        self._grid = (*self.grid, 1, 1)[:3]
+
+    def launch(self, values: Values) -> Launch:
+        return Launch(self.kernel, self.grid, self.constants | {k: values[v] for k, v in self.names.items()}, self.options)
+
+    def run(self, values: Values) -> None:
+        self.compiled = self.launch(values).run()
+
+    def run_compiled(self, values: Values) -> None:
+        arguments = self._template.copy()
+        for index, name in self._slots:
+            arguments[index] = values[name]
+        self.compiled[self._grid](*arguments)
+
+
+class Scratch(NamedTuple):
+    """Memory on the device that a call takes for itself.
+
+    Attributes:
+        is_zero: whether it begins as zeros.
+        is_result: whether it outlives the launches.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    strides: tuple[int, ...] | None = None
+    is_zero: bool = False
+    is_result: bool = False
+
+
+_DIRECT_DEVICES = ("cuda",)
+"""Where Triton's launchers take addresses for tensors."""
+
+_ALIGNMENT = 128
+"""Of what is cut from one piece of memory, in bytes."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The launches of a pass, in their order, and their scratch by name."""
+
+    steps: tuple[Step, ...]
+    scratch: dict[str, Scratch]
+
+    def launches(self, values: Values) -> Iterator[Launch]:
+        """``values`` hold what is read and written, :func:`values_of_loss` and others; the scratch comes in here."""
+        values = values | self._allocated(values["zhat"], self.scratch)
+        for step in self.steps:
+            yield step.launch(values)
+
+    def run(self, values: Values) -> Values:
+        """Launches all; returns the results among the scratch.
+
+        Triton finds out at each launch which of its compiled kernels fits the arguments. In one plan that is always the same, as
+        long as tensors begin at multiples of 16 bytes. So from the second run on that is launched, with addresses, for which
+        Triton need not ask what they are, and with scratch that is one piece of memory: each call to PyTorch costs the host time.
+        """
+        like = values["zhat"]
+        if like.device.type in _DIRECT_DEVICES and all(step.compiled is not None for step in self.steps):
+            addresses = {name: x.data_ptr() if isinstance(x, Tensor) else x for name, x in values.items()}
+            if all(addresses[name] % 16 == 0 for name in self._aligned):
+                return self._run_compiled(addresses, like)
+        values = values | self._allocated(like, self.scratch)
+        for step in self.steps:
+            step.run(values)
+        return values
+
+    def _run_compiled(self, addresses: Values, like: Tensor) -> Values:
+        offsets, n_bytes, others = self._pool
+        found = self._allocated(like, others)
+        pool = like.new_empty(n_bytes, dtype=torch.uint8)
+        begin = pool.data_ptr()
+        for name, offset in offsets.items():
+            addresses[name] = begin + offset
+        for name, tensor in found.items():
+            addresses[name] = tensor.data_ptr()
+        for step in self.steps:
+            step.run_compiled(addresses)
+        return found
+
+    @functools.cached_property
+    def _aligned(self) -> list[str]:
+        """The tensors of a call for whose alignment kernels are compiled. What torch allocates is aligned."""
+        found = [
+            step.names[parameter.name]
+            for step in self.steps
+            for parameter in step.kernel.params
+            if parameter.name in step.names and not parameter.do_not_specialize_on_alignment
+        ]
+        return sorted(set(found) - set(self.scratch) - set(NUMBERS_OF_KERNELS))
+
+    @functools.cached_property
+    def _pool(self) -> tuple[dict[str, int], int, dict[str, Scratch]]:
+        """Where scratch begins that is cut from one piece of memory, the bytes of that, and the other scratch."""
+        offsets, n_bytes, others = {}, 0, {}
+        for name, one in self.scratch.items():
+            if one.is_zero or one.is_result:
+                others[name] = one
+                continue
+            offsets[name] = n_bytes
+            n_numbers = math.prod(one.shape) if one.strides is None else one.shape[0] * one.strides[0]
+            n_bytes += tiles.cdiv(n_numbers * one.dtype.itemsize, _ALIGNMENT) * _ALIGNMENT
+        return offsets, n_bytes, others
+
+    @staticmethod
+    def _allocated(like: Tensor, scratch: Mapping[str, Scratch]) -> Values:
+        memory = {}
+        for name, (shape, dtype, strides, is_zero, _) in scratch.items():
+            if strides is not None:
+                memory[name] = like.new_empty_strided(shape, strides, dtype=dtype)
+            else:
+                memory[name] = like.new_zeros(shape, dtype=dtype) if is_zero else like.new_empty(shape, dtype=dtype)
+        return memory
+
+
+def _step(
+    kernel: Any, grid: tuple[int, ...], tile: Tile, constants: Values, names: Mapping[str, str] = {}, debug: bool = False
+) -> Step:
+    """Takes from ``constants`` what the kernel asks for, blocks from the tile; the rest comes with a call.
+
+    ``names``: of what a kernel calls otherwise. ``debug``: assertions are compiled in.
+    """
+    constants = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "BLOCK_D": tile.block_k} | constants
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True, "debug": debug}
     if tile.max_registers is not None:
         options["maxnreg"] = tile.max_registers
-    return Launch(kernel, grid, {name: arguments[name] for name in kernel.arg_names}, options)
+    arguments = {name: constants.get(name) for name in kernel.arg_names}
+    return Step(kernel, grid, arguments, options, {x: names.get(x, x) for x in arguments if x not in constants})
 
 
-class ForwardScratch(NamedTuple):
-    """What lives only within the forward pass."""
-
-    statistics: Tensor  # (splits, 4, N) float32
-    distances: Tensor  # (N,) float32
-    partial_sums: Tensor  # (5, programs of loss_kernel) float32
-    n_finished: Tensor  # () int32
-
-    @staticmethod
-    def like(zhat: Tensor, options: LossOptions, target: Target) -> ForwardScratch:
-        n_rows = zhat.shape[0]
-        n_splits = softmax_splits(zhat, _n_left(options), False, target) if _is_compared(n_rows, options) else 1
-        return ForwardScratch(
-            zhat.new_empty((n_splits, 4, n_rows), dtype=torch.float32),
-            zhat.new_empty(n_rows, dtype=torch.float32),
-            zhat.new_empty((5, _programs(n_rows, tiles.BY_ROW)), dtype=torch.float32),
-            zhat.new_empty((), dtype=torch.int32),
-        )
+# ---- the plans ---------------------------------------------------------------------------------------------------------------
 
 
-class BackwardScratch(NamedTuple):
-    """What lives only within the backward pass, but for the temperature's gradient, which is made in any case."""
-
-    coefficients: Tensor  # (4, N) float32
-    sums: Tensor  # (splits, N, D) float32; no splits where nothing is compared
-    temperature_sums: Tensor  # (programs of finish_kernel,) float32
-    grad_temperature: Tensor  # () float32
-    n_finished: Tensor  # () int32
-
-    @staticmethod
-    def like(zhat: Tensor, options: LossOptions, target: Target) -> BackwardScratch:
-        n_rows, width = zhat.shape
-        n_splits = gradient_splits(zhat, _n_left(options), False, target) if _is_compared(n_rows, options) else 0
-        return BackwardScratch(
-            zhat.new_empty((4, n_rows), dtype=torch.float32),
-            zhat.new_empty((n_splits, n_rows, width), dtype=torch.float32),
-            zhat.new_empty(_programs(n_rows, tiles.whole_rows(width)), dtype=torch.float32),
-            zhat.new_empty((), dtype=torch.float32),
-            zhat.new_empty((), dtype=torch.int32),
-        )
-
-
-def softmax_splits(zhat: Tensor, n_left: int, is_one_way: bool, target: Target) -> int:
-    """How many summands softmax_kernel leaves of each row's statistics."""
-    tile = tiles.softmax(zhat.shape[1], zhat.dtype, target)
-    return _splits(zhat, n_left, is_one_way, tile, target)
-
-
-def gradient_splits(zhat: Tensor, n_left: int, is_one_way: bool, target: Target) -> int:
-    """How many summands there are of sum_j M_ij zhat_j: one of wide rows."""
-    if tiles.is_wide(zhat.shape[1], zhat.dtype):
-        return 1
-    return _splits(zhat, n_left, is_one_way, tiles.gradient(zhat.shape[1], zhat.dtype, target), target)
-
-
-def _splits(zhat: Tensor, n_left: int, is_one_way: bool, tile: Tile, target: Target) -> int:
-    n_rows = zhat.shape[0]
-    n_columns = n_rows if n_left < 0 else n_rows - n_left if is_one_way else max(n_left, n_rows - n_left)
-    n_tiles = tiles.cdiv(n_columns, tile.block_n)
-    n_blocks, at_once = _blocks(n_rows, n_left, is_one_way, tile), tile.at_once(zhat.element_size(), target)
-    return tiles.splits(n_blocks, n_tiles, at_once, target.n_processors)
-
-
-def m_scale(dtype: torch.dtype) -> float:
-    """What M is multiplied by before it is rounded: M <= 2, and float16 ends at 65504 and 6e-8."""
-    return 2.0**14 if dtype == torch.float16 else 1.0
-
-
-def precision(dtype: torch.dtype, target: Target) -> str:
-    """tl.dot's input_precision for operands of ``dtype``.
-
-    Exact float32 takes three TF32 products where the matrix units have TF32. Emulated on a CPU they are as accurate as float32
-    products: gradient errors of 2.6e-7 to 9e-7 at D of 32 to 512 and temperatures of 0.1 and 0.02, float32's own to 10%.
-    """
-    if dtype != torch.float32 or target.capability < 80:
-        return "ieee"
-    return "tf32" if allows_tf32() else "tf32x3"
-
-
-def forward(
-    embeddings: Tensor,
-    labels: Tensor | None,
-    prototypes: Tensor | None,
-    options: LossOptions,
-    loss: Tensor,
-    residuals: Residuals,
-    scratch: ForwardScratch,
-    target: Target,
-) -> Iterator[Launch]:
-    """The three launches of the forward pass, in TF32 four, without pairs two. Each tensor they write is given."""
-    n_rows, width = embeddings.shape
-    is_compared = _is_compared(n_rows, options)
-    shared = _of_loss(residuals, labels, prototypes, options, target) | {
-        "z": embeddings,
-        "stride_z_row": embeddings.stride(0),
-        "stride_z_column": embeddings.stride(1),
-        "shift_out": residuals.shift,
-        "inverse_total_out": residuals.inverse_total,
-        "negative_out": residuals.negative,
-        "loss": loss,
-        "n_splits": scratch.statistics.shape[0],
-        "n_views": options.n_views,
-        "is_ranked": int(is_ranked(labels, options)),
-        "is_per_row": int(options.reduction == "none"),
-        **scratch._asdict(),
+def forward(p: Problem) -> Plan:
+    """The three launches of the forward pass, in TF32 four, without pairs two."""
+    whole, by_row = tiles.whole_rows(p.width), tiles.BY_ROW
+    n_splits = softmax_splits(p) if p.is_compared else 1
+    constants = _of_loss(p) | {
+        "row_stride": p.strides[0],
+        "column_stride": p.strides[1],
+        "n_splits": n_splits,
+        "n_views": p.options.n_views,
+        "is_ranked": int(p.is_ranked),
+        "is_per_row": int(p.is_per_row),
+        "BLOCK_B": max(16, 1024 // whole.block_m),
     }
-    whole = tiles.whole_rows(width)
-    yield _launch(prologue_kernel, (_programs(n_rows, whole),), whole, shared | {"BLOCK_B": max(16, 1024 // whole.block_m)})
-    if is_compared:
-        yield from _softmax(shared, target)
-    else:
-        scratch.statistics.zero_()
-    yield _launch(loss_kernel, (_programs(n_rows, tiles.BY_ROW),), tiles.BY_ROW, shared, debug=True)
+    scratch = {
+        "statistics": Scratch((n_splits, 4, p.n_rows), is_zero=not p.is_compared),
+        "distances": Scratch((p.n_rows,)),
+        "partial_sums": Scratch((5, _programs(p.n_rows, by_row))),
+        "n_finished": Scratch((), torch.int32),
+    }
+    of_pairs = _softmax(p, constants) if p.is_compared else _NOTHING
+    return Plan(
+        (
+            _step(prologue_kernel, (_programs(p.n_rows, whole),), whole, constants),
+            *of_pairs.steps,
+            _step(loss_kernel, (_programs(p.n_rows, by_row),), by_row, constants, _WRITTEN, debug=True),
+        ),
+        scratch | of_pairs.scratch,
+    )
 
 
-def is_ranked(labels: Tensor | None, options: LossOptions) -> bool:
-    """Whether the prologue itself orders the rows by label."""
-    if options.positives != "label" or options.n_left is not None:
-        return False
-    return labels is not None and labels.shape[0] <= RANKED_INSTANCES
+_WRITTEN = {f"{name}_out": name for name in ("shift", "inverse_total", "negative")}
 
 
-def backward(
-    upstream: Upstream,
-    residuals: Residuals,
-    labels: Tensor | None,
-    prototypes: Tensor | None,
-    options: LossOptions,
-    scratch: BackwardScratch,
-    grad_embeddings: Tensor,
-    target: Target,
-) -> Iterator[Launch]:
+def backward(p: Problem, is_weighted: bool) -> Plan:
     """The launches that make the gradient of the embeddings: three, of wide rows two and two a panel; one without pairs.
 
-    In TF32 one more, for the forward pass may have had another precision.
+    In TF32 one more, for the forward pass may have had another precision. ``is_weighted``: an upstream gradient for each row.
     """
-    n_rows, width = residuals.zhat.shape
-    shared = _of_loss(residuals, labels, prototypes, options, target) | _of_upstream(upstream, residuals) | {
-        "grad_z": grad_embeddings,
-        "n_splits": scratch.sums.shape[0],
-        **scratch._asdict(),
-    }  # fmt: skip
-    if _is_compared(n_rows, options):
-        yield _launch(coefficients_kernel, (_programs(n_rows, tiles.BY_ROW),), tiles.BY_ROW, shared)
-        yield from _pairwise_sums(shared, target)
+    whole, by_row = tiles.whole_rows(p.width), tiles.BY_ROW
+    n_splits = gradient_splits(p) if p.is_compared else 0  # no splits: nothing was compared
+    constants = _of_loss(p) | {"n_splits": n_splits, "is_weighted": int(is_weighted)}
+    scratch = {
+        "coefficients": Scratch((4, p.n_rows)),
+        "sums": Scratch((n_splits, p.n_rows, p.width)),
+        "temperature_sums": Scratch((_programs(p.n_rows, whole),)),
+        "grad_temperature": Scratch((), is_result=True),
+        "n_finished": Scratch((), torch.int32, is_zero=not p.is_compared),
+    }
+    steps: tuple[Step, ...] = ()
+    if p.is_compared:
+        of_pairs = _pairwise_sums(p, constants)
+        steps = _step(coefficients_kernel, (_programs(p.n_rows, by_row),), by_row, constants), *of_pairs.steps
+        scratch |= of_pairs.scratch
+    return Plan((*steps, _step(finish_kernel, (_programs(p.n_rows, whole),), whole, constants)), scratch)
+
+
+def prototypes_backward(p: Problem, is_weighted: bool) -> Plan:
+    """The launch that makes the prototypes' gradient, "partial_gradients", (parts, K, D), to be added up."""
+    n_parts = prototype_parts(p.n_classes, p.target)
+    constants = _of_loss(p) | {"n_splits": n_parts, "is_weighted": int(is_weighted)}
+    step = _step(prototype_kernel, (p.n_classes, n_parts), tiles.whole_rows(p.width), constants)
+    return Plan((step,), {"partial_gradients": Scratch((n_parts, p.n_classes, p.width), is_result=True)})
+
+
+def pair_softmax(p: Problem) -> Plan:
+    """The pass over pairs alone that leaves "statistics", (splits, 4, rows): contract.Softmax in summands."""
+    n_splits = softmax_splits(p)
+    plan = _softmax(p, _of_pairs(p) | {"n_splits": n_splits})
+    return Plan(plan.steps, {"statistics": Scratch((n_splits, 4, p.n_results), is_result=True), **plan.scratch})
+
+
+def pair_gradient(p: Problem) -> Plan:
+    """The pass over pairs alone that makes "sums", (splits, rows, D), times M_SCALE and in summands."""
+    n_splits = gradient_splits(p)
+    plan = _pairwise_sums(p, _of_pairs(p) | {"n_splits": n_splits})
+    return Plan(plan.steps, {"sums": Scratch((n_splits, p.n_results, p.width), is_result=True), **plan.scratch})
+
+
+def prototype_parts(n_classes: int, target: Target) -> int:
+    """Of so many parts each class is the sum: four programs a processor, where there are not more classes."""
+    return max(1, 4 * target.n_processors // n_classes)
+
+
+def softmax_splits(p: Problem) -> int:
+    """How many summands softmax_kernel leaves of each row's statistics."""
+    return _splits(p, tiles.softmax(p.width, p.compute_dtype, p.target))
+
+
+def gradient_splits(p: Problem) -> int:
+    """How many summands there are of sum_j M_ij zhat_j: one of wide rows."""
+    if tiles.is_wide(p.width, p.compute_dtype):
+        return 1
+    return _splits(p, tiles.gradient(p.width, p.compute_dtype, p.target))
+
+
+def _splits(p: Problem, tile: Tile) -> int:
+    n_left, n_rows = p.n_left, p.n_rows
+    n_columns = n_rows if n_left < 0 else n_rows - n_left if p.is_one_way else max(n_left, n_rows - n_left)
+    n_tiles = tiles.cdiv(n_columns, tile.block_n)
+    return tiles.splits(_blocks(p, tile), n_tiles, tile.at_once(p.compute_dtype.itemsize, p.target), p.target.n_processors)
+
+
+_NOTHING = Plan((), {})
+
+
+def _softmax(p: Problem, constants: Values) -> Plan:
+    """The statistics of all rows into "statistics"."""
+    rounding, names = _for_matrix_units(p, constants)
+    tile = tiles.softmax(p.width, p.compute_dtype, p.target)
+    step = _step(softmax_kernel, (_blocks(p, tile), constants["n_splits"]), tile, constants, names)
+    return Plan((*rounding.steps, step), rounding.scratch)
+
+
+def _pairwise_sums(p: Problem, constants: Values) -> Plan:
+    """sum_j M_ij zhat_j into "sums"."""
+    rounding, names = _for_matrix_units(p, constants)
+    if tiles.is_wide(p.width, p.compute_dtype):
+        products = _wide_products(p, constants, names)
     else:
-        scratch.n_finished.zero_()
-    whole = tiles.whole_rows(width)
-    yield _launch(finish_kernel, (_programs(n_rows, whole),), whole, shared)
+        tile = tiles.gradient(p.width, p.compute_dtype, p.target)
+        grid = _blocks(p, tile), constants["n_splits"]
+        products = Plan((_step(gradient_kernel, grid, tile, constants, names),), {})
+    return Plan((*rounding.steps, *products.steps), {**rounding.scratch, **products.scratch})
 
 
-def pair_softmax(
-    zhat: Tensor, groups: Tensor, n_left: int | None, options: LossOptions, statistics: Tensor, target: Target
-) -> Iterator[Launch]:
-    """The launches of the pass over pairs alone that leaves ``statistics``, (splits, 4, rows): contract.Softmax in summands."""
-    shared = _of_pairs_alone(zhat, groups, n_left, options, target)
-    yield from _softmax(shared | {"statistics": statistics, "n_splits": statistics.shape[0]}, target)
+def _for_matrix_units(p: Problem, constants: Values) -> tuple[Plan, dict[str, str]]:
+    """The launch that rounds the rows, if there must be one (device.as_operand), and what the pass over pairs reads for zhat."""
+    if p.precision != "tf32":
+        return _NOTHING, {}
+    whole = tiles.whole_rows(p.width)
+    step = _step(operands_kernel, (_programs(p.n_rows, whole),), whole, constants)
+    operands = Scratch((p.n_rows, p.width), p.compute_dtype, (p.pitch, 1))
+    return Plan((step,), {"operands": operands}), {"zhat": "operands"}
 
 
-def pair_gradient(
-    zhat: Tensor, groups: Tensor, n_left: int | None, coefficients: Tensor, options: LossOptions, sums: Tensor, target: Target
-) -> Iterator[Launch]:
-    """The launches of the pass over pairs alone that makes ``sums``, (splits, rows, D), times M_SCALE and in summands."""
-    shared = _of_pairs_alone(zhat, groups, n_left, options, target)
-    yield from _pairwise_sums(shared | {"coefficients": coefficients, "sums": sums, "n_splits": sums.shape[0]}, target)
-
-
-def _softmax(shared: dict[str, Any], target: Target) -> Iterator[Launch]:
-    """The statistics of all rows into ``shared["statistics"]``."""
-    shared = yield from _for_matrix_units(shared)
-    zhat = shared["zhat"]
-    tile = tiles.softmax(zhat.shape[1], zhat.dtype, target)
-    yield _launch(softmax_kernel, (_blocks_of(shared, tile), shared["n_splits"]), tile, shared)
-
-
-def _pairwise_sums(shared: dict[str, Any], target: Target) -> Iterator[Launch]:
-    """sum_j M_ij zhat_j into ``shared["sums"]``."""
-    shared = yield from _for_matrix_units(shared)
-    zhat = shared["zhat"]
-    if tiles.is_wide(zhat.shape[1], zhat.dtype):
-        yield from _wide_products(shared, target)
-    else:
-        tile = tiles.gradient(zhat.shape[1], zhat.dtype, target)
-        yield _launch(gradient_kernel, (_blocks_of(shared, tile), shared["n_splits"]), tile, shared)
-
-
-def _for_matrix_units(shared: dict[str, Any]) -> Generator[Launch, None, dict[str, Any]]:
-    """The arguments of a pass over pairs, after the launch that rounds its rows, if there must be one: see device.as_operand."""
-    if shared["PRECISION"] != "tf32":
-        return shared
-    zhat = shared["zhat"]
-    operands = zhat.new_empty_strided(zhat.shape, zhat.stride())
-    whole = tiles.whole_rows(zhat.shape[1])
-    yield _launch(operands_kernel, (_programs(zhat.shape[0], whole),), whole, shared | {"operands": operands})
-    return shared | {"zhat": operands}
-
-
-def _wide_products(shared: dict[str, Any], target: Target) -> Iterator[Launch]:
-    """sum_j M_ij zhat_j into ``shared["sums"]``, panel by panel."""
-    zhat, n_left, side = shared["zhat"], shared["n_left"], tiles.PANEL
-    n_rows, width = zhat.shape
+def _wide_products(p: Problem, constants: Values, names: dict[str, str]) -> Plan:
+    """sum_j M_ij zhat_j into "sums", panel by panel."""
+    n_left, n_rows, side = p.n_left, p.n_rows, tiles.PANEL
     row_end, column_base = (n_rows, 0) if n_left < 0 else (n_left, n_left)
-    shared = shared | {"PANEL": side, "panel": zhat.new_empty(min(side, row_end), side)}
-    pair_tile, product_tile = tiles.pairs(zhat.dtype), tiles.product(zhat.dtype, target)
+    constants = constants | {"PANEL": side}
+    pair_tile, product_tile = tiles.pairs(p.compute_dtype), tiles.product(p.compute_dtype, p.target)
+    steps = []
     for i in range(0, row_end, side):
         for j in range(i if n_left < 0 else column_base, n_rows, side):
             rows, columns = range(i, min(i + side, row_end)), range(j, min(j + side, n_rows))
-            of_panel = shared | {
+            of_panel = constants | {
                 "first_row": i,
                 "row_end": rows.stop,
                 "first_column": j,
@@ -275,130 +464,101 @@ def _wide_products(shared: dict[str, Any], target: Target) -> Iterator[Launch]:
                 "n_straight": _programs(len(rows), product_tile),
             }
             grid = _programs(len(rows), pair_tile), tiles.cdiv(len(columns), pair_tile.block_n)
-            yield _launch(pair_kernel, grid, pair_tile, of_panel)
-            is_twice = j > i and not shared["is_one_way"]
+            steps.append(_step(pair_kernel, grid, pair_tile, of_panel, names))
+            is_twice = j > i and not p.is_one_way
             n_programs = _programs(len(rows), product_tile) + (_programs(len(columns), product_tile) if is_twice else 0)
-            yield _launch(product_kernel, (n_programs, tiles.cdiv(width, product_tile.block_n)), product_tile, of_panel)
-
-
-def prototypes_backward(
-    upstream: Upstream,
-    residuals: Residuals,
-    by_class: Tensor,
-    bounds: Tensor,
-    prototypes: Tensor,
-    options: LossOptions,
-    partial_gradients: Tensor,
-    target: Target,
-) -> Launch:
-    """The launch that makes the prototypes' gradient, in as many parts as ``partial_gradients``, (parts, K, D), has."""
-    n_parts, n_classes, width = partial_gradients.shape
-    shared = _of_loss(residuals, None, prototypes, options, target) | _of_upstream(upstream, residuals) | {
-        "by_class": by_class,
-        "bounds": bounds,
-        "partial_gradients": partial_gradients,
-        "n_splits": n_parts,
-    }  # fmt: skip
-    return _launch(prototype_kernel, (n_classes, n_parts), tiles.whole_rows(width), shared)
-
-
-def prototype_parts(n_classes: int, target: Target) -> int:
-    """Of so many parts each class is the sum: four programs a processor, where there are not more classes."""
-    return max(1, 4 * target.n_processors // n_classes)
-
-
-_LEAST_SCALE = torch.finfo(torch.float32).tiny
-"""Of a temperature that is a float: a scale of 0 says that it is a tensor. All that is below makes similarities of 0 anyway."""
-
-
-# ---- arguments, under the names that all kernels use ----------------------------------------------------------------------
-
-
-def _of_loss(
-    residuals: Residuals, labels: Tensor | None, prototypes: Tensor | None, options: LossOptions, target: Target
-) -> dict[str, Any]:
-    """The arguments that kernels of a loss have in common."""
-    zhat = residuals.zhat
-    return _of_pairs(zhat, residuals.groups, residuals.norms, options, target) | {
-        "norms": residuals.norms,
-        "shift": residuals.shift,
-        "inverse_total": residuals.inverse_total,
-        "negative": residuals.negative,
-        "counts": residuals.counts,
-        "labels": zhat.new_empty(0, dtype=torch.int64) if labels is None else labels,
-        "prototypes": zhat.new_empty(0, dtype=torch.float32) if prototypes is None else prototypes,
-        "prototype_weight": float(options.prototype_weight),
-        "n_instances": zhat.shape[0] // options.n_views,
-        "n_classes": 0 if prototypes is None else prototypes.shape[0],
-        "is_labelled": int(labels is not None),
-        "distance": DISTANCES.index(options.distance),
-        "normalize": int(options.normalize),
-        "is_mean": int(options.reduction == "mean"),
-    }
-
-
-def _of_upstream(upstream: Upstream, residuals: Residuals) -> dict[str, Any]:
-    is_weighted = upstream.weights is not None
-    return {
-        "upstream": upstream.unit,
-        "row_weights": upstream.weights if is_weighted else residuals.norms,
-        "is_weighted": int(is_weighted),
-    }
-
-
-def _of_pairs_alone(zhat: Tensor, groups: Tensor, n_left: int | None, options: LossOptions, target: Target) -> dict[str, Any]:
-    """The arguments of a pass over pairs that stands alone: of two sides one way."""
-    nothing = zhat.new_empty(0, dtype=torch.float32)
-    shared = _of_pairs(zhat, groups, nothing, options, target)
-    return shared | {"n_left": -1 if n_left is None else n_left, "is_one_way": int(n_left is not None)}
-
-
-def _of_pairs(zhat: Tensor, groups: Tensor, nothing: Tensor, options: LossOptions, target: Target) -> dict[str, Any]:
-    """Those that say which rows there are, who is compared, and on what scale. ``nothing`` stands in for a temperature."""
-    scale, scale_rest = logit_scale(options.temperature)
-    if not isinstance(options.temperature, Tensor):
-        scale = max(scale, _LEAST_SCALE)
-    by_label = options.positives == "label"
-    return {
-        "zhat": zhat,
-        "groups": groups,
-        "n_rows": zhat.shape[0],
-        "n_left": _n_left(options),
-        "views": 0 if by_label else 1 if options.n_left is not None else options.n_views,
-        "is_one_way": 0,
-        "negatives_only": int(options.negatives_only),
-        "temperature": options.temperature if isinstance(options.temperature, Tensor) else nothing,
-        "scale": scale,
-        "scale_rest": scale_rest,
-        # Rows of any length have similarities of any size.
-        "largest_unshifted": LARGEST_UNSHIFTED_LOGIT.value * LOG2_E.value if options.normalize else 0.0,
-        "WIDTH": zhat.shape[1],
-        "PITCH": zhat.stride(0),  # between its rows nothing is read: contract.unit_rows
-        "PRECISION": precision(zhat.dtype, target),
-        "EXACT_SCALE": zhat.dtype == torch.float32,
-        "M_SCALE": m_scale(zhat.dtype),
-    }
-
-
-def _is_compared(n_rows: int, options: LossOptions) -> bool:
-    """Whether there is a pair to look at."""
-    return options.has_pairs and options.n_left not in (0, n_rows)
-
-
-def _n_left(options: LossOptions) -> int:
-    return -1 if options.n_left is None else options.n_left
+            grid = n_programs, tiles.cdiv(p.width, product_tile.block_n)
+            steps.append(_step(product_kernel, grid, product_tile, of_panel, names))
+    return Plan(tuple(steps), {"panel": Scratch((min(side, row_end), side), p.compute_dtype)})
 
 
 def _programs(n_rows: int, tile: Tile) -> int:
     return tiles.cdiv(n_rows, tile.block_m)
 
 
-def _blocks_of(shared: dict[str, Any], tile: Tile) -> int:
-    return _blocks(shared["n_rows"], shared["n_left"], bool(shared["is_one_way"]), tile)
-
-
-def _blocks(n_rows: int, n_left: int, is_one_way: bool, tile: Tile) -> int:
+def _blocks(p: Problem, tile: Tile) -> int:
     """Blocks of rows, which are of one side each: span_of."""
-    if n_left < 0:
-        return _programs(n_rows, tile)
-    return _programs(n_left, tile) + (0 if is_one_way else _programs(n_rows - n_left, tile))
+    if p.n_left < 0:
+        return _programs(p.n_rows, tile)
+    return _programs(p.n_left, tile) + (0 if p.is_one_way else _programs(p.n_rows - p.n_left, tile))
+
+
+# ---- arguments, under the names that all kernels use ----------------------------------------------------------------------
+
+
+def _of_loss(p: Problem) -> Values:
+    """The constants that kernels of a loss have in common."""
+    return _of_pairs(p) | {
+        "n_instances": p.n_rows // p.options.n_views,
+        "n_classes": p.n_classes,
+        "is_labelled": int(p.is_labelled),
+        "distance": DISTANCES.index(p.options.distance),
+        "normalize": int(p.options.normalize),
+        "is_mean": int(p.options.reduction == "mean"),
+    }
+
+
+def _of_pairs(p: Problem) -> Values:
+    """Those that say which rows there are, and who is compared."""
+    options = p.options
+    return {
+        "n_rows": p.n_rows,
+        "n_left": p.n_left,
+        "views": 0 if options.positives == "label" else 1 if options.n_left is not None else options.n_views,
+        "is_one_way": int(p.is_one_way),
+        "negatives_only": int(options.negatives_only),
+        # Rows of any length have similarities of any size.
+        "largest_unshifted": LARGEST_UNSHIFTED_LOGIT[torch.float32] * LOG2_E if options.normalize else 0.0,
+        "WIDTH": p.width,
+        "PITCH": p.pitch,  # between its rows nothing is read: contract.unit_rows
+        "PRECISION": p.precision,
+        "EXACT_SCALE": p.compute_dtype == torch.float32,
+        "M_SCALE": m_scale(p.compute_dtype),
+    }
+
+
+NUMBERS_OF_KERNELS = ("scale", "scale_rest", "prototype_weight")
+"""What changes from call to call and is no tensor: see :func:`values_of_pairs` and :func:`values_of_loss`."""
+
+_LEAST_SCALE = torch.finfo(torch.float32).tiny
+"""Of a temperature that is a float: a scale of 0 says that it is a tensor. All that is below makes similarities of 0 anyway."""
+
+
+@functools.cache
+def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Stands for a tensor that is not there."""
+    return torch.empty(0, dtype=dtype, device=device)
+
+
+def values_of_pairs(zhat: Tensor, groups: Tensor, temperature: Number) -> Values:
+    """What the passes over pairs read."""
+    scale, scale_rest = logit_scale(temperature)
+    is_tensor = isinstance(temperature, Tensor)
+    return {
+        "zhat": zhat,
+        "groups": groups,
+        "temperature": temperature if is_tensor else _nothing(torch.float32, zhat.device),
+        "scale": scale if is_tensor else max(scale, _LEAST_SCALE),
+        "scale_rest": scale_rest,
+    }
+
+
+def values_of_loss(residuals: Residuals, labels: Tensor | None, prototypes: Tensor | None, options: LossOptions) -> Values:
+    """What the kernels of a loss read, or the first of them write for the others."""
+    zhat, weight = residuals.zhat, options.prototype_weight
+    return {
+        **values_of_pairs(zhat, residuals.groups, options.temperature),
+        "norms": residuals.norms,
+        "shift": residuals.shift,
+        "inverse_total": residuals.inverse_total,
+        "negative": residuals.negative,
+        "counts": residuals.counts,
+        "labels": _nothing(torch.int64, zhat.device) if labels is None else labels,
+        "prototypes": _nothing(torch.float32, zhat.device) if prototypes is None else prototypes,
+        "weight": weight if isinstance(weight, Tensor) else _nothing(torch.float32, zhat.device),
+        "prototype_weight": -1.0 if isinstance(weight, Tensor) else weight,
+    }
+
+
+def values_of_upstream(upstream: Upstream, residuals: Residuals) -> Values:
+    return {"upstream": upstream.unit, "row_weights": residuals.norms if upstream.weights is None else upstream.weights}

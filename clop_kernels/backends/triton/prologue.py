@@ -66,9 +66,9 @@ def load_targets(prototypes, label, columns, n_classes, WIDTH: tl.constexpr):
     do_not_specialize_on_alignment=["labels", "prototypes", "groups"],
 )
 def prologue_kernel(
-    z,  # (N, D), any strides
-    stride_z_row,
-    stride_z_column,
+    embeddings,  # (N, D), any strides
+    row_stride,
+    column_stride,
     labels,  # (B,) int64, read if there are prototypes or is_ranked
     prototypes,  # (K, D) float32 contiguous; none if n_classes is 0
     groups,  # (3, N) int32: written if is_ranked, read where ``views`` is 0
@@ -100,8 +100,8 @@ def prologue_kernel(
 
     columns = tl.arange(0, BLOCK_D)
     inside = is_row[:, None] & (columns[None, :] < WIDTH)
-    offsets = row.to(tl.int64)[:, None] * stride_z_row + columns.to(tl.int64)[None, :] * stride_z_column
-    raw = tl.load(z + offsets, mask=inside, other=0.0).to(tl.float32)
+    offsets = row.to(tl.int64)[:, None] * row_stride + columns.to(tl.int64)[None, :] * column_stride
+    raw = tl.load(embeddings + offsets, mask=inside, other=0.0).to(tl.float32)
 
     # Scaled by its largest entry first, so that no square overflows: any finite row has a finite direction, and norm.
     largest = tl.maximum(tl.max(tl.abs(raw), 1), EPS)

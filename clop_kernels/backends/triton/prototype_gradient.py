@@ -10,13 +10,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .device import load_rows
+from .device import known_weight, load_rows
 from .finish import distance_gradient
 
 
 @triton.jit(
     do_not_specialize=["n_rows", "n_classes", "n_splits", "is_weighted", "distance", "is_mean"],
-    do_not_specialize_on_alignment=["by_class", "bounds", "row_weights", "prototypes", "upstream"],
+    do_not_specialize_on_alignment=["by_class", "bounds", "row_weights", "prototypes", "upstream", "weight"],
 )
 def prototype_kernel(
     zhat,  # (N, D), by position
@@ -26,6 +26,7 @@ def prototype_kernel(
     prototypes,  # (K, D) float32
     upstream,
     counts,
+    weight,  # device.known_weight
     prototype_weight,
     partial_gradients,  # (n_splits, K, D) float32
     n_rows,
@@ -49,7 +50,7 @@ def prototype_kernel(
     begin += split * share
     finish = tl.minimum(begin + share, finish)
     target = tl.load(prototypes + k * WIDTH + width, mask=in_width, other=0.0)[None, :]
-    pull = tl.load(upstream) * prototype_weight
+    pull = tl.load(upstream) * known_weight(weight, prototype_weight)
     if is_mean != 0:
         pull /= tl.maximum(tl.load(counts + 1), 1.0)
     sums = tl.zeros((BLOCK_D,), tl.float32)

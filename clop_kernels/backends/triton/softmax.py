@@ -44,6 +44,7 @@ from .device import (
     far_column,
     from_position,
     group_of,
+    known_weight,
     load_far,
     load_rows,
     log1p,
@@ -270,7 +271,7 @@ def sum_of(partial_sums, which, n_programs, BLOCK: tl.constexpr):
         "n_rows", "n_left", "views", "negatives_only", "n_instances", "n_classes", "n_splits", "is_labelled", "is_mean",
         "is_per_row",
     ],
-    do_not_specialize_on_alignment=["groups", "labels", "temperature"],
+    do_not_specialize_on_alignment=["groups", "labels", "temperature", "weight"],
 )  # fmt: skip
 def loss_kernel(
     statistics,  # (splits, 4, N), as softmax_kernel leaves them
@@ -283,6 +284,7 @@ def loss_kernel(
     negatives_only,
     temperature,  # device.logit_scale
     scale,
+    weight,  # device.known_weight
     prototype_weight,
     shift_out,  # (N,), by position; so are the next two
     inverse_total_out,  # 0 for a row that is no anchor, whose share of every gradient is then zero
@@ -324,6 +326,7 @@ def loss_kernel(
     row = row_of(rows, groups, n_instances, views, is_row)
     label = tl.load(labels + row % n_instances, mask=rows < n_rows * is_labelled, other=-1)
     is_misfit = (label < -1) | ((n_classes > 0) & (label >= n_classes))
+    prototype_weight = known_weight(weight, prototype_weight)
     tl.store(loss + row, term + prototype_weight * distance, mask=rows < n_rows * is_per_row)
     tl.store(partial_sums + program, tl.sum(term, 0))
     tl.store(partial_sums + n_programs + program, tl.sum(distance, 0))
@@ -344,6 +347,8 @@ def loss_kernel(
         if scale == 0.0:
             tau = tl.load(temperature)
             tl.device_assert((tau > 0.0) & (tau < float("inf")), "clop_kernels: temperature is not a positive finite number")
+        is_weight = (prototype_weight >= 0.0) & (prototype_weight < float("inf"))
+        tl.device_assert(is_weight, "clop_kernels: prototype_weight is not a finite number of at least 0")
         if is_mean != 0:
             contrastive /= tl.maximum(anchors, 1.0)
             distance_sum /= tl.maximum(labelled, 1.0)

@@ -102,7 +102,12 @@ def target_of(device: torch.device) -> Target:
 
 def device_guard(device: torch.device) -> AbstractContextManager[Any]:
     """Makes ``device`` the current one: Triton launches there, on its current stream."""
-    return nullcontext() if device.type == "cpu" else torch.get_device_module(device).device(device)
+    if device.type == "cpu" or device.index == torch.get_device_module(device).current_device():
+        return _NOTHING
+    return torch.get_device_module(device).device(device)
+
+
+_NOTHING = nullcontext()
 
 
 BY_ROW = Tile(128, 1, 1, 4, 1)

@@ -7,7 +7,6 @@ training will ask for.
 
 from __future__ import annotations
 
-import itertools
 import multiprocessing
 import time
 from collections.abc import Iterator
@@ -135,22 +134,25 @@ def _compile(training: Training, gpu: Gpu, number: int) -> tuple[str, float]:
 def launches_of(options: LossOptions, n_rows: int, width: int, dtype: torch.dtype, target: Target) -> Iterator[Launch]:
     """The launches of a loss of (n_rows, width) labelled rows with prototypes, and of all its gradients, on the device "meta"."""
     n_classes, is_per_row = 10, options.reduction == "none"
-    z, grad_z = (_empty(n_rows, width, dtype=dtype) for _ in range(2))
+    z, grad_embeddings = (_empty(n_rows, width, dtype=dtype) for _ in range(2))
     zhat = unit_rows(z, options.compute_dtype)
     labels, prototypes = _empty(n_rows // options.n_views, dtype=torch.int64), _empty(n_classes, width)
     groups = _empty(3, n_rows if options.positives == "label" else 0, dtype=torch.int32)
     residuals = Residuals(zhat, _empty(n_rows), _empty(n_rows), _empty(n_rows), _empty(n_rows), groups, _empty(2))
-    of_forward = launches.ForwardScratch.like(zhat, options, target)
-    loss = _empty(n_rows) if is_per_row else _empty()
     upstream = Upstream(_empty(), _empty(n_rows) if is_per_row else None)
-    of_backward = launches.BackwardScratch.like(zhat, options, target)
-    of_classes = _empty(n_rows, dtype=torch.int64), _empty(n_classes + 1, dtype=torch.int64)
-    parts = _empty(4, n_classes, width)
-    yield from itertools.chain(
-        launches.forward(z, labels, prototypes, options, loss, residuals, of_forward, target),
-        launches.backward(upstream, residuals, labels, prototypes, options, of_backward, grad_z, target),
-        [launches.prototypes_backward(upstream, residuals, *of_classes, prototypes, options, parts, target)],
-    )
+    problem = launches.Problem.of(z, zhat, labels, prototypes, options, target)
+    values = {
+        **launches.values_of_loss(residuals, labels, prototypes, options),
+        **launches.values_of_upstream(upstream, residuals),
+        "embeddings": z,
+        "loss": _empty(n_rows) if is_per_row else _empty(),
+        "grad_embeddings": grad_embeddings,
+        "by_class": _empty(n_rows, dtype=torch.int64),
+        "bounds": _empty(n_classes + 1, dtype=torch.int64),
+    }
+    plans = launches.forward(problem), *(make(problem, is_per_row) for make in (launches.backward, launches.prototypes_backward))
+    for plan in plans:
+        yield from plan.launches(values)
 
 
 def _empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -28,7 +28,7 @@ import triton
 import triton.language as tl
 
 from .device import Pairs, as_operand, from_position, group_of, load_rows, logit_scale, scaled, span_of
-from .gradient import far_pairs, load_of_pairs, load_of_positives, near_pairs
+from .gradient import far_pairs, load_of_pairs, load_of_rows, near_pairs
 from .softmax import similarities
 
 
@@ -46,16 +46,13 @@ def is_near_tile(first_row, first_column, span, pairs, BLOCK_M: tl.constexpr, BL
 @triton.jit
 def pair_tile(s, rows, columns, is_near, coefficients, span, pairs, ONLINE: tl.constexpr, M_SCALE: tl.constexpr):
     """(M, N) tile of M_ij from S."""
-    a_i, shift_i = load_of_pairs(rows, coefficients, pairs.n_rows, span.row_end, ONLINE, M_SCALE, False)
-    a_j, shift_j = load_of_pairs(columns, coefficients, pairs.n_rows, span.column_end, ONLINE, M_SCALE, False)
+    a_i = load_of_pairs(rows, coefficients, pairs.n_rows, span.row_end, ONLINE, M_SCALE, False)
+    a_j = load_of_pairs(columns, coefficients, pairs.n_rows, span.column_end, ONLINE, M_SCALE, False)
     if is_near:
-        b_i, c_i = load_of_positives(rows, coefficients, pairs.n_rows, span.row_end, M_SCALE)
-        start, end = group_of(rows, pairs, rows < span.row_end)
-        m = near_pairs(
-            s, rows, columns, start, end, a_i, b_i, c_i, shift_i, a_j, shift_j, coefficients, span, pairs, ONLINE, M_SCALE
-        )
+        of_rows = load_of_rows(rows, a_i, coefficients, span, pairs, M_SCALE)
+        m = near_pairs(s, of_rows, columns, a_j, coefficients, span, pairs, ONLINE, M_SCALE)
     else:
-        m = far_pairs(s, a_i, shift_i, a_j, shift_j, ONLINE)
+        m = far_pairs(s, a_i, a_j, ONLINE)
     return m
 
 
