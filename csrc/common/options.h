@@ -3,13 +3,14 @@
 // From these lists come the schemas and parameters of all operators, the structs that the passes are given, and what fills them. A
 // new option is one line here, one field there, and its use in a kernel. tests/test_native.py holds the two lists equal.
 //
-// X(kind, name). The kinds, each with what stands for it in a schema, in an operator's parameters and in a struct:
+// X(kind, name). What stands for a kind in a schema, in the parameters of an operator, and in a struct:
 //
-//     Number      float         double        what a training run may change; a struct says what it is: a double on the CPU, and on
-//                                             a GPU possibly a number in its memory, which the host does not read
-//     Count       int           int64_t       int64_t
-//     Flag        bool          bool          bool
-//     Dtype       ScalarType    ScalarType    and the other enumerations of types.h, which an index stands for
+//     Number           float         double        what a training may change: on the CPU a double, in CUDA also a number in the memory
+//                                                  of the GPU, which the host does not read
+//     Count            int           int64_t       int64_t
+//     Flag             bool          bool          bool
+//     Dtype            ScalarType    ScalarType    Dtype
+//     Positives, ...   int           int64_t       the enumeration of types.h
 #pragma once
 
 #include <cstdint>

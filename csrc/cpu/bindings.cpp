@@ -171,10 +171,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   return {loss, zhat, norms, shift, inverse_total, negative, counts};
 }
 
-Gradients backward(const Tensor& grad_loss, const Tensor& embeddings, const Tensor& zhat, const Tensor& norms, const Tensor& shift,
-                   const Tensor& inverse_total, const Tensor& negative, const Tensor& groups, const Tensor& counts,
-                   const std::optional<Tensor>& labels, const std::optional<Tensor>& prototypes, bool needs_embeddings,
-                   bool needs_temperature, bool needs_prototypes CLOP_CPU_OPTIONS_PARAMETERS) {
+Gradients backward(const Tensor& grad_loss, const Tensor& embeddings, const Tensor& zhat, const Tensor& norms,
+                   const Tensor& shift, const Tensor& inverse_total, const Tensor& negative, const Tensor& groups,
+                   const Tensor& counts, const std::optional<Tensor>& labels, const std::optional<Tensor>& prototypes,
+                   bool needs_embeddings, bool needs_temperature, bool needs_prototypes CLOP_CPU_OPTIONS_PARAMETERS) {
   Backward b = {};
   set_loss(b, CLOP_GIVEN_OPTIONS, embeddings, groups, labels, prototypes);
   const ScalarType precise = precise_of(b);

@@ -21,14 +21,15 @@
     "(Tensor grad_loss, Tensor embeddings, Tensor zhat, Tensor norms, Tensor shift, Tensor inverse_total, Tensor negative, "  \
     "Tensor groups, Tensor counts, Tensor? labels, Tensor? prototypes, bool needs_embeddings, bool needs_temperature, "       \
     "bool needs_prototypes" CLOP_CPU_OPTIONS_SCHEMA                                                                           \
-    ") -> (Tensor? grad_embeddings, Tensor? grad_temperature, Tensor? grad_prototypes)",                                         \
+    ") -> (Tensor? grad_embeddings, Tensor? grad_temperature, Tensor? grad_prototypes)",                                      \
     backward)                                                                                                                 \
   /* The passes over pairs alone: (M, D) zhat, (3, M) groups, (4, M) coefficients; one way where n_left is not -1. */         \
   X(cpu_pair_softmax,                                                                                                         \
     "(Tensor zhat, Tensor groups" CLOP_CPU_OPTIONS_SCHEMA                                                                     \
     ") -> (Tensor shift, Tensor negative, Tensor positive, Tensor positive_logits)",                                          \
     pair_softmax)                                                                                                             \
-  X(cpu_pair_gradient, "(Tensor zhat, Tensor groups, Tensor coefficients" CLOP_CPU_OPTIONS_SCHEMA ") -> Tensor", pair_gradient) \
+  X(cpu_pair_gradient, "(Tensor zhat, Tensor groups, Tensor coefficients" CLOP_CPU_OPTIONS_SCHEMA ") -> Tensor",              \
+    pair_gradient)                                                                                                            \
   /* The kernels' own 2^x, for the test of its accuracy. */                                                                   \
   X(cpu_exp2, "(Tensor x) -> Tensor", exp2)
 
@@ -46,10 +47,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
 // Of embeddings, temperature and prototypes; what is not asked for is not there.
 using Gradients = std::tuple<std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>>;
 
-Gradients backward(const Tensor& grad_loss, const Tensor& embeddings, const Tensor& zhat, const Tensor& norms, const Tensor& shift,
-                   const Tensor& inverse_total, const Tensor& negative, const Tensor& groups, const Tensor& counts,
-                   const std::optional<Tensor>& labels, const std::optional<Tensor>& prototypes, bool needs_embeddings,
-                   bool needs_temperature, bool needs_prototypes CLOP_CPU_OPTIONS_PARAMETERS);
+Gradients backward(const Tensor& grad_loss, const Tensor& embeddings, const Tensor& zhat, const Tensor& norms,
+                   const Tensor& shift, const Tensor& inverse_total, const Tensor& negative, const Tensor& groups,
+                   const Tensor& counts, const std::optional<Tensor>& labels, const std::optional<Tensor>& prototypes,
+                   bool needs_embeddings, bool needs_temperature, bool needs_prototypes CLOP_CPU_OPTIONS_PARAMETERS);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> pair_softmax(const Tensor& zhat, const Tensor& groups CLOP_CPU_OPTIONS_PARAMETERS);
 

@@ -152,9 +152,10 @@ void set_coefficients(const Backward& b, const Upstream<T>& upstream, Coefficien
   for (int64_t k = 0; k < b.n_rows; ++k) {
     const double w = upstream.contrastive(k), a = w * static_cast<const T*>(b.inverse_total)[k];
     const int64_t n_positives = positives_of(b, run_of(b, k));
+    const T negative = static_cast<const T*>(b.negative)[k];
     coefficients.a[k] = T(a);
     coefficients.b[k] = n_positives == 1 ? 0 : T(a);
-    coefficients.c[k] = n_positives == 1 ? T(a * static_cast<const T*>(b.negative)[k]) : n_positives > 1 ? T(w / double(n_positives)) : 0;
+    coefficients.c[k] = n_positives == 1 ? T(a * negative) : n_positives > 1 ? T(w / double(n_positives)) : 0;
     coefficients.shift[k] = static_cast<const T*>(b.shift)[k];
   }
 }
@@ -236,7 +237,8 @@ void backward(const Backward& b) {
       T* const row = grad + k * padded_width;
       const int64_t label = label_of(b, k);
       const T* const target = label < 0 ? nullptr : static_cast<const T*>(b.prototypes) + label * b.width;
-      shares[k] = finish_row<T>(b, static_cast<const T*>(b.norms)[k], zhat.rows + k * b.width, target, upstream.prototype(k), row);
+      const T norm = static_cast<const T*>(b.norms)[k];
+      shares[k] = finish_row<T>(b, norm, zhat.rows + k * b.width, target, upstream.prototype(k), row);
       if (b.grad_embeddings != nullptr) write_row(b.dtype, b.grad_embeddings, row_of(b, k) * b.width, b.width, row);
     }
   });

@@ -133,7 +133,10 @@ struct Rows {
     for_ranges(blocks.count, 20.0 * blocks.side * width, pairs.n_threads, [&](int64_t first, int64_t last, int) {
       for (int64_t b = first; b < last; ++b) {
         const int64_t begin = blocks.begin(b), end = blocks.end(b);
-        for (int64_t i = begin; i < end && i < n_results; ++i) starts[i] = int32_t(run_of(pairs, i).start), ends[i] = int32_t(run_of(pairs, i).end);
+        for (int64_t i = begin; i < end && i < n_results; ++i) {
+          const RunOf<int64_t> run = run_of(pairs, i);
+          starts[i] = int32_t(run.start), ends[i] = int32_t(run.end);
+        }
         const bool is_columns = b >= blocks.n_left;  // left blocks never are: only M^T, if not one way, meets them
         if (is_columns) pack_transposed<T>(begin, end, width, zhat, unshifted ? scale : 1, transposed + slot(b) * width);
         if (with_panels && (is_columns || !is_one_way)) pack_panels<T>(begin, end, width, zhat, panel_size(b), panels_of(b));

@@ -54,14 +54,14 @@ float* mutable_floats(const Tensor& tensor) { return static_cast<float*>(tensor.
 
 // What the operator at hand, whose parameters are in scope, is given as options.
 #define CLOP_SET_TENSOR(kind, name) options.name.tensor = floats(#name, name##_tensor, gpu, {});
-#define CLOP_GIVEN_OPTIONS(device)                                  \
-  [&](int32_t gpu) {                                                \
-    Options options = {};                                           \
-    CLOP_OPTIONS(CLOP_DECODE)                                       \
-    CLOP_CUDA_SETTINGS(CLOP_DECODE)                                 \
-    CLOP_NUMBERS(CLOP_SET_TENSOR)                                   \
+#define CLOP_GIVEN_OPTIONS(device)                                     \
+  [&](int32_t gpu) {                                                   \
+    Options options = {};                                              \
+    CLOP_OPTIONS(CLOP_DECODE)                                          \
+    CLOP_CUDA_SETTINGS(CLOP_DECODE)                                    \
+    CLOP_NUMBERS(CLOP_SET_TENSOR)                                      \
     if (!temperature_tensor) options.scale = logit_scale(temperature); \
-    return options;                                                 \
+    return options;                                                    \
   }(device)
 
 int32_t device_of(const char* name, const Tensor& tensor) {
@@ -73,7 +73,8 @@ int32_t device_of(const char* name, const Tensor& tensor) {
 // ---- what passes are given ---------------------------------------------------------------------------------------------
 
 // The rows. `rows` are the embeddings or zhat, on `device`; kernels copy zhat 16 bytes at a time.
-void set_rows(Pairs& p, const Options& options, const Tensor& rows, const Tensor& zhat, ScalarType compute_dtype, int32_t device) {
+void set_rows(Pairs& p, const Options& options, const Tensor& rows, const Tensor& zhat, ScalarType compute_dtype,
+              int32_t device) {
   static_cast<Options&>(p) = options;
   if (rows.size(0) > INT32_MAX - kBlockRows) refuse("embeddings", "fewer than 2^31 - 128 rows");
   if (p.n_views < 1 || rows.size(0) % p.n_views != 0) refuse("n_views", "a divisor of the number of rows");
@@ -168,8 +169,8 @@ Gradients set_gradients(Backward& p, const Tensor& upstream, const MaybeTensor& 
 }
 
 // What its coefficients are made of.
-void set_softmax(Backward& p, const MaybeTensor& weights, const Tensor& shift, const Tensor& inverse_total, const Tensor& negative,
-                 int32_t device) {
+void set_softmax(Backward& p, const MaybeTensor& weights, const Tensor& shift, const Tensor& inverse_total,
+                 const Tensor& negative, int32_t device) {
   p.weights = floats("weights", weights, device, {p.n_rows});
   p.shift = floats("shift", shift, device, {p.n_rows});
   p.inverse_total = floats("inverse_total", inverse_total, device, {p.n_rows});
@@ -214,8 +215,8 @@ Tensor groups(const Tensor& labels CLOP_CUDA_OPTIONS_PARAMETERS) {
   return table;
 }
 
-std::tuple<Tensor, Tensor> prologue(const Tensor& embeddings, const Tensor& zhat, const Tensor& groups, const MaybeTensor& labels,
-                                    const MaybeTensor& prototypes CLOP_CUDA_OPTIONS_PARAMETERS) {
+std::tuple<Tensor, Tensor> prologue(const Tensor& embeddings, const Tensor& zhat, const Tensor& groups,
+                                    const MaybeTensor& labels, const MaybeTensor& prototypes CLOP_CUDA_OPTIONS_PARAMETERS) {
   if (!is_on_gpu(embeddings) || embeddings.dim() != 2 || embeddings.size(1) < 1) refuse("embeddings", "(N, D) on a GPU");
   const int32_t device = embeddings.get_device_index();
   const CurrentDevice current(device);
@@ -340,8 +341,8 @@ Tensor pair_coefficients(const Tensor& zhat, const Tensor& groups, const Tensor&
 
 // ---- wide rows: the launches between the library's products ------------------------------------------------------------
 
-void panel_softmax(const Tensor& products, int64_t first_row, int64_t first_column, const Tensor& statistics, const Tensor& zhat,
-                   const Tensor& groups, bool adds_scale CLOP_CUDA_OPTIONS_PARAMETERS) {
+void panel_softmax(const Tensor& products, int64_t first_row, int64_t first_column, const Tensor& statistics,
+                   const Tensor& zhat, const Tensor& groups, bool adds_scale CLOP_CUDA_OPTIONS_PARAMETERS) {
   const int32_t device = device_of("zhat", zhat);
   const CurrentDevice current(device);
   Panel p = {};
@@ -352,7 +353,8 @@ void panel_softmax(const Tensor& products, int64_t first_row, int64_t first_colu
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> panel_loss(const Tensor& statistics, const Tensor& distances,
-                                                              const Tensor& zhat, const Tensor& groups, const MaybeTensor& labels,
+                                                              const Tensor& zhat, const Tensor& groups,
+                                                              const MaybeTensor& labels,
                                                               const MaybeTensor& prototypes CLOP_CUDA_OPTIONS_PARAMETERS) {
   const int32_t device = device_of("zhat", zhat);
   const CurrentDevice current(device);

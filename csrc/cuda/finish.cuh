@@ -57,7 +57,8 @@ __device__ void finish_sum(const PairGradient& p, int position, Row& row) {
 template <class Row>
 __device__ float finish_row(const Backward& p, const Scale& scale, int position, Row& row) {
   const float inverse_temperature = (scale.value + scale.rest) * kLn2, upstream = *p.upstream;
-  float of_contrastive = upstream * inverse_temperature / scale_of_m(p.compute_dtype), pull = upstream * read(p.prototype_weight);
+  float of_contrastive = upstream * inverse_temperature / scale_of_m(p.compute_dtype);
+  float pull = upstream * read(p.prototype_weight);
   if (p.reduction == Reduction::mean) {
     of_contrastive /= fmaxf(p.counts[0], 1.0f);
     pull /= fmaxf(p.counts[1], 1.0f);
