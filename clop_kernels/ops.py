@@ -88,7 +88,7 @@ def loss(call: Call) -> Tensor:
     if has_backward:
         return _first(_DirectLoss.apply(embeddings, prototypes, temperature, call))  # type: ignore[no-untyped-call]
     with without_autocast(embeddings.device.type):
-        return _first(backend_of(call).forward(*arguments_of(call)))
+        return _first(_backend_of(call).forward(*_arguments_of(call)))
 
 
 def _first(results: Any) -> Tensor:
@@ -173,7 +173,7 @@ def _runs_directly(*inputs: Any) -> bool:
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer, float, type(None)})
 
 
-def backend_of(call: Call) -> ModuleType:
+def _backend_of(call: Call) -> ModuleType:
     """The module that computes the loss, after the checks of what only the values show."""
     embeddings, labels, prototypes, options, *_ = call
     module = backends.select(call.backend, embeddings.device, options.compute_dtype).load()
@@ -182,12 +182,12 @@ def backend_of(call: Call) -> ModuleType:
     return module
 
 
-def arguments_of(call: Call) -> tuple[Tensor, Tensor | None, Tensor | None, LossOptions]:
+def _arguments_of(call: Call) -> tuple[Tensor, Tensor | None, Tensor | None, LossOptions]:
     """What :mod:`clop_kernels.backends.contract` promises to a backend."""
-    return call.embeddings, contiguous(call.labels), contiguous(call.prototypes), known_numbers(call.options)
+    return call.embeddings, _contiguous(call.labels), _contiguous(call.prototypes), known_numbers(call.options)
 
 
-def contiguous(x: Tensor | None) -> Tensor | None:
+def _contiguous(x: Tensor | None) -> Tensor | None:
     return None if x is None else x.contiguous()
 
 
@@ -209,7 +209,7 @@ class _DirectLoss(torch.autograd.Function):
     def forward(ctx: Any, embeddings: Tensor, prototypes: Tensor | None, temperature: Number, call: Call) -> Tensor:
         value: Tensor
         with without_autocast(embeddings.device.type):
-            value, residuals = backend_of(call).forward(*arguments_of(call))
+            value, residuals = _backend_of(call).forward(*_arguments_of(call))
         _save(ctx, call, residuals)
         return value
 
@@ -223,7 +223,7 @@ class _DirectLoss(torch.autograd.Function):
         if torch.is_grad_enabled() or not _runs_directly(grad_loss):
             grads = _by_operator(_entrance(backward=True), grad_loss, residuals, call, needs)
         else:
-            grads = in_dtypes_of_inputs(_backward(grad_loss, residuals, call, needs), call)
+            grads = _in_dtypes_of_inputs(_backward(grad_loss, residuals, call, needs), call)
         return grads.embeddings, grads.prototypes, grads.temperature, None
 
 
@@ -257,14 +257,14 @@ def _by_operator(operator: Any, grad_loss: Tensor, residuals: tuple[Tensor, ...]
 
 
 def _backward(grad_loss: Tensor, residuals: Residuals, call: Call, needs: Needs) -> Gradients:
-    embeddings, labels, prototypes, options = arguments_of(call)
+    embeddings, labels, prototypes, options = _arguments_of(call)
     module = backends.select(call.backend, embeddings.device, options.compute_dtype).load()
     with without_autocast(embeddings.device.type):
         grads: Gradients = module.backward(grad_loss.contiguous(), embeddings, residuals, labels, prototypes, options, needs)
     return grads
 
 
-def in_dtypes_of_inputs(grads: Gradients, call: Call) -> Gradients:
+def _in_dtypes_of_inputs(grads: Gradients, call: Call) -> Gradients:
     """As autograd takes them."""
     embeddings, temperature, prototypes = grads
     if embeddings is not None and embeddings.dtype != call.embeddings.dtype:
@@ -289,7 +289,7 @@ _SCHEMA_TYPES = {
 }
 
 
-def declared(record: Any) -> str:
+def _declared(record: Any) -> str:
     """The fields of a record as a schema has them."""
     return ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in get_type_hints(record).items())
 
@@ -319,12 +319,12 @@ class Operator:
         entrance: Callable[[], Any] | None = None,
     ) -> None:
         self.residuals, self.forward, self.backward, self.fake = residuals, forward, backward, fake
-        options = ", ".join([declared(LossOptions), "str? backend", *([declared(Sharding)] if is_sharded else [])])
+        options = ", ".join([_declared(LossOptions), "str? backend", *([_declared(Sharding)] if is_sharded else [])])
         inputs = f"Tensor embeddings, Tensor? labels, Tensor? prototypes, {options}"
         library = self._library = torch.library.Library("clop", "FRAGMENT")
-        library.define(f"{name}({inputs}) -> (Tensor loss, {declared(residuals)})")
+        library.define(f"{name}({inputs}) -> (Tensor loss, {_declared(residuals)})")
         library.define(
-            f"{name}_backward(Tensor grad_loss, {declared(residuals)}, {inputs}, bool[3] needs) "
+            f"{name}_backward(Tensor grad_loss, {_declared(residuals)}, {inputs}, bool[3] needs) "
             "-> (Tensor grad_embeddings, Tensor grad_temperature, Tensor grad_prototypes)"
         )
         backward_operator = getattr(torch.ops.clop, f"{name}_backward")
@@ -334,7 +334,7 @@ class Operator:
         torch.library.register_fake(f"clop::{name}", self._run_fake, lib=library)
         torch.library.register_fake(f"clop::{name}_backward", self._run_backward_fake, lib=library)
         torch.library.register_autograd(f"clop::{name}", self.formula, setup_context=self.setup_context, lib=library)
-        torch.library.register_autograd(f"clop::{name}_backward", no_second_derivative, lib=library)
+        torch.library.register_autograd(f"clop::{name}_backward", _no_second_derivative, lib=library)
 
     def _run(self, *arguments: Any) -> tuple[Tensor, ...]:
         call = Call.of(arguments)
@@ -349,7 +349,7 @@ class Operator:
     def _run_backward(self, grad_loss: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         residuals, call, needs = self._of_backward(arguments)
         with without_autocast(call.embeddings.device.type):
-            grads = in_dtypes_of_inputs(self.backward(grad_loss, residuals, call, needs), call)
+            grads = _in_dtypes_of_inputs(self.backward(grad_loss, residuals, call, needs), call)
         return tuple(call.embeddings.new_empty(0) if grad is None else grad for grad in grads)
 
     def _run_backward_fake(self, grad_loss: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -383,7 +383,7 @@ class Operator:
         return results.flat()
 
 
-def no_second_derivative(ctx: Any, *grads: Tensor) -> None:
+def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
     raise NotImplementedError(
         "clop_kernels' loss cannot be differentiated twice: its backward pass is a fused kernel without a derivative of its own. "
         'Take backend="reference", which autograd differentiates any number of times, at N x N memory'
@@ -403,7 +403,7 @@ def _fake(call: Call) -> tuple[Tensor, Residuals]:
 LOSS = Operator(
     "loss",
     Residuals,
-    forward=lambda call: backend_of(call).forward(*arguments_of(call)),
+    forward=lambda call: _backend_of(call).forward(*_arguments_of(call)),
     backward=_backward,
     fake=_fake,
     entrance=lambda: _entrance(backward=True),
@@ -433,7 +433,7 @@ class _FunctorchLossBackward(torch.autograd.Function):
 
     forward = staticmethod(torch.ops.clop.loss_backward)
     setup_context = staticmethod(lambda ctx, inputs, output: None)
-    backward = staticmethod(no_second_derivative)
+    backward = staticmethod(_no_second_derivative)
     vmap = staticmethod(_no_vmap)
 
 

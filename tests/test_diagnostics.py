@@ -235,7 +235,8 @@ class _Dtypes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
-        self.seen |= {x.dtype for x in tree_leaves(result) if isinstance(x, torch.Tensor) and x.is_floating_point()}
+        # Where a mode looks on, the numbers of a loss are 0-dim float64 tensors of the CPU.
+        self.seen |= {x.dtype for x in tree_leaves(result) if isinstance(x, torch.Tensor) and x.is_floating_point() and x.dim()}
         return result
 
 

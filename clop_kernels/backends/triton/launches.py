@@ -205,7 +205,7 @@ class Scratch(NamedTuple):
     is_result: bool = False
 
 
-_DIRECT_DEVICES = ("cuda",)
+DIRECT_DEVICES = ("cuda",)
 """Where Triton's launchers take addresses for tensors."""
 
 _ALIGNMENT = 128
@@ -233,7 +233,7 @@ class Plan:
         Triton need not ask what they are, and with scratch that is one piece of memory: each call to PyTorch costs the host time.
         """
         like = values["zhat"]
-        if like.device.type in _DIRECT_DEVICES and all(step.compiled is not None for step in self.steps):
+        if like.device.type in DIRECT_DEVICES and all(step.compiled is not None for step in self.steps):
             addresses = {name: x.data_ptr() if isinstance(x, Tensor) else x for name, x in values.items()}
             if all(addresses[name] % 16 == 0 for name in self._aligned):
                 return self._run_compiled(addresses, like)
