@@ -22,7 +22,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from clop_kernels.backends import native
+from clop_kernels.backends import extension
 
 from .resources import SHARED_MEMORY_KB, faults_of
 
@@ -71,9 +71,9 @@ def cuobjdump() -> str | None:
 
 def obstacle() -> str | None:
     """Why there is nothing to report, or None."""
-    if (reason := native.obstacle()) is not None:
+    if (reason := extension.obstacle()) is not None:
         return reason
-    info = native.build_info()
+    info = extension.build_info()
     if info is None or info["cuda"] is None:
         return "the extension was built without its CUDA half"
     if cuobjdump() is None:

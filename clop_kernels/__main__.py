@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from . import __version__
-from .backends import BACKENDS, REFERENCE, native, select
+from .backends import BACKENDS, REFERENCE, extension, select
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -30,9 +30,9 @@ def info() -> dict[str, Any]:
     }
     versions = {"clop_kernels": __version__, "python": platform.python_version(), "torch": torch.__version__}
     versions |= {"cuda (of torch)": torch.version.cuda or "none", "triton": _version("triton")}
-    built = native.build_info()
+    built = extension.build_info()
     if built is None:
-        versions["native extension"] = f"none: {native.obstacle()}"
+        versions["native extension"] = f"none: {extension.obstacle()}"
     else:
         cuda = "no CUDA" if built["cuda"] is None else f"CUDA {built['cuda']} for {built['cuda_archs']}"
         versions["native extension"] = f"{cuda}; SIMD {built['simd']}; {built['compiler']}"

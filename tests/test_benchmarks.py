@@ -25,7 +25,7 @@ from benchmarks.providers import PROVIDERS, Provider
 from benchmarks.results import Environment, Row, find, markdown_table, memory_ratio, ratio, read_csv, write_csv
 from benchmarks.scaling import PowerLaw, memory_law, representative, series_over, time_law
 from benchmarks.sweeps import PRESETS, Sweep
-from clop_kernels.backends import native
+from clop_kernels.backends import extension
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -353,8 +353,8 @@ def test_markdown_cells_stay_in_their_row() -> None:
 def test_cuda_resources_of_an_extension_without_its_cuda_half(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(native, "obstacle", lambda: None)
-    monkeypatch.setattr(native, "build_info", lambda: {"cuda": None})
+    monkeypatch.setattr(extension, "obstacle", lambda: None)
+    monkeypatch.setattr(extension, "build_info", lambda: {"cuda": None})
     assert resources_cuda.main([]) == 0
     assert "nothing to report: the extension was built without its CUDA half" in capsys.readouterr().out
 

@@ -15,6 +15,7 @@ import clop_kernels
 from clop_kernels import backends
 from clop_kernels.backends import contract, cuda
 from clop_kernels.backends.contract import DISTANCES, POSITIVES, REDUCTIONS, LossOptions, Needs, unit_rows
+from clop_kernels.backends.extension import native_options
 from clop_kernels.groups import label_groups
 
 from . import host
@@ -135,9 +136,9 @@ def test_groups_are_those_of_the_sort(n_instances: int, n_views: int, any_kernel
     for order, n_classes in itertools.product(host.ORDERS, (1, 5, 1000)):
         any_kernels.module.set_order(order, 7)
         labels = torch.randint(-1, n_classes, (n_instances,))
-        assert torch.equal(any_kernels.cuda_groups(labels, n_views, -1), label_groups(labels, n_views).table())
-        for n_left in {0, 1, n_instances // 2, n_instances} if n_views == 1 else ():
-            assert torch.equal(any_kernels.cuda_groups(labels, 1, n_left), label_groups(labels, 1, n_left).table())
+        for n_left in {None, 0, 1, n_instances // 2, n_instances} if n_views == 1 else {None}:
+            options = cuda.arguments_of(LossOptions(n_views=n_views, n_left=n_left))
+            assert torch.equal(any_kernels.cuda_groups(labels, *options), label_groups(labels, n_views, n_left).table())
 
 
 def test_many_instances_are_sorted(any_kernels: host.Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -254,12 +255,25 @@ def test_the_kernels_read_the_temperature_with_every_option(
         assert relative_error(as_tensor[name], value) < 1e-6, name
 
 
-def run(problem: Problem, temperature: float | Tensor) -> dict[str, Tensor]:
+@pytest.mark.parametrize("reduction", REDUCTIONS)
+@pytest.mark.parametrize(("positives", "width"), [("label", 20), ("instance", 20), ("label", 300)])
+def test_the_kernels_read_the_numbers(positives: str, width: int, reduction: str, kernels: host.Kernels) -> None:
+    """A weight and a temperature of the device give the bits of the floats that they are."""
+    problem = random_problem(2, 17, width, positives=positives, temperature=0.1, reduction=reduction, distance="euclidean")
+    weight = torch.tensor(1.3)
+    as_floats = run(problem, problem.temperature, float(weight))
+    for numbers in ((problem.temperature, weight), (torch.tensor(problem.temperature), weight)):
+        as_tensors = run(problem, *numbers)
+        assert all(torch.equal(as_tensors[name], value) for name, value in as_floats.items())
+    assert not torch.equal(as_floats["loss"], run(problem, problem.temperature, torch.tensor(1.2))["loss"])
+
+
+def run(problem: Problem, temperature: float | Tensor, weight: float | Tensor = 0.7) -> dict[str, Tensor]:
     """The backend itself, below the operator."""
     assert problem.prototypes is not None
     z, prototypes = problem.embeddings.float(), problem.prototypes.float()
-    defaults: dict[str, Any] = {"positives": "instance", "distance": "cosine", "reduction": "mean"}
-    options = LossOptions(temperature=temperature, compute_dtype=torch.float32, **defaults | problem.options)
+    numbers: dict[str, Any] = {"temperature": temperature, "prototype_weight": weight, "compute_dtype": torch.float32}
+    options = LossOptions(**problem.options | numbers)
     loss, residuals = cuda.forward(z, problem.labels, prototypes, options)
     upstream = torch.linspace(-1, 1, loss.numel()) if loss.dim() else torch.ones(())
     grads = cuda.backward(upstream, z, residuals, problem.labels, prototypes, options, Needs(True, True, True))
@@ -281,6 +295,74 @@ def test_wrong_values_are_asserted_on_the_device(
     problem = dataclasses.replace(random_problem(2, 3, 4), labels=torch.tensor(labels))
     with pytest.raises(RuntimeError, match=message):
         run(problem, torch.tensor(temperature))
+
+
+# ---- wrong calls -----------------------------------------------------------------------------------------------------
+
+
+def wrong_calls() -> list[tuple[str, dict[str, Any]]]:
+    """What an operator refuses, and what of the right call of cuda_forward makes it do so."""
+    n_rows, width = 6, 4
+    table = label_groups(torch.zeros(n_rows, dtype=torch.int64), 1).table()
+    zhat, by_label = torch.zeros(n_rows, width), {"positives": 1, "n_views": 1}
+    return [
+        ("embeddings", {"embeddings": torch.zeros(n_rows)}),
+        ("embeddings", {"embeddings": torch.zeros(0, width)}),
+        ("embeddings", {"embeddings": torch.zeros(n_rows, width, dtype=torch.float64)}),
+        ("zhat", {"zhat": zhat.double()}),
+        ("zhat", {"zhat": zhat[1:]}),
+        ("zhat", {"zhat": torch.zeros(width, n_rows).T}),
+        ("zhat", {"zhat": torch.zeros(n_rows * width + 1)[1:].view(n_rows, width)}),
+        ("zhat", {"zhat": torch.zeros(n_rows, width + 1)[:, :-1]}),
+        ("compute_dtype", {"compute_dtype": torch.float64}),
+        ("n_views", {"n_views": 0}),
+        ("n_views", {"n_views": 4}),
+        ("distance", {"distance": 3}),
+        ("reduction", {"reduction": -1}),
+        ("positives", {"positives": 2}),
+        ("groups", by_label),
+        ("groups", {"groups": table}),
+        ("groups", by_label | {"groups": table.long()}),
+        ("groups", by_label | {"groups": torch.zeros(n_rows, dtype=torch.int32)}),
+        ("n_left", {"n_left": 2}),
+        ("n_left", {"n_left": 7}),
+        ("n_left", {"n_left": -2}),
+        ("n_left", by_label | {"n_views": 2, "n_left": 2, "groups": table}),
+        ("labels", {"labels": torch.zeros(2, dtype=torch.int64)}),
+        ("labels", {"labels": None}),
+        ("labels", {"labels": torch.zeros(3, dtype=torch.int32)}),
+        ("prototypes", {"prototypes": torch.ones(width, 2).T}),
+        ("prototypes", {"prototypes": torch.ones(0, width)}),
+        ("temperature", {"temperature_tensor": torch.ones(1)}),
+        ("prototype_weight", {"prototype_weight_tensor": torch.ones((), dtype=torch.float64)}),
+    ]
+
+
+@pytest.mark.parametrize(("name", "wrong"), wrong_calls())
+def test_a_wrong_call_of_the_operator_is_an_exception(name: str, wrong: dict[str, Any], any_kernels: host.Kernels) -> None:
+    z, labels, groups = torch.randn(6, 4), torch.zeros(3, dtype=torch.int64), torch.empty((3, 0), dtype=torch.int32)
+    options = LossOptions(n_views=2)
+    right = {
+        "embeddings": z, "zhat": torch.zeros(6, 4), "groups": groups, "labels": labels, "prototypes": torch.ones(2, 4),
+        **dict(zip(options._fields, native_options(options), strict=True)),
+        "temperature_tensor": None, "prototype_weight_tensor": None, "is_tf32": False,
+    }  # fmt: skip
+    torch.ops.clop_host.cuda_forward(*right.values())
+    with pytest.raises(RuntimeError, match=f"clop_native: {name}: expected"):
+        torch.ops.clop_host.cuda_forward(*(right | wrong).values())
+
+
+def test_a_launch_that_is_stubbed_out_leaves_everything_else(any_kernels: host.Kernels) -> None:
+    """What a call of the backend costs the host is measured so."""
+    problem = random_problem(2, 20, 16, positives="label", n_classes=3)
+    expected = problem.solve("cuda", torch.float32)
+    any_kernels.module.set_launches(False)
+    try:
+        actual = problem.solve("cuda", torch.float32)
+    finally:
+        any_kernels.module.set_launches(True)
+    assert {name: value.shape for name, value in actual.items()} == {name: value.shape for name, value in expected.items()}
+    assert all(torch.equal(value, expected[name]) for name, value in problem.solve("cuda", torch.float32).items())
 
 
 # ---- blocks that share rows ------------------------------------------------------------------------------------------
@@ -348,9 +430,7 @@ def test_sums_of_shared_rows_do_not_grow_with_the_rows(width: int, any_kernels: 
     """At most three blocks of 128 rows for each that a processor has at once: 384 KB a processor."""
     n_processors, places = 132, 1 if width == 256 else 2
     for n_rows in (1, 2, 200, 512, 2048, 8192, 16384, 17000, 25000, 33000, 50000, 60000, 70000, 2**20):
-        loss = {"n_rows": n_rows, "width": width, "compute_dtype": 2, "n_views": 1, "groups": 1, "n_left": -1}
-        of_left, _, n_blocks = any_kernels.module.gradient_shares(loss, n_processors)
-        n_floats = any_kernels.module.gradient_split_floats(loss, n_processors)
+        (of_left, _, n_blocks), n_floats = any_kernels.module.gradient_plan(n_rows, width, n_processors)
         assert n_blocks == of_left * -(-n_rows // 128)
         assert n_floats == (n_blocks * 128 * width if of_left > 1 else 0)
         assert n_floats <= 3 * places * n_processors * 128 * width <= n_processors * 384 * 256
@@ -428,7 +508,8 @@ def test_rows_as_they_are(dtype: torch.dtype, norm: float, temperature: float, k
 def test_rows_as_they_are_to_the_last_bit(width: int, dtype: torch.dtype, any_kernels: host.Kernels) -> None:
     z = torch.randn(9, width) * torch.logspace(-30, 30, 9)[:, None]
     zhat = unit_rows(z, dtype)
-    norms, _ = any_kernels.cuda_prologue(z, zhat, None, None, None, 1, 0, False, False)
+    options = cuda.arguments_of(LossOptions(compute_dtype=dtype, normalize=False))
+    norms, _ = any_kernels.cuda_prologue(z, zhat, torch.empty((3, 0), dtype=torch.int32), None, None, *options)
     assert torch.equal(zhat.float().nan_to_num(), z.to(dtype).float().nan_to_num())
     torch.testing.assert_close(norms, z.double().norm(dim=1).float(), rtol=1e-6, atol=0.0)
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import itertools
+import json
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, get_type_hints
 
 import pytest
 import torch
 
 import clop_kernels
-from clop_kernels.backends import native
+from clop_kernels.backends import contract, extension
+from clop_kernels.backends.contract import NUMBERS, LossOptions, Number
+from clop_kernels.backends.extension import native_options
 from clop_kernels.groups import label_groups
 
 from .oracle import (
@@ -25,7 +29,7 @@ from .oracle import (
     two_sided_problem,
 )
 
-pytestmark = pytest.mark.skipif(native.obstacle() is not None, reason=f"no compiled extension: {native.obstacle()}")
+pytestmark = pytest.mark.skipif(extension.obstacle() is not None, reason=f"no compiled extension: {extension.obstacle()}")
 
 LEVELS = ("portable", "avx2", "avx512")
 
@@ -120,10 +124,10 @@ def test_any_number_of_threads_gives_the_same_bits_of_pairs_alone(n_left: int | 
     n = 2300
     groups = label_groups(torch.arange(n) % 7, 1, n_left).table()
     zhat, coefficients = torch.nn.functional.normalize(torch.randn(n, 40), dim=1), torch.rand(4, n)
-    options = (temperature, True, -1 if n_left is None else n_left, 0)
+    options = native_options(LossOptions(temperature).of_pairs(n_left))
     softmax, gradient = torch.ops.clop_native.cpu_pair_softmax, torch.ops.clop_native.cpu_pair_gradient
     results = [
-        (*softmax(zhat, groups, *options, threads), gradient(zhat, groups, coefficients, *options, threads))
+        (*softmax(zhat, groups, *options, 0, threads), gradient(zhat, groups, coefficients, *options, 0, threads))
         for threads in (1, 2, 2, 7, 7)
     ]
     for result in results[1:]:
@@ -135,31 +139,93 @@ def test_half_precision_conversions_are_those_of_torch() -> None:
     for dtype in (torch.float16, torch.bfloat16):
         every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
         z = torch.stack([every, torch.ones_like(every)], dim=1)[every.isfinite()].unsqueeze(1).flatten(0, 1)[:4000]
-        loss, residuals = _forward(z)
+        loss, zhat = _forward(z)
         assert loss.isfinite()
         expected = z.float() / z.float().norm(dim=1, keepdim=True)
-        torch.testing.assert_close(residuals, expected.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-7)
+        torch.testing.assert_close(zhat, expected.to(dtype), rtol=torch.finfo(dtype).eps, atol=1e-7)
 
 
 def _forward(z: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     empty = torch.empty((3, 0), dtype=torch.int32)
-    loss, normalized, *_ = torch.ops.clop_native.cpu_forward(
-        z, empty, None, None, 0.1, 1, 1.0, 0, 0, z.dtype, True, -1, False, 0, 1
-    )
-    return loss, normalized
+    options = native_options(LossOptions(compute_dtype=z.dtype))
+    loss, zhat, *_ = torch.ops.clop_native.cpu_forward(z, empty, None, None, *options, 0, 1)
+    return loss, zhat
+
+
+# ---- what is declared twice ----------------------------------------------------------------------------------------------
+
+SCHEMA_TYPES = {Number: "float", int: "int", str: "int", torch.dtype: "int", bool: "bool", int | None: "int"}
+"""Of LossOptions, and what torch calls the type of the argument that stands for it; a dtype is an int to it."""
+
+
+def all_operators() -> list[str]:
+    info = extension.build_info()
+    names = ["cpu_forward", "cpu_backward", "cpu_pair_softmax", "cpu_pair_gradient"]
+    if info is not None and info["cuda"] is not None:
+        names += ["cuda_" + name for name in CUDA_OPERATORS]
+    return names
+
+
+CUDA_OPERATORS = (
+    "groups", "prologue", "forward", "backward", "prototype_gradient", "pair_softmax", "pair_gradient", "pair_coefficients",
+    "panel_softmax", "panel_loss", "coefficients", "panel_pairs", "panel_finish",
+)  # fmt: skip
+
+
+def test_every_operator_takes_the_options_that_python_declares() -> None:
+    declared = [(name, SCHEMA_TYPES[kind]) for name, kind in get_type_hints(LossOptions).items()]
+    after = {"cpu": ["tile_rows", "n_threads"], "cuda": [*(f"{name}_tensor" for name in NUMBERS), "is_tf32"]}
+    for operator in all_operators():
+        schema = getattr(torch.ops.clop_native, operator).default._schema.arguments
+        names = [argument.name for argument in schema]
+        first = names.index("temperature")
+        options = schema[first : first + len(declared)]
+        assert [(argument.name, str(argument.type)) for argument in options] == declared, operator
+        assert names[first + len(declared) :] == after[operator.partition("_")[0]], operator
+        assert all(str(argument.type) != "float" for argument in schema[:first]), operator
+
+
+def test_constants_are_those_of_python() -> None:
+    constants = json.loads(torch.ops.clop_native.constants())
+    names = ("EPS", "LOG2_E", "FLOAT16_SCALE")
+    choices = ("POSITIVES", "DISTANCES", "REDUCTIONS")
+    assert constants == {
+        **{name: getattr(contract, name) for name in names},
+        **{name: list(getattr(contract, name)) for name in choices},
+        "LARGEST_UNSHIFTED_LOGIT": [contract.LARGEST_UNSHIFTED_LOGIT[dtype] for dtype in (torch.float32, torch.float64)],
+    }
+    assert set(contract.CHOICES.values()) == {getattr(contract, name) for name in choices}
+
+
+def test_options_are_packed_in_their_order() -> None:
+    options = LossOptions(0.3, 0.5, 2, "label", "manhattan", "none", torch.float16, False, None, True)
+    assert native_options(options) == (0.3, 0.5, 2, 1, 2, 2, torch.float16, False, -1, True)
+    on_device = options._replace(prototype_weight=torch.tensor(0.5), n_left=3)
+    assert native_options(on_device) == (0.3, 0.0, 2, 1, 2, 2, torch.float16, False, 3, True)
+    assert extension.number_tensors(on_device) == (None, on_device.prototype_weight)
+
+
+# ---- wrong calls -----------------------------------------------------------------------------------------------------------
+
+
+def named_options(options: LossOptions) -> dict[str, Any]:
+    return dict(zip(options._fields, native_options(options), strict=True))
 
 
 WRONG_CALLS = [
     ({"n_views": 3}, "expected \\(n_views \\* B, D\\)"),
     ({"temperature": 0.0}, "out of its range"),
-    ({"distance": 3}, "out of its range"),
+    ({"distance": 3}, "distance: expected 0, 1 or 2"),
+    ({"reduction": -1}, "reduction: expected 0, 1 or 2"),
+    ({"positives": 2}, "positives: expected 0 or 1"),
     ({"n_threads": 0}, "out of its range"),
     ({"n_left": 3}, "n_left: expected"),
     ({"n_left": -2}, "n_left: expected"),
-    ({"n_left": 9, "groups": torch.zeros((3, 8), dtype=torch.int32)}, "n_left: expected"),
+    ({"n_left": 9, "positives": 1, "groups": torch.zeros((3, 8), dtype=torch.int32)}, "n_left: expected"),
     ({"compute_dtype": torch.int32}, "compute_dtype: expected float64"),
-    ({"groups": torch.full((3, 8), 9, dtype=torch.int32)}, "groups holds an index"),
-    ({"groups": torch.zeros((3, 7), dtype=torch.int32)}, "groups has the wrong"),
+    ({"positives": 1, "groups": torch.full((3, 8), 9, dtype=torch.int32)}, "groups holds an index"),
+    ({"positives": 1, "groups": torch.zeros((3, 7), dtype=torch.int32)}, "groups has the wrong"),
+    ({"positives": 1}, "groups has the wrong"),
     ({"labels": torch.full((4,), 2), "prototypes": torch.eye(2, 4)}, "a value without a prototype"),
     ({"labels": torch.zeros(3, dtype=torch.int64)}, "labels has the wrong"),
     ({"prototypes": torch.eye(2, 3)}, "prototypes has the wrong"),
@@ -170,8 +236,7 @@ WRONG_CALLS = [
 def test_a_wrong_call_of_the_operator_is_an_exception(wrong: dict[str, object], message: str) -> None:
     right = {
         "embeddings": torch.randn(8, 4), "groups": torch.empty((3, 0), dtype=torch.int32), "labels": None, "prototypes": None,
-        "temperature": 0.1, "n_views": 2, "prototype_weight": 1.0, "distance": 0, "reduction": 0, "compute_dtype": torch.float32,
-        "normalize": True, "n_left": -1, "negatives_only": False, "tile_rows": 0, "n_threads": 1,
+        **named_options(LossOptions(prototype_weight=1.0, n_views=2)), "tile_rows": 0, "n_threads": 1,
     }  # fmt: skip
     torch.ops.clop_native.cpu_forward(*right.values())
     with pytest.raises(RuntimeError, match=message):
@@ -182,7 +247,11 @@ WRONG_CALLS_OF_PAIRS = [
     ({"zhat": torch.randn(8)}, "zhat: expected"),
     ({"zhat": torch.randn(4, 8).T}, "zhat: expected"),
     ({"zhat": torch.randn(8, 0)}, "zhat: expected"),
-    ({"zhat": torch.zeros((8, 4), dtype=torch.int32)}, "compute_dtype: expected float64"),
+    ({"zhat": torch.zeros((8, 4), dtype=torch.int32)}, "zhat: expected a tensor of compute_dtype"),
+    ({"compute_dtype": torch.int32}, "compute_dtype: expected float64"),
+    ({"positives": 0}, "out of its range"),
+    ({"n_views": 2}, "out of its range"),
+    ({"negatives_only": True}, "out of its range"),
     ({"groups": torch.empty((3, 0), dtype=torch.int32)}, "groups has the wrong"),
     ({"groups": torch.zeros(3, 8)}, "groups has the wrong"),
     ({"groups": torch.full((3, 8), 9, dtype=torch.int32)}, "groups holds an index"),
@@ -205,8 +274,8 @@ def test_a_wrong_call_of_the_passes_over_pairs_is_an_exception(wrong: dict[str, 
     groups = torch.full((3, 8), 99, dtype=torch.int32)
     groups[1:, :3] = 5  # of the left rows; the order, and what is on the right, nobody reads
     right = {
-        "zhat": torch.randn(8, 4), "groups": groups, "coefficients": torch.rand(4, 8), "temperature": 0.1, "normalize": True,
-        "n_left": 3, "tile_rows": 0, "n_threads": 1,
+        "zhat": torch.randn(8, 4), "groups": groups, "coefficients": torch.rand(4, 8),
+        **named_options(LossOptions().of_pairs(3)), "tile_rows": 0, "n_threads": 1,
     }  # fmt: skip
     softmax, gradient = torch.ops.clop_native.cpu_pair_softmax, torch.ops.clop_native.cpu_pair_gradient
     assert gradient(**right).isfinite().all()
@@ -250,13 +319,13 @@ def test_memory_that_is_not_to_be_had_is_an_exception() -> None:
 BROKEN = """
 import sys, warnings
 import torch, importlib.util
-import clop_kernels.backends.native as native
-native._EXTENSION = "broken_extension"
+import clop_kernels.backends.extension as extension
+extension._EXTENSION = "broken_extension"
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     import clop_kernels
     a, b = clop_kernels.ntxent_loss(torch.ones(4, 3)), clop_kernels.ntxent_loss(torch.ones(4, 3))
-print(float(a), len([w for w in caught if "does not load" in str(w.message)]), native.obstacle())
+print(float(a), len([w for w in caught if "does not load" in str(w.message)]), extension.obstacle())
 """
 
 

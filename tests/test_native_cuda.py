@@ -18,13 +18,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from clop_kernels.backends import cuda, native
+from clop_kernels.backends import cuda, extension
 from clop_kernels.backends.contract import DISTANCES, EPS, LossOptions, unit_rows
 from clop_kernels.groups import instance_groups, label_groups
 
-INFO = native.build_info()
+from .test_native import named_options
+
+INFO = extension.build_info()
 if INFO is None:
-    pytest.skip(f"{native.obstacle()}", allow_module_level=True)
+    pytest.skip(f"{extension.obstacle()}", allow_module_level=True)
 if INFO["cuda"] is None:
     pytest.skip("the extension was built without its CUDA half", allow_module_level=True)
 
@@ -64,9 +66,22 @@ def prologue(
     normalize: bool = True,
     has_sides: bool = False,
 ) -> Prologue:
-    normalized = unit_rows(z, compute_dtype)
-    arguments = order, labels, prototypes, n_views, distance, normalize, has_sides
-    return normalized, *torch.ops.clop_native.cuda_prologue(z, normalized, *arguments)
+    options = LossOptions(
+        n_views=n_views,
+        positives="instance" if order is None else "label",
+        distance=DISTANCES[distance],
+        compute_dtype=compute_dtype,
+        normalize=normalize,
+        n_left=z.shape[0] // 2 if has_sides else None,
+    )
+    zhat = unit_rows(z, compute_dtype)
+    arguments = table_of(z, order), labels, prototypes, *cuda.arguments_of(options)
+    return zhat, *torch.ops.clop_native.cuda_prologue(z, zhat, *arguments)
+
+
+def table_of(z: Tensor, order: Tensor | None) -> Tensor:
+    """Groups of which the prologue reads the order alone."""
+    return z.new_empty((3, 0), dtype=torch.int32) if order is None else order.repeat(3).view(3, -1)
 
 
 def assert_right(
@@ -79,8 +94,8 @@ def assert_right(
     compute_dtype: torch.dtype,
 ) -> None:
     """The definition in float64. ``order`` is (N,) int64; distances are held to those of the rows as they were rounded."""
-    normalized, norms, distances = (result.cpu() for result in actual)
-    assert normalized.dtype == compute_dtype
+    zhat, norms, distances = (result.cpu() for result in actual)
+    assert zhat.dtype == compute_dtype
     assert norms.dtype == distances.dtype == torch.float32
     rows = z.cpu().double()[order.cpu()]
     expected_norms = rows.norm(dim=1)
@@ -89,16 +104,16 @@ def assert_right(
     limits = torch.finfo(compute_dtype)
     ulp = 4 * limits.eps if compute_dtype == torch.float32 else 0.51 * limits.eps
     allowed = ulp * unit.abs() + limits.smallest_normal * limits.eps
-    assert ((normalized.double() - unit).abs() <= allowed).all()
+    assert ((zhat.double() - unit).abs() <= allowed).all()
 
     expected = torch.zeros_like(expected_norms)
     if labels is not None and prototypes is not None:
         label = labels.cpu()[order.cpu() % labels.shape[0]]
-        zhat, target = normalized.double(), prototypes.cpu().double()[label.clamp(min=0)]
+        rounded, target = zhat.double(), prototypes.cpu().double()[label.clamp(min=0)]
         if distance == "cosine":
-            expected = 1 - (zhat * target).sum(1)
+            expected = 1 - (rounded * target).sum(1)
         else:
-            expected = torch.linalg.vector_norm(zhat - target, ord=2 if distance == "euclidean" else 1, dim=1)
+            expected = torch.linalg.vector_norm(rounded - target, ord=2 if distance == "euclidean" else 1, dim=1)
         expected = torch.where(label >= 0, expected, 0.0)
     torch.testing.assert_close(distances.double(), expected, rtol=1e-5, atol=2e-6)
 
@@ -176,16 +191,16 @@ def test_what_is_not_finite_stays_visible(value: float, width: int) -> None:
     z[5, 3] = value
     labels = torch.full((8,), -1, device="cuda")
     for prototypes in (None, torch.ones(2, width, device="cuda")):
-        normalized, norms, distances = prologue(z, None, labels, prototypes, 1, 0, z.dtype)
-        assert normalized.isnan().any(1).nonzero().flatten().tolist() == [5]
+        zhat, norms, distances = prologue(z, None, labels, prototypes, 1, 0, z.dtype)
+        assert zhat.isnan().any(1).nonzero().flatten().tolist() == [5]
         assert distances.isnan().nonzero().flatten().tolist() == [5]
         assert (~norms.isfinite()).nonzero().flatten().tolist() == [5]
 
 
 @on_gpu
 def test_empty() -> None:
-    normalized, norms, distances = prologue(torch.empty(0, 5, device="cuda"), None, None, None, 2, 0, torch.float16)
-    assert normalized.shape == (0, 5)
+    zhat, norms, distances = prologue(torch.empty(0, 5, device="cuda"), None, None, None, 2, 0, torch.float16)
+    assert zhat.shape == (0, 5)
     assert norms.shape == distances.shape == (0,)
 
 
@@ -195,9 +210,9 @@ def test_offsets_beyond_31_bits() -> None:
     if torch.cuda.mem_get_info()[0] < 10 * 2**30:
         pytest.skip("10 GB of GPU memory are not free")
     z = torch.empty(n_rows, width, dtype=torch.float16, device="cuda").normal_()
-    normalized, norms, _ = prologue(z, None, None, None, 1, 0, z.dtype)
+    zhat, norms, _ = prologue(z, None, None, None, 1, 0, z.dtype)
     last = slice(n_rows - 8, n_rows)
-    assert_right((normalized[last], norms[last], norms.new_zeros(8)), z[last], torch.arange(8), None, None, "cosine", z.dtype)
+    assert_right((zhat[last], norms[last], norms.new_zeros(8)), z[last], torch.arange(8), None, None, "cosine", z.dtype)
 
 
 @on_gpu
@@ -252,28 +267,37 @@ def test_bad_input() -> None:
     labels, prototypes = torch.zeros(3, dtype=torch.int64, device="cuda"), torch.ones(2, 4, device="cuda")
     order = torch.arange(6, dtype=torch.int32, device="cuda")
     zhat = torch.empty_like(z)
-    wrong: list[tuple[str, tuple[object, ...]]] = [
-        ("embeddings", (z[0], zhat, None, None, None, 1, 0)),
-        ("embeddings", (z, zhat, None, None, None, 4, 0)),
-        ("embeddings", (z.double(), zhat, None, None, None, 2, 0)),
-        ("normalized", (z, zhat.double(), None, None, None, 2, 0)),
-        ("normalized", (z, zhat.cpu(), None, None, None, 2, 0)),
-        ("normalized", (z, zhat[1:], None, None, None, 2, 0)),
-        ("normalized", (z, LAYOUTS["rows apart by one"](zhat), None, None, None, 2, 0)),
-        ("normalized", (z, LAYOUTS["transposed"](zhat), None, None, None, 2, 0)),
-        ("normalized", (z, LAYOUTS["misaligned"](zhat), None, None, None, 2, 0)),
-        ("n_views", (z, zhat, None, None, None, 0, 0)),
-        ("distance", (z, zhat, None, None, None, 2, 3)),
-        ("order", (z, zhat, order.long(), None, None, 2, 0)),
-        ("order", (z, zhat, order.cpu(), None, None, 2, 0)),
-        ("labels", (z, zhat, None, labels[:2], prototypes, 2, 0)),
-        ("labels", (z, zhat, None, None, prototypes, 2, 0)),
-        ("prototypes", (z, zhat, None, labels, prototypes.T.contiguous().T, 2, 0)),
-        ("prototypes", (z, zhat, None, labels, prototypes[:0], 2, 0)),
+    none, table = table_of(z, None), table_of(z, order)
+    by_label: dict[str, object] = {"positives": 1}
+    wrong: list[tuple[str, tuple[object, ...], dict[str, object]]] = [
+        ("embeddings", (z[0], zhat, none, None, None), {}),
+        ("embeddings", (z.double(), zhat, none, None, None), {}),
+        ("zhat", (z, zhat.double(), none, None, None), {}),
+        ("zhat", (z, zhat.cpu(), none, None, None), {}),
+        ("zhat", (z, zhat[1:], none, None, None), {}),
+        ("zhat", (z, LAYOUTS["rows apart by one"](zhat), none, None, None), {}),
+        ("zhat", (z, LAYOUTS["transposed"](zhat), none, None, None), {}),
+        ("zhat", (z, LAYOUTS["misaligned"](zhat), none, None, None), {}),
+        ("n_views", (z, zhat, none, None, None), {"n_views": 0}),
+        ("n_views", (z, zhat, none, None, None), {"n_views": 4}),
+        ("distance", (z, zhat, none, None, None), {"distance": 3}),
+        ("compute_dtype", (z, zhat, none, None, None), {"compute_dtype": torch.float64}),
+        ("groups", (z, zhat, none, None, None), by_label),
+        ("groups", (z, zhat, table, None, None), {}),
+        ("groups", (z, zhat, table.long(), None, None), by_label),
+        ("groups", (z, zhat, table.cpu(), None, None), by_label),
+        ("labels", (z, zhat, none, labels[:2], prototypes), {}),
+        ("labels", (z, zhat, none, None, prototypes), {}),
+        ("prototypes", (z, zhat, none, labels, prototypes.T.contiguous().T), {}),
+        ("prototypes", (z, zhat, none, labels, prototypes[:0]), {}),
+        ("temperature", (z, zhat, none, None, None), {"temperature_tensor": torch.ones(1, device="cuda")}),
+        ("prototype_weight", (z, zhat, none, None, None), {"prototype_weight_tensor": torch.ones(())}),
     ]
-    for name, arguments in wrong:
+    right: dict[str, object] = named_options(LossOptions(n_views=2))
+    right |= {"temperature_tensor": None, "prototype_weight_tensor": None, "is_tf32": False}
+    for name, tensors, options in wrong:
         with pytest.raises(RuntimeError, match=f"clop_native: {name}: expected"):
-            torch.ops.clop_native.cuda_prologue(*arguments, True, False)
+            torch.ops.clop_native.cuda_prologue(*tensors, *(right | options).values())
 
 
 @on_gpu
@@ -281,8 +305,8 @@ def test_bad_input() -> None:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_as_they_are_and_of_two_sides(width: int, dtype: torch.dtype) -> None:
     z = random_rows(66, width, dtype) * 30
-    normalized, norms, _ = prologue(z, None, None, None, 2, 0, dtype, normalize=False, has_sides=True)
-    assert torch.equal(normalized, z)
+    zhat, norms, _ = prologue(z, None, None, None, 2, 0, dtype, normalize=False, has_sides=True)
+    assert torch.equal(zhat, z)
     torch.testing.assert_close(norms.double(), z.double().norm(dim=1), rtol=1e-6, atol=0.0)
     unit, _, _ = prologue(z, None, None, None, 2, 0, dtype, has_sides=True)
     torch.testing.assert_close(unit.double().norm(dim=1), torch.ones(66, device="cuda").double(), rtol=4e-3, atol=0.0)
@@ -295,12 +319,14 @@ def test_bad_sides() -> None:
     table = label_groups(labels, 1, 2).table()
     none = table[:, :0].contiguous()
     for groups, n_views, n_left in ((none, 2, 2), (none, 1, 3), (none, 2, 7), (table, 2, 2), (table, 1, -2), (table, 1, 7)):
-        loss = (groups, None, None, None, 1.0, 0.0, n_views, 1.0, 0, 0, z.dtype, False, True, n_left, False)
+        positives = "instance" if groups is none else "label"
+        options = cuda.arguments_of(LossOptions(n_views=n_views, positives=positives, n_left=n_left))
         with pytest.raises(RuntimeError, match="clop_native: n_left: expected"):
-            torch.ops.clop_native.cuda_forward(z, unit_rows(z, z.dtype), *loss)
+            torch.ops.clop_native.cuda_forward(z, unit_rows(z, z.dtype), groups, None, None, *options)
     for n_views, n_left in ((1, 7), (1, -2), (2, 3)):
+        options = cuda.arguments_of(LossOptions(n_views=n_views, n_left=n_left))
         with pytest.raises(RuntimeError, match="clop_native: n_left: expected"):
-            torch.ops.clop_native.cuda_groups(labels, n_views, n_left)
+            torch.ops.clop_native.cuda_groups(labels, *options)
 
 
 @on_gpu
@@ -314,18 +340,18 @@ def test_bad_pairs() -> None:
         ("n_left", z, given, table, 6),
         ("n_left", z, given, table, 7),
         ("n_left", z, given, table, -2),
-        ("normalized", LAYOUTS["misaligned"](z), given, table, 2),
+        ("zhat", LAYOUTS["misaligned"](z), given, table, 2),
         ("given", z, given[:3], table, 2),
         ("given", z, given.double(), table, 2),
     ]
     for name, zhat, coefficients, groups, n_left in wrong:
-        pairs = (groups, n_left, None, 1.0, 0.0, False, True)
+        options = cuda.arguments_of(LossOptions().of_pairs(n_left))
         for operator in (torch.ops.clop_native.cuda_pair_gradient, torch.ops.clop_native.cuda_pair_coefficients):
             with pytest.raises(RuntimeError, match=f"clop_native: {name}: expected"):
-                operator(zhat, coefficients, *pairs)
+                operator(zhat, groups, coefficients, *options)
         if name != "given":
             with pytest.raises(RuntimeError, match=f"clop_native: {name}: expected"):
-                torch.ops.clop_native.cuda_pair_softmax(zhat, *pairs)
+                torch.ops.clop_native.cuda_pair_softmax(zhat, groups, *options)
 
 
 @on_gpu
@@ -426,7 +452,7 @@ def test_every_architecture_is_in_the_binary(resources_cuda: ModuleType) -> None
 def test_no_kernel_spills_or_lacks_matrix_instructions(resources_cuda: ModuleType) -> None:
     reports = resources_cuda.reports()
     kernels = {report.kernel for report in reports}
-    assert {"prologue_kernel", "softmax_kernel", "gradient_kernel", "panel_pairs_kernel"} <= kernels
+    assert {"prologue_kernel", "softmax_kernel", "gradient_kernel", "panel_pairs_kernel", "given_coefficients_kernel"} <= kernels
     assert {(r.product, r.D, r.rows) for r in reports if r.kernel == "gradient_kernel"} == {
         *((product, width, 128) for product in ("bf16", "f16") for width in (64, 128, 256)),
         *((product, width, 128) for product in ("tf32 x1", "tf32 x2") for width in (64, 128)),

@@ -275,7 +275,7 @@ def ninja_file(plan: Plan, jobs: int, strip: bool) -> str:
     host += [f"-ffile-prefix-map={ROOT}/=", f"-ffile-prefix-map={plan.torch / 'include'}/="]
     link = ["-shared", "-pthread", *instrument]
     link += ["-Wl,--gc-sections", "-Wl,--exclude-libs,ALL", f"-L{plan.torch / 'lib'}"]
-    # Nothing of libtorch is referred to by name in a CPU build of torch; in others it leads to the stream (csrc/cuda/ops.cpp).
+    # Nothing of libtorch is referred to by name in a CPU build of torch; in others it leads to the stream (cuda/runtime.cpp).
     link += ["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed", "-ltorch_cpu"]
     device = []
     if strip and not plan.sanitize:

@@ -109,7 +109,7 @@ def _obstacle_to_cuda(device: torch.device, dtype: torch.dtype) -> str | None:
 def _obstacle_to_cpu(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cpu":
         return "it computes on the CPU"
-    reason: str | None = _module(".native").obstacle()
+    reason: str | None = _module(".extension").obstacle()
     return reason
 
 
@@ -118,7 +118,7 @@ _GPUS = ("cuda", "xpu")
 BACKENDS: tuple[Backend, ...] = (
     Backend("cuda", "compiled CUDA C++ kernels", _obstacle_to_cuda, ".cuda", ("cuda",)),
     Backend("triton", "Triton kernels", _obstacle_to_triton, ".triton", _GPUS),
-    Backend("cpu", "compiled SIMD kernels", _obstacle_to_cpu, ".native"),
+    Backend("cpu", "compiled SIMD kernels", _obstacle_to_cpu, ".cpu"),
     Backend("tiled", "plain PyTorch, tile by tile; any device", lambda device, dtype: None, ".tiled"),
 )
 

@@ -20,18 +20,23 @@ import torch
 from torch import Tensor
 
 from ..groups import label_groups
-from . import native
-from .contract import DISTANCES, REDUCTIONS, Gradients, LossOptions, Needs, Residuals, Softmax, as_unit_rows, unit_rows
-from .positions import allows_tf32, logit_scale, sorted_by_class, upstream_of, used_prototypes
+from . import extension
+from .contract import (
+    FLOAT16_SCALE,
+    RANKED_INSTANCES,
+    Gradients,
+    LossOptions,
+    Needs,
+    Residuals,
+    Softmax,
+    as_unit_rows,
+    unit_rows,
+)
+from .extension import native_options, number_tensors
+from .positions import Upstream, allows_tf32, sorted_by_class, upstream_of, used_prototypes
 
 CHECKS_VALUES = True
 """The kernels look at every label anyway, and assert on the device."""
-
-RANKED_INSTANCES = 4096
-"""Up to so many labels are put in order by counting, B^2 comparisons in one launch, against the several launches of a sort."""
-
-FLOAT16_SCALE = 16384.0
-"""What M is multiplied by before it is rounded to float16; scale_of_m in csrc/cuda/finish.cuh."""
 
 kernels: Any = torch.ops.clop_native
 """Where the operators are; tests put ones that run on a CPU in their place."""
@@ -40,9 +45,9 @@ kernels: Any = torch.ops.clop_native
 @functools.cache  # a loss asks twice a step
 def obstacle(device_index: int) -> str | None:
     """Why the kernels cannot run on this GPU, or None if they can."""
-    info = native.build_info()
+    info = extension.build_info()
     if info is None:
-        return native.obstacle()
+        return extension.obstacle()
     if info["cuda"] is None:
         return "the compiled extension was built without its CUDA half: `pip install -v` says why"
     reason: str | None = torch.ops.clop_native.cuda_obstacle(device_index)
@@ -55,22 +60,20 @@ def forward(
     """See :mod:`clop_kernels.backends.contract`."""
     if embeddings.shape[0] == 0:
         return _loss_of_no_rows(embeddings, options)
+    arguments = arguments_of(options)
     if options.positives == "label":
         assert labels is not None
         if labels.shape[0] <= RANKED_INSTANCES:
-            groups = kernels.cuda_groups(labels, options.n_views, _n_left(options))
+            groups = kernels.cuda_groups(labels, *arguments)
         else:
             groups = label_groups(labels, options.n_views, options.n_left).table()
     else:
         groups = embeddings.new_empty((3, 0), dtype=torch.int32)
-    arguments = _arguments(groups, labels, prototypes, options)
-    normalized = unit_rows(embeddings, options.compute_dtype)
-    if is_wide(embeddings.shape[1], options.compute_dtype):
-        results = _wide_forward(embeddings, normalized, options, *arguments)
-    else:
-        results = kernels.cuda_forward(embeddings, normalized, *arguments)
-    loss, norms, shift, inverse_total, negative, counts = results
-    return loss, Residuals(normalized, norms, shift, inverse_total, negative, groups, counts)
+    zhat = unit_rows(embeddings, options.compute_dtype)
+    tensors = groups, labels, used_prototypes(prototypes, labels)
+    pass_of_rows = _wide_forward if is_wide(embeddings.shape[1], options.compute_dtype) else _forward
+    loss, norms, shift, inverse_total, negative, counts = pass_of_rows(embeddings, zhat, tensors, options, arguments)
+    return loss, Residuals(zhat, norms, shift, inverse_total, negative, groups, counts)
 
 
 def backward(
@@ -87,27 +90,57 @@ def backward(
         zero = embeddings.new_zeros((), dtype=torch.float32)
         return Gradients(torch.zeros_like(embeddings), zero, None if prototypes is None else torch.zeros_like(prototypes))
     residuals = residuals._replace(zhat=as_unit_rows(residuals.zhat))
-    arguments = _arguments(residuals.groups, labels, prototypes, options)
-    upstream = upstream_of(grad_loss, residuals, options)
+    arguments, upstream = arguments_of(options), upstream_of(grad_loss, residuals, options)
+    used = used_prototypes(prototypes, labels)
     grad_embeddings = grad_temperature = grad_prototypes = None
     if needs.embeddings or needs.temperature:
-        inputs = (*upstream, embeddings, *_softmax(residuals), needs.temperature)
-        if is_wide(embeddings.shape[1], options.compute_dtype):
-            grad_embeddings, grad_temperature = _wide_backward(inputs, options, *arguments)
-        else:
-            grad_embeddings, grad_temperature = kernels.cuda_backward(*inputs, *arguments)
+        pass_of_rows = _wide_backward if is_wide(embeddings.shape[1], options.compute_dtype) else _backward
+        classes = labels, used, needs.temperature
+        grad_embeddings, grad_temperature = pass_of_rows(upstream, embeddings, residuals, classes, options, arguments)
     if needs.prototypes and prototypes is not None:
-        if labels is None:
+        if labels is None or used is None:
             grad_prototypes = torch.zeros_like(prototypes, dtype=torch.float32)
         else:
             by_class, bounds = sorted_by_class(labels, residuals.groups, options, prototypes.shape[0])
             parts = kernels.cuda_prototype_gradient(
-                upstream.unit, upstream.weights, residuals.zhat, residuals.counts, by_class, bounds, *arguments
+                *upstream, residuals.zhat, residuals.counts, by_class, bounds, used, *arguments
             )
             grad_prototypes = parts.sum(0)
-    return Gradients(
-        grad_embeddings if needs.embeddings else None, grad_temperature if needs.temperature else None, grad_prototypes
-    )
+    return Gradients(grad_embeddings if needs.embeddings else None, grad_temperature, grad_prototypes)
+
+
+_Classes = tuple[Tensor | None, Tensor | None, bool]
+"""Labels, prototypes in float32, and whether the temperature's gradient is needed."""
+
+
+def arguments_of(options: LossOptions) -> tuple[Any, ...]:
+    """What every operator takes after its tensors."""
+    return *native_options(options), *number_tensors(options), allows_tf32()
+
+
+def _forward(
+    embeddings: Tensor,
+    zhat: Tensor,
+    tensors: tuple[Tensor, Tensor | None, Tensor | None],
+    options: LossOptions,
+    arguments: tuple[Any, ...],
+) -> tuple[Tensor, ...]:
+    """Loss, norms, shift, inverse_total, negative, counts. ``zhat`` is written; ``tensors``: groups, labels, prototypes."""
+    results: tuple[Tensor, ...] = kernels.cuda_forward(embeddings, zhat, *tensors, *arguments)
+    return results
+
+
+def _backward(
+    upstream: Upstream,
+    embeddings: Tensor,
+    residuals: Residuals,
+    classes: _Classes,
+    options: LossOptions,
+    arguments: tuple[Any, ...],
+) -> tuple[Tensor, Tensor | None]:
+    """The gradients of the embeddings and of the temperature."""
+    result: tuple[Tensor, Tensor | None] = kernels.cuda_backward(*upstream, embeddings, *residuals, *classes, *arguments)
+    return result
 
 
 # ---- pairs alone: a loss whose rows are spread over processes ----------------------------------------------------------
@@ -115,29 +148,25 @@ def backward(
 
 def pair_softmax(zhat: Tensor, groups: Tensor, n_left: int | None, options: LossOptions) -> Softmax:
     """See :mod:`clop_kernels.backends.contract`."""
-    zhat, options = as_unit_rows(zhat), options._replace(n_views=1, n_left=n_left)
+    zhat, options = as_unit_rows(zhat), options.of_pairs(n_left)
+    arguments = arguments_of(options)
     if is_wide(zhat.shape[1], options.compute_dtype):
-        statistics = _panel_statistics(zhat, options, _arguments(groups, None, None, options), pairs_alone=True)
+        statistics = _panel_statistics(zhat, groups, options, arguments, pairs_alone=True)
     else:
-        statistics = kernels.cuda_pair_softmax(zhat, *_pair_arguments(groups, options))
+        statistics = kernels.cuda_pair_softmax(zhat, groups, *arguments)
     return Softmax(*statistics[:, :n_left])
 
 
 def pair_gradient(zhat: Tensor, groups: Tensor, n_left: int | None, coefficients: Tensor, options: LossOptions) -> Tensor:
     """See :mod:`clop_kernels.backends.contract`. M is rounded to the type of the rows; float16 has room for w_i of up to 1."""
-    zhat, options = as_unit_rows(zhat), options._replace(n_views=1, n_left=n_left)
-    inputs = zhat, coefficients, *_pair_arguments(groups, options)
+    zhat, options = as_unit_rows(zhat), options.of_pairs(n_left)
+    arguments = arguments_of(options)
     if is_wide(zhat.shape[1], options.compute_dtype):
-        laid_out, loss = kernels.cuda_pair_coefficients(*inputs), _arguments(groups, None, None, options)
-        sums = _panel_sums(laid_out, zhat, options, loss, pairs_alone=True)
+        laid_out = kernels.cuda_pair_coefficients(zhat, groups, coefficients, *arguments)
+        sums = _panel_sums(laid_out, zhat, groups, options, arguments, pairs_alone=True)
         return sums.div_(FLOAT16_SCALE) if options.compute_dtype == torch.float16 else sums
-    gradient: Tensor = kernels.cuda_pair_gradient(*inputs)
+    gradient: Tensor = kernels.cuda_pair_gradient(zhat, groups, coefficients, *arguments)
     return gradient
-
-
-def _pair_arguments(groups: Tensor, options: LossOptions) -> tuple[Any, ...]:
-    """What describes pairs alone to every operator."""
-    return groups, _n_left(options), *_scale(options), allows_tf32(), options.normalize
 
 
 # ---- wide rows, csrc/cuda/wide.cuh -------------------------------------------------------------------------------------
@@ -169,52 +198,68 @@ def _panels(n_rows: int, options: LossOptions, *, once: bool) -> Iterable[tuple[
     return itertools.chain(itertools.product(left, right), () if once else itertools.product(right, left))
 
 
-def _wide_forward(embeddings: Tensor, normalized: Tensor, options: LossOptions, *loss: Any) -> tuple[Tensor, ...]:
-    """``normalized`` is written."""
-    groups, labels, prototypes, *_ = loss
-    norms, distances = kernels.cuda_prologue(
-        embeddings,
-        normalized,
-        groups[0] if options.positives == "label" else None,
-        labels,
-        prototypes,
-        options.n_views,
-        DISTANCES.index(options.distance),
-        options.normalize,
-        options.n_left is not None,
+def _wide_forward(
+    embeddings: Tensor,
+    zhat: Tensor,
+    tensors: tuple[Tensor, Tensor | None, Tensor | None],
+    options: LossOptions,
+    arguments: tuple[Any, ...],
+) -> tuple[Tensor, ...]:
+    """As :func:`_forward`."""
+    norms, distances = kernels.cuda_prologue(embeddings, zhat, *tensors, *arguments)
+    statistics = _panel_statistics(zhat, tensors[0], options, arguments)
+    value, *softmax, counts = kernels.cuda_panel_loss(statistics, distances, zhat, *tensors, *arguments)
+    return value, norms, *softmax, counts
+
+
+def _wide_backward(
+    upstream: Upstream,
+    embeddings: Tensor,
+    residuals: Residuals,
+    classes: _Classes,
+    options: LossOptions,
+    arguments: tuple[Any, ...],
+) -> tuple[Tensor, Tensor | None]:
+    """As :func:`_backward`."""
+    zhat, norms, shift, inverse_total, negative, groups, counts = residuals
+    coefficients, n_finished = kernels.cuda_coefficients(
+        upstream.weights, zhat, shift, inverse_total, negative, groups, *arguments
     )
-    statistics = _panel_statistics(normalized, options, loss)
-    value, shift, inverse_total, negative, counts = kernels.cuda_panel_loss(statistics, distances, normalized, *loss)
-    return value, norms, shift, inverse_total, negative, counts
-
-
-def _wide_backward(inputs: tuple[Any, ...], options: LossOptions, *loss: Any) -> tuple[Tensor, Tensor | None]:
-    """``inputs``: what the operators of the backward pass take before ``loss``."""
-    coefficients, n_finished = kernels.cuda_coefficients(*inputs, *loss)
-    _, _, _, zhat, *_ = inputs
-    sums = _panel_sums(coefficients, zhat, options, loss)
-    result: tuple[Tensor, Tensor | None] = kernels.cuda_panel_finish(sums, n_finished, *inputs, *loss)
+    sums = _panel_sums(coefficients, zhat, groups, options, arguments)
+    result: tuple[Tensor, Tensor | None] = kernels.cuda_panel_finish(
+        sums, n_finished, *upstream, embeddings, zhat, norms, groups, counts, *classes, *arguments
+    )
     return result
 
 
-def _panel_statistics(zhat: Tensor, options: LossOptions, loss: tuple[Any, ...], pairs_alone: bool = False) -> Tensor:
-    """(N, D) -> (4, N), the rows of Softmax in the contract; with sides, pairs alone leave those on the right out."""
+def _panel_statistics(
+    zhat: Tensor, groups: Tensor, options: LossOptions, arguments: tuple[Any, ...], pairs_alone: bool = False
+) -> Tensor:
+    """(N, D) -> (4, N), the rows of Softmax in the contract; with sides, pairs alone leave those on the right out.
+
+    Of a loss, positive_logits are sums of S_ip - log2(e) / tau.
+    """
     statistics = zhat.new_empty((4, zhat.shape[0]), dtype=torch.float32)
     for rows, columns in _panels(zhat.shape[0], options, once=pairs_alone and options.n_left is not None):
         products = _product(zhat[rows], zhat[columns].T)
-        kernels.cuda_panel_softmax(products, rows.start, columns.start, statistics, zhat, pairs_alone, *loss)
+        kernels.cuda_panel_softmax(products, rows.start, columns.start, statistics, zhat, groups, pairs_alone, *arguments)
     return statistics
 
 
 def _panel_sums(
-    coefficients: Tensor, zhat: Tensor, options: LossOptions, loss: tuple[Any, ...], pairs_alone: bool = False
+    coefficients: Tensor,
+    zhat: Tensor,
+    groups: Tensor,
+    options: LossOptions,
+    arguments: tuple[Any, ...],
+    pairs_alone: bool = False,
 ) -> Tensor:
     """sum_j M_ij zhat_j, (N, D); with sides, pairs alone are (n_left, D), one way."""
     n_results = zhat.shape[0] if options.n_left is None or not pairs_alone else options.n_left
     sums = zhat.new_zeros((n_results, zhat.shape[1]), dtype=torch.float32)
     for rows, columns in _panels(zhat.shape[0], options, once=True):
         products = _product(zhat[rows], zhat[columns].T)
-        pairs = kernels.cuda_panel_pairs(products, rows.start, columns.start, coefficients, zhat, *loss)
+        pairs = kernels.cuda_panel_pairs(products, rows.start, columns.start, coefficients, zhat, groups, *arguments)
         sums[rows] += _product(pairs, zhat[columns])
         if rows != columns and columns.start < n_results:
             sums[columns] += _product(pairs.T, zhat[rows])
@@ -235,37 +280,3 @@ def _loss_of_no_rows(embeddings: Tensor, options: LossOptions) -> tuple[Tensor, 
         unit_rows(embeddings, options.compute_dtype), of_rows, of_rows, of_rows, of_rows, groups, of_rows.new_zeros(2)
     )
     return of_rows if options.reduction == "none" else of_rows.new_zeros(()), residuals
-
-
-def _softmax(residuals: Residuals) -> tuple[Tensor, ...]:
-    r = residuals
-    return r.zhat, r.norms, r.shift, r.inverse_total, r.negative, r.counts
-
-
-def _arguments(groups: Tensor, labels: Tensor | None, prototypes: Tensor | None, options: LossOptions) -> tuple[Any, ...]:
-    """What describes a loss to every operator."""
-    return (
-        groups,
-        labels,
-        used_prototypes(prototypes, labels),
-        *_scale(options),
-        options.n_views,
-        options.prototype_weight,
-        DISTANCES.index(options.distance),
-        REDUCTIONS.index(options.reduction),
-        options.compute_dtype,
-        allows_tf32(),
-        options.normalize,
-        _n_left(options),
-        options.negatives_only,
-    )
-
-
-def _scale(options: LossOptions) -> tuple[Tensor | None, float, float]:
-    """The temperature as a tensor, or as log2(e) / temperature in two floats."""
-    tau = options.temperature
-    return (tau if isinstance(tau, Tensor) else None, *logit_scale(tau))
-
-
-def _n_left(options: LossOptions) -> int:
-    return -1 if options.n_left is None else options.n_left

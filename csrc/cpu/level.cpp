@@ -7,19 +7,19 @@ namespace clop::cpu {
 namespace CLOP_LEVEL {
 namespace {
 
-// The rows as the products see them, in T: what `normalized` holds, or a copy where that is in half precision.
+// The rows as the products see them, in T: the ones given, or a copy where those are in half precision.
 template <class T>
 struct Zhat {
-  Zhat(const Pairs& pairs, const void* normalized)
+  Zhat(const Pairs& pairs, const void* given)
       : copy(pairs.compute_dtype == kDtypeOf<T> ? 0 : pairs.n_rows * pairs.width),
         // Written to by the forward pass alone, which owns it.
-        rows(pairs.compute_dtype == kDtypeOf<T> ? const_cast<T*>(static_cast<const T*>(normalized)) : static_cast<T*>(copy)) {}
+        rows(pairs.compute_dtype == kDtypeOf<T> ? const_cast<T*>(static_cast<const T*>(given)) : static_cast<T*>(copy)) {}
 
-  // Fills the copy, for a pass that is given what `normalized` holds.
-  void read(const Pairs& pairs, const void* normalized) {
+  // Fills the copy, for a pass that is given rows that the forward pass has written.
+  void read(const Pairs& pairs, const void* given) {
     if (pairs.compute_dtype == kDtypeOf<T>) return;
     for_ranges(pairs.n_rows, 4.0 * pairs.width, pairs.n_threads, [&](int64_t begin, int64_t end, int) {
-      read_row(pairs.compute_dtype, normalized, begin * pairs.width, 1, (end - begin) * pairs.width, rows + begin * pairs.width);
+      read_row(pairs.compute_dtype, given, begin * pairs.width, 1, (end - begin) * pairs.width, rows + begin * pairs.width);
     });
   }
 
@@ -28,24 +28,24 @@ struct Zhat {
 };
 
 // The label of a position; -1 without one, or where there are no prototypes that a label could name.
-int64_t label_of(const Loss& loss, const Positions& positions, int64_t k) {
-  return loss.labels == nullptr || loss.prototypes == nullptr ? -1 : loss.labels[positions.instance(k)];
+int64_t label_of(const Loss& loss, int64_t k) {
+  return loss.labels == nullptr || loss.prototypes == nullptr ? -1 : loss.labels[instance_of(loss, row_of(loss, k))];
 }
 
 // ---- forward ---------------------------------------------------------------------------------------------------------
 
 // Reads, normalises and rounds the rows [begin, end), and measures their distances to their prototypes; 0 without a label.
 template <class T>
-void prologue(const Forward& f, const Positions& positions, int64_t begin, int64_t end, T* zhat, T* distances) {
+void prologue(const Forward& f, int64_t begin, int64_t end, T* zhat, T* distances) {
   for (int64_t k = begin; k < end; ++k) {
     T* const row = zhat + k * f.width;
-    read_row(f.dtype, f.embeddings, positions.row(k) * f.row_stride, f.column_stride, f.width, row);
+    read_row(f.dtype, f.embeddings, row_of(f, k) * f.row_stride, f.column_stride, f.width, row);
     static_cast<T*>(f.norms)[k] = f.normalize ? normalize(f.width, row) : T(norm_of(f.width, row));
     if (f.compute_dtype != kDtypeOf<T>) {
-      write_row(f.compute_dtype, f.normalized, k * f.width, f.width, row);
-      read_row(f.compute_dtype, f.normalized, k * f.width, 1, f.width, row);
+      write_row(f.compute_dtype, f.zhat, k * f.width, f.width, row);
+      read_row(f.compute_dtype, f.zhat, k * f.width, 1, f.width, row);
     }
-    const int64_t label = label_of(f, positions, k);
+    const int64_t label = label_of(f, k);
     distances[k] = label < 0 ? 0 : distance_to(f.distance, f.width, row, static_cast<const T*>(f.prototypes) + label * f.width);
   }
 }
@@ -53,8 +53,8 @@ void prologue(const Forward& f, const Positions& positions, int64_t begin, int64
 // Whether row k is in A: it has positives, or, where those are no pairs, it has negatives. A NaN has, so that it shows.
 // `total`: of its softmax, or the inverse of that.
 template <class T>
-bool is_anchor(const Loss& loss, const Positions& positions, int64_t k, T total) {
-  return loss.negatives_only ? total != 0 : positions.n_positives(k) > 0;
+bool is_anchor(const Loss& loss, int64_t k, T total) {
+  return loss.negatives_only ? total != 0 : positives_of(loss, run_of(loss, k)) > 0;
 }
 
 // lse_i - mean_p s_ip, in a form that cancels only what the inputs' rounding has left.
@@ -69,11 +69,10 @@ double contrastive_term(Softmax<T>& softmax, int64_t row, int64_t n_positives) {
 template <class T>
 void forward(const Forward& f) {
   const int64_t n = f.n_rows;
-  const Positions positions(f);
-  Zhat<T> zhat(f, f.normalized);
+  Zhat<T> zhat(f, f.zhat);
   Buffer<T> distances(n);
   for_ranges(n, 10.0 * f.width, f.n_threads,
-             [&](int64_t begin, int64_t end, int) { prologue<T>(f, positions, begin, end, zhat.rows, distances); });
+             [&](int64_t begin, int64_t end, int) { prologue<T>(f, begin, end, zhat.rows, distances); });
   Softmax<T> softmax(n);
   {
     Rows<T> rows(f, zhat.rows, static_cast<const T*>(f.norms), /*with_panels=*/false);
@@ -86,10 +85,10 @@ void forward(const Forward& f) {
     for (int64_t k = begin; k < end; ++k) {
       static_cast<T*>(f.shift)[k] = softmax.shift[k];
       static_cast<T*>(f.negative)[k] = T(softmax.negative[k]);
-      const bool in_loss = is_anchor(f, positions, k, total_of(k));
+      const bool in_loss = is_anchor(f, k, total_of(k));
       static_cast<T*>(f.inverse_total)[k] = in_loss ? 1 / total_of(k) : 0;
       if (in_loss) {
-        contrastive[k] = contrastive_term(softmax, k, f.negatives_only ? 0 : positions.n_positives(k));
+        contrastive[k] = contrastive_term(softmax, k, positives_of(f, run_of(f, k)));
         continue;
       }
       // A plain zero, unless the row holds a NaN or an Inf, which must stay visible.
@@ -100,8 +99,8 @@ void forward(const Forward& f) {
 
   double n_anchors = 0, n_labelled = 0, contrastive_sum = 0, distance_sum = 0;
   for (int64_t k = 0; k < n; ++k) {
-    n_anchors += is_anchor(f, positions, k, total_of(k));
-    n_labelled += label_of(f, positions, k) >= 0;
+    n_anchors += is_anchor(f, k, total_of(k));
+    n_labelled += label_of(f, k) >= 0;
     contrastive_sum += contrastive[k];
     distance_sum += distances[k];
   }
@@ -117,7 +116,7 @@ void forward(const Forward& f) {
       *loss = T(contrastive_sum + f.prototype_weight * distance_sum);
       break;
     case Reduction::none:
-      for (int64_t k = 0; k < n; ++k) loss[positions.row(k)] = T(contrastive[k] + f.prototype_weight * distances[k]);
+      for (int64_t k = 0; k < n; ++k) loss[row_of(f, k)] = T(contrastive[k] + f.prototype_weight * distances[k]);
       break;
   }
 }
@@ -128,7 +127,7 @@ void forward(const Forward& f) {
 template <class T>
 class Upstream {
  public:
-  Upstream(const Backward& b, const Positions& positions) : b_(b), positions_(positions), shares_{1, 1} {
+  explicit Upstream(const Backward& b) : b_(b), shares_{1, 1} {
     if (b.reduction != Reduction::mean) return;
     for (int term = 0; term < 2; ++term) {
       const double count = static_cast<const T*>(b.counts)[term];
@@ -136,34 +135,34 @@ class Upstream {
     }
   }
   double contrastive(int64_t k) const {
-    return is_anchor(b_, positions_, k, static_cast<const T*>(b_.inverse_total)[k]) ? of(k) * shares_[0] : 0.0;
+    return is_anchor(b_, k, static_cast<const T*>(b_.inverse_total)[k]) ? of(k) * shares_[0] : 0.0;
   }
-  double prototype(int64_t k) const { return label_of(b_, positions_, k) >= 0 ? of(k) * shares_[1] * b_.prototype_weight : 0.0; }
+  double prototype(int64_t k) const { return label_of(b_, k) >= 0 ? of(k) * shares_[1] * b_.prototype_weight : 0.0; }
 
  private:
   double of(int64_t k) const {
-    return static_cast<const T*>(b_.grad_loss)[b_.reduction == Reduction::none ? positions_.row(k) : 0];
+    return static_cast<const T*>(b_.grad_loss)[b_.reduction == Reduction::none ? row_of(b_, k) : 0];
   }
   const Backward& b_;
-  const Positions& positions_;
   double shares_[2];
 };
 
 template <class T>
-void set_weights(const Backward& b, const Positions& positions, const Upstream<T>& upstream, Weights<T>& weights) {
+void set_coefficients(const Backward& b, const Upstream<T>& upstream, Coefficients<T>& coefficients) {
   for (int64_t k = 0; k < b.n_rows; ++k) {
     const double w = upstream.contrastive(k), a = w * static_cast<const T*>(b.inverse_total)[k];
-    const int64_t n_positives = positions.n_positives(k);
-    weights.a[k] = T(a);
-    weights.b[k] = n_positives == 1 ? 0 : T(a);
-    weights.c[k] = n_positives == 1 ? T(a * static_cast<const T*>(b.negative)[k]) : n_positives > 1 ? T(w / double(n_positives)) : 0;
-    weights.shift[k] = static_cast<const T*>(b.shift)[k];
+    const int64_t n_positives = positives_of(b, run_of(b, k));
+    const T negative = static_cast<const T*>(b.negative)[k];
+    coefficients.a[k] = T(a);
+    coefficients.b[k] = n_positives == 1 ? 0 : T(a);
+    coefficients.c[k] = n_positives == 1 ? T(a * negative) : n_positives > 1 ? T(w / double(n_positives)) : 0;
+    coefficients.shift[k] = static_cast<const T*>(b.shift)[k];
   }
 }
 
 // From sum_j M_ij zhat_j to the gradient of the raw row, in `row`; returns zhat . d L_con / d zhat, the temperature's share.
 template <class T>
-double epilogue(const Backward& b, T norm, const T* zhat, const T* target, double pull, T* row) {
+double finish_row(const Backward& b, T norm, const T* zhat, const T* target, double pull, T* row) {
   double share = 0;  // in double, for the rows' shares cancel
   if (b.grad_temperature != nullptr)
     for (int64_t d = 0; d < b.width; ++d) share += double(zhat[d]) * double(row[d]);
@@ -175,15 +174,13 @@ double epilogue(const Backward& b, T norm, const T* zhat, const T* target, doubl
     for (int64_t d = 0; d < b.width; ++d) row[d] += T(pull) * distance_gradient(b.distance, length, zhat[d], target[d]);
   }
   if (!b.normalize) return share;
-  // zhat = z / max(|z|, kEps): the norm takes the radial part out of the gradient, where it is not below kEps.
-  const bool is_tiny = norm < T(kEps);
-  const T radial = is_tiny ? 0 : dot(b.width, zhat, row), divisor = is_tiny ? T(kEps) : norm;
-  constexpr T kLargestFloat16 = 65504;
+  // zhat = z / max(|z|, kEps<T>): the norm takes the radial part out of the gradient, where it is not below kEps.
+  const bool is_tiny = norm < kEps<T>;
+  const T radial = is_tiny ? 0 : dot(b.width, zhat, row), divisor = is_tiny ? kEps<T> : norm;
   for (int64_t d = 0; d < b.width; ++d) {
     T x = (row[d] - radial * zhat[d]) / divisor;
-    // 1 / kEps is beyond float16. A row of zeros gets the largest gradient there is, not an infinity that would cost every
-    // step; any other row's overflow stays infinite, for a gradient scaler to see.
-    if (is_tiny && b.dtype == Dtype::float16) x = x > kLargestFloat16 ? kLargestFloat16 : x < -kLargestFloat16 ? -kLargestFloat16 : x;
+    if (is_tiny && b.dtype == Dtype::float16)
+      x = x > kLargestFloat16<T> ? kLargestFloat16<T> : x < -kLargestFloat16<T> ? -kLargestFloat16<T> : x;
     row[d] = x;
   }
   return share;
@@ -191,20 +188,20 @@ double epilogue(const Backward& b, T norm, const T* zhat, const T* target, doubl
 
 // Each thread has columns of its own and goes through all rows, so that the sums need no locks and have one order.
 template <class T>
-void prototype_gradient(const Backward& b, const Positions& positions, const Upstream<T>& upstream, const T* zhat) {
+void prototype_gradient(const Backward& b, const Upstream<T>& upstream, const T* zhat) {
   T* const grad = static_cast<T*>(b.grad_prototypes);
   const T* const prototypes = static_cast<const T*>(b.prototypes);
-  std::memset(grad, 0, b.n_prototypes * b.width * sizeof(T));
+  std::memset(grad, 0, b.n_classes * b.width * sizeof(T));
   Buffer<T> lengths(b.distance == Distance::euclidean ? b.n_rows : 0);
   if (b.distance == Distance::euclidean)
     for_ranges(b.n_rows, 4.0 * b.width, b.n_threads, [&](int64_t begin, int64_t end, int) {
       for (int64_t k = begin; k < end; ++k)
-        if (const int64_t label = label_of(b, positions, k); label >= 0)
+        if (const int64_t label = label_of(b, k); label >= 0)
           lengths[k] = distance_to(b.distance, b.width, zhat + k * b.width, prototypes + label * b.width);
     });
   for_ranges(b.width, 10.0 * b.n_rows, b.n_threads, [&](int64_t begin, int64_t end, int) {
     for (int64_t k = 0; k < b.n_rows; ++k) {
-      const int64_t label = label_of(b, positions, k);
+      const int64_t label = label_of(b, k);
       if (label < 0) continue;
       const T pull = T(upstream.prototype(k)), length = b.distance == Distance::euclidean ? lengths[k] : T(0);
       for (int64_t d = begin; d < end; ++d) {
@@ -219,30 +216,30 @@ void prototype_gradient(const Backward& b, const Positions& positions, const Ups
 template <class T>
 void backward(const Backward& b) {
   const int64_t n = b.n_rows;
-  const Positions positions(b);
-  const Upstream<T> upstream(b, positions);
-  Zhat<T> zhat(b, b.normalized);
-  zhat.read(b, b.normalized);
-  if (b.grad_prototypes != nullptr) prototype_gradient<T>(b, positions, upstream, zhat.rows);
+  const Upstream<T> upstream(b);
+  Zhat<T> zhat(b, b.zhat);
+  zhat.read(b, b.zhat);
+  if (b.grad_prototypes != nullptr) prototype_gradient<T>(b, upstream, zhat.rows);
   if (b.grad_embeddings == nullptr && b.grad_temperature == nullptr) return;
 
   const int64_t padded_width = round_up(b.width, kWidthColumns<T>);
   Buffer<T> grad(n * padded_width);
   {
     Rows<T> rows(b, zhat.rows, static_cast<const T*>(b.norms), /*with_panels=*/true);
-    Weights<T> weights(rows.padded_rows);
-    set_weights<T>(b, positions, upstream, weights);
-    gradient_of_pairs<T>(rows, b.n_threads, weights, grad);
+    Coefficients<T> coefficients(rows.padded_rows);
+    set_coefficients<T>(b, upstream, coefficients);
+    gradient_of_pairs<T>(rows, b.n_threads, coefficients, grad);
   }
 
   Buffer<double> shares(n);
   for_ranges(n, 12.0 * b.width, b.n_threads, [&](int64_t begin, int64_t end, int) {
     for (int64_t k = begin; k < end; ++k) {
       T* const row = grad + k * padded_width;
-      const int64_t label = label_of(b, positions, k);
+      const int64_t label = label_of(b, k);
       const T* const target = label < 0 ? nullptr : static_cast<const T*>(b.prototypes) + label * b.width;
-      shares[k] = epilogue<T>(b, static_cast<const T*>(b.norms)[k], zhat.rows + k * b.width, target, upstream.prototype(k), row);
-      if (b.grad_embeddings != nullptr) write_row(b.dtype, b.grad_embeddings, positions.row(k) * b.width, b.width, row);
+      const T norm = static_cast<const T*>(b.norms)[k];
+      shares[k] = finish_row<T>(b, norm, zhat.rows + k * b.width, target, upstream.prototype(k), row);
+      if (b.grad_embeddings != nullptr) write_row(b.dtype, b.grad_embeddings, row_of(b, k) * b.width, b.width, row);
     }
   });
   if (b.grad_temperature == nullptr) return;
@@ -274,14 +271,14 @@ void pair_gradient(const PairGradient& p) {
   Zhat<T> zhat(p, p.zhat);
   zhat.read(p, p.zhat);
   Rows<T> rows(p, zhat.rows, /*norms=*/nullptr, /*with_panels=*/true);
-  Weights<T> weights(rows.padded_rows);
-  T* const parts[] = {weights.a, weights.b, weights.c, weights.shift};
+  Coefficients<T> coefficients(rows.padded_rows);
+  T* const parts[] = {coefficients.a, coefficients.b, coefficients.c, coefficients.shift};
   for (int k = 0; k < 4; ++k) std::memcpy(parts[k], static_cast<const T*>(p.coefficients) + k * p.n_rows, p.n_rows * sizeof(T));
 
   // The result itself is summed into, unless the kernel's rows are wider.
   Buffer<T> padded(rows.padded_width > p.width ? rows.n_results * rows.padded_width : 0);
   T *const grad = static_cast<T*>(p.grad), *const sums = rows.padded_width > p.width ? static_cast<T*>(padded) : grad;
-  gradient_of_pairs<T>(rows, p.n_threads, weights, sums);
+  gradient_of_pairs<T>(rows, p.n_threads, coefficients, sums);
   for (int64_t k = 0; sums != grad && k < rows.n_results; ++k)
     std::memcpy(grad + k * p.width, sums + k * rows.padded_width, p.width * sizeof(T));
 }

@@ -1,59 +1,52 @@
 // What the passes of the loss are given, and the SIMD levels that compute them. Knows no torch.
 //
 // Tensors come as pointers. N rows, D wide; B = N / n_views instances; K prototypes. T is double where compute_dtype is
-// Dtype::float64, else float. "Position" is an index into the rows as sorted by group; see clop_kernels/groups.py.
+// Dtype::float64, else float. A position is an index into the rows as sorted by group; see clop_kernels/groups.py.
 #pragma once
 
 #include <cstdint>
 
+#include "../common/options.h"
+
 namespace clop::cpu {
 
-enum class Dtype { float64, float32, float16, bfloat16 };
+using Number = double;
 
-// In the order of DISTANCES and REDUCTIONS in clop_kernels/backends/contract.py.
-enum class Distance { cosine, euclidean, manhattan };
-enum class Reduction { mean, sum, none };
+// What each option means: LossOptions in clop_kernels/backends/contract.py.
+struct Options {
+  CLOP_OPTIONS(CLOP_FIELD)
+  CLOP_CPU_SETTINGS(CLOP_FIELD)  // tile_rows: the side of a tile, rounded up to what the kernels can take; 0: theirs to choose
+};
 
 // Which rows are compared, and how: what the passes over pairs need to know of a loss.
-struct Pairs {
-  int64_t n_rows, width, n_views;
-  Dtype compute_dtype;    // what the rows zhat are rounded to
+struct Pairs : Options {
+  int64_t n_rows, width;
   const int32_t* groups;  // (3, N): order, starts, ends. Null: the views of an instance are a group, one view a side if there are
-  double temperature;
-  bool normalize;       // whether zhat is z / max(|z|, kEps), or z itself
-  int64_t n_left;       // rows of the left side, which come first and are compared with the others only; -1: there are no sides
-  bool one_way;         // of two sides only the left one gets results
-  bool negatives_only;  // positives are no pairs, and a row's term is its log-sum-exp
-  int64_t tile_rows;    // the side of a tile, rounded up to what the kernels can take; 0: theirs to choose
-  int n_threads;
+  bool is_one_way;        // of two sides only the left one gets results
 
-  int64_t n_results() const { return one_way ? n_left : n_rows; }
+  int64_t n_results() const { return is_one_way ? n_left : n_rows; }
 };
 
 struct Loss : Pairs {
-  int64_t n_prototypes;
   Dtype dtype;             // of the embeddings and of their gradient
   const int64_t* labels;   // (B,), or null
   const void* prototypes;  // (K, D) T, or null
-  double prototype_weight;
-  Distance distance;
-  Reduction reduction;
+  int64_t n_classes;       // K
 };
 
 struct Forward : Loss {
   const void* embeddings;
   int64_t row_stride, column_stride;  // in elements
   // Results; Residuals in clop_kernels/backends/contract.py says what they are. Rows in the order of their positions.
-  void* loss;        // T, () or with Reduction::none (N,), in the order of the embeddings
-  void* normalized;  // (N, D) compute_dtype
+  void* loss;                                      // T, () or with Reduction::none (N,), in the order of the embeddings
+  void* zhat;                                      // (N, D) compute_dtype
   void *norms, *shift, *inverse_total, *negative;  // (N,) T
-  void* counts;                            // (2,) T
+  void* counts;                                    // (2,) T
 };
 
 struct Backward : Loss {
-  const void* grad_loss;   // T, () or (N,)
-  const void* normalized;  // as Forward left them
-  const void *norms, *shift, *inverse_total, *negative, *counts;
+  const void* grad_loss;  // T, () or (N,)
+  const void *zhat, *norms, *shift, *inverse_total, *negative, *counts;  // as Forward left them
   // Results; null where not asked for.
   void* grad_embeddings;   // (N, D) dtype, contiguous
   void* grad_temperature;  // () T

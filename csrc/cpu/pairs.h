@@ -33,12 +33,6 @@
 namespace clop::cpu {
 namespace CLOP_LEVEL {
 
-// Room for sums over 2^38 rows: exp(60) 2^38 is below exp(88), the end of float; double ends at exp(709).
-template <class T>
-constexpr double kLargestUnshiftedLogit = sizeof(T) == 8 ? 600.0 : 60.0;
-
-constexpr double kLog2E = 1.4426950408889634;
-
 // A shift that no similarity reaches, and finite, so that no infinities are subtracted.
 template <class T>
 constexpr T kNoShift = sizeof(T) == 8 ? T(-1e300) : T(-1e38);
@@ -120,13 +114,13 @@ struct Rows {
   Rows(const Pairs& pairs, const T* zhat, const T* norms, bool with_panels)
       : n_rows(pairs.n_rows),
         n_results(pairs.n_results()),
-        one_way(pairs.one_way),
+        is_one_way(pairs.is_one_way),
         width(pairs.width),
         padded_width(round_up(width, kWidthColumns<T>)),
         blocks(n_rows, pairs.n_left, tile_side<T>(n_rows, pairs.tile_rows)),
         padding_of_left(pairs.n_left < 0 ? 0 : round_up(pairs.n_left, kPairColumns<T>) - pairs.n_left),
         padded_rows(round_up(n_rows + padding_of_left, kPairColumns<T>)),
-        has_pairs(pairs.groups != nullptr || pairs.n_views > 1 || pairs.negatives_only),
+        has_pairs(clop::has_pairs(pairs)),
         unshifted(fits_unshifted(pairs, norms)),
         scale(kLog2E / pairs.temperature),
         negatives_only(pairs.negatives_only),
@@ -136,14 +130,16 @@ struct Rows {
         transposed(padded_rows * width),
         panels(with_panels ? padded_rows * padded_width : 0) {
     if (!has_pairs) return;
-    const Positions positions(pairs);
     for_ranges(blocks.count, 20.0 * blocks.side * width, pairs.n_threads, [&](int64_t first, int64_t last, int) {
       for (int64_t b = first; b < last; ++b) {
         const int64_t begin = blocks.begin(b), end = blocks.end(b);
-        for (int64_t i = begin; i < end && i < n_results; ++i) starts[i] = positions.start(i), ends[i] = positions.end(i);
+        for (int64_t i = begin; i < end && i < n_results; ++i) {
+          const RunOf<int64_t> run = run_of(pairs, i);
+          starts[i] = int32_t(run.start), ends[i] = int32_t(run.end);
+        }
         const bool is_columns = b >= blocks.n_left;  // left blocks never are: only M^T, if not one way, meets them
         if (is_columns) pack_transposed<T>(begin, end, width, zhat, unshifted ? scale : 1, transposed + slot(b) * width);
-        if (with_panels && (is_columns || !one_way)) pack_panels<T>(begin, end, width, zhat, panel_size(b), panels_of(b));
+        if (with_panels && (is_columns || !is_one_way)) pack_panels<T>(begin, end, width, zhat, panel_size(b), panels_of(b));
       }
     });
   }
@@ -177,7 +173,7 @@ struct Rows {
   }
 
   const int64_t n_rows, n_results;
-  const bool one_way;
+  const bool is_one_way;
   const int64_t width, padded_width;
   const Blocks blocks;
   const int64_t padding_of_left, padded_rows;
@@ -404,7 +400,7 @@ void softmax_of_pairs(Rows<T>& rows, int n_threads, Softmax<T>& softmax) {
   n_threads = threads_for(double(rows.n_rows) * rows.n_rows * (rows.width + 16), n_threads);
   Scratch<T> tiles(n_threads, side * columns), sums(n_threads, TileSums<T>::size(side));
   Turns turns(rows.blocks.count);
-  const auto add_tile = rows.one_way ? softmax_tile<T, true> : softmax_tile<T, false>;
+  const auto add_tile = rows.is_one_way ? softmax_tile<T, true> : softmax_tile<T, false>;
   for_tiles(rows, n_threads, [&](Blocks::Task task, int thread) {
     add_tile(rows, task, turns, tiles.of(thread), TileSums<T>(side, sums.of(thread)), softmax);
   });
@@ -415,8 +411,8 @@ void softmax_of_pairs(Rows<T>& rows, int n_threads, Softmax<T>& softmax) {
 // What M is made of, a number a row, padded with zeros: of a positive pair it is 2^S (b_i + b_j) - (c_i + c_j), of any other
 // 2^S (a_i + a_j).
 template <class T>
-struct Weights {
-  explicit Weights(int64_t padded_rows) : a(padded_rows), b(padded_rows), c(padded_rows), shift(padded_rows) {
+struct Coefficients {
+  explicit Coefficients(int64_t padded_rows) : a(padded_rows), b(padded_rows), c(padded_rows), shift(padded_rows) {
     for (int64_t row = 0; row < padded_rows; ++row) a[row] = b[row] = c[row] = shift[row] = 0;
   }
   Buffer<T> a, b, c, shift;
@@ -424,14 +420,14 @@ struct Weights {
 
 // A panel of S, in place, becomes one of M.
 template <class T, bool kMasked, bool kShifted>
-void weigh_panel(Rows<T>& rows, int64_t i_block, int64_t column, Weights<T>& weights, T* s) {
+void weigh_panel(Rows<T>& rows, int64_t i_block, int64_t column, Coefficients<T>& coefficients, T* s) {
   constexpr int kL = kLanes<T>, kP = kPairColumns<T>;
   const int64_t begin = rows.blocks.begin(i_block), count = rows.blocks.rows(i_block);
   Vec<T> a[kPairVectors], b[kPairVectors], c[kPairVectors], shift[kPairVectors];
   for (int v = 0; v < kPairVectors; ++v) {
-    a[v] = load(weights.a + column + v * kL);
-    if (kMasked) b[v] = load(weights.b + column + v * kL), c[v] = load(weights.c + column + v * kL);
-    if (kShifted) shift[v] = load(weights.shift + column + v * kL);
+    a[v] = load(coefficients.a + column + v * kL);
+    if (kMasked) b[v] = load(coefficients.b + column + v * kL), c[v] = load(coefficients.c + column + v * kL);
+    if (kShifted) shift[v] = load(coefficients.shift + column + v * kL);
   }
   for (int64_t i = 0; i < count; ++i) {
     const int64_t row = begin + i;
@@ -441,17 +437,17 @@ void weigh_panel(Rows<T>& rows, int64_t i_block, int64_t column, Weights<T>& wei
       const Vec<T> logits = load(at);
       Vec<T> m, of_positive;
       if (kShifted) {
-        const Vec<T> of_row = exp2_or_zero<T>(logits - weights.shift[row]), of_column = exp2_or_zero<T>(logits - shift[v]);
-        m = of_row * weights.a[row] + of_column * a[v];
-        if (kMasked) of_positive = of_row * weights.b[row] + of_column * b[v];
+        const Vec<T> of_row = exp2_or_zero<T>(logits - coefficients.shift[row]), of_column = exp2_or_zero<T>(logits - shift[v]);
+        m = of_row * coefficients.a[row] + of_column * a[v];
+        if (kMasked) of_positive = of_row * coefficients.b[row] + of_column * b[v];
       } else {
         const Vec<T> power = exp2<T>(logits);
-        m = power * (weights.a[row] + a[v]);
-        if (kMasked) of_positive = power * (weights.b[row] + b[v]);
+        m = power * (coefficients.a[row] + a[v]);
+        if (kMasked) of_positive = power * (coefficients.b[row] + b[v]);
       }
       if (kMasked) {
         const Masks<T> mask(rows, row, column + v * kL);
-        m = mask.positive ? of_positive - (weights.c[row] + c[v]) : m;
+        m = mask.positive ? of_positive - (coefficients.c[row] + c[v]) : m;
         m = mask.valid ? m : Vec<T>{};
       }
       store(at, m);
@@ -460,7 +456,7 @@ void weigh_panel(Rows<T>& rows, int64_t i_block, int64_t column, Weights<T>& wei
 }
 
 template <class T>
-void gradient_tile(Rows<T>& rows, Blocks::Task task, Turns& turns, Weights<T>& weights, T* m, T* grad) {
+void gradient_tile(Rows<T>& rows, Blocks::Task task, Turns& turns, Coefficients<T>& coefficients, T* m, T* grad) {
   constexpr int kP = kPairColumns<T>;
   const Blocks& blocks = rows.blocks;
   const auto [i, j, round] = task;
@@ -471,14 +467,14 @@ void gradient_tile(Rows<T>& rows, Blocks::Task task, Turns& turns, Weights<T>& w
   for (int64_t local = 0; local < columns; local += kP) {
     T* const panel = m + local * count;
     rows.similarities_of(i, j, local, panel);
-    weigh(rows, i, blocks.begin(j) + local, weights, panel);
+    weigh(rows, i, blocks.begin(j) + local, coefficients, panel);
   }
 
   const int64_t width = rows.padded_width;
   turns.wait(i, blocks.turn(i, round));
   add_to_rows<T>(count, columns / kP, m_panel, m, width, rows.panel_size(j), rows.panels_of(j), grad + blocks.begin(i) * width);
   turns.pass(i);
-  if (rows.one_way || i == j) return;
+  if (rows.is_one_way || i == j) return;
   turns.wait(j, blocks.turn(j, round));
   add_to_columns<T>(count, blocks.rows(j), m_panel, m, width, rows.panel_size(i), rows.panels_of(i),
                     grad + blocks.begin(j) * width);
@@ -487,7 +483,7 @@ void gradient_tile(Rows<T>& rows, Blocks::Task task, Turns& turns, Weights<T>& w
 
 // The backward pass over pairs: grad = sum_{j != i} M_ij zhat_j, (n_results, padded_width).
 template <class T>
-void gradient_of_pairs(Rows<T>& rows, int n_threads, Weights<T>& weights, T* grad) {
+void gradient_of_pairs(Rows<T>& rows, int n_threads, Coefficients<T>& coefficients, T* grad) {
   if (rows.n_rows == 0) return;
   std::memset(grad, 0, rows.n_results * rows.padded_width * sizeof(T));
   if (!rows.has_pairs) return;
@@ -496,7 +492,7 @@ void gradient_of_pairs(Rows<T>& rows, int n_threads, Weights<T>& weights, T* gra
   Scratch<T> tiles(n_threads, side * side);
   Turns turns(rows.blocks.count);
   for_tiles(rows, n_threads,
-            [&](Blocks::Task task, int thread) { gradient_tile(rows, task, turns, weights, tiles.of(thread), grad); });
+            [&](Blocks::Task task, int thread) { gradient_tile(rows, task, turns, coefficients, tiles.of(thread), grad); });
 }
 
 }  // namespace CLOP_LEVEL

@@ -1,14 +1,14 @@
 // What is done row by row, O(N D): reading and normalising embeddings, distances to prototypes, and the way back.
 #pragma once
 
+#include "../common/constants.h"
+#include "../common/positions.h"
 #include "loss.h"
 #include "parallel.h"
 #include "simd.h"
 
 namespace clop::cpu {
 namespace CLOP_LEVEL {
-
-constexpr double kEps = 1e-12;  // the smallest norm that a row is divided by
 
 // ---- dtypes ----------------------------------------------------------------------------------------------------------
 
@@ -159,10 +159,10 @@ inline double norm_of(int64_t width, const float* row) {
 
 inline double norm_of(int64_t width, const double* row) { return __builtin_sqrt(dot(width, row, row)); }
 
-// row -> row / max(|row|, kEps) in place; returns |row|. The quotient of a float is rounded once: an error of the norm would be
+// row -> row / max(|row|, kEps<double>) in place; returns |row|. The quotient of a float is rounded once: an error of the norm would be
 // one of the same sign in all similarities of the row.
 inline float normalize(int64_t width, float* row) {
-  const double norm = norm_of(width, row), scale = 1 / (norm < kEps ? kEps : norm);
+  const double norm = norm_of(width, row), scale = 1 / (norm < kEps<double> ? kEps<double> : norm);
   for (int64_t k = 0; k < width; ++k) row[k] = float(row[k] * scale);
   return float(norm);
 }
@@ -170,10 +170,10 @@ inline float normalize(int64_t width, float* row) {
 // A double is scaled by the row's largest entry first: any finite row has a finite direction.
 inline double normalize(int64_t width, double* row) {
   double largest = largest_entry(width, row);
-  if (largest < kEps) largest = kEps;
+  if (largest < kEps<double>) largest = kEps<double>;
   for (int64_t k = 0; k < width; ++k) row[k] /= largest;
   const double norm = norm_of(width, row);
-  const double floor = kEps / largest, divisor = norm < floor ? floor : norm;
+  const double floor = kEps<double> / largest, divisor = norm < floor ? floor : norm;
   for (int64_t k = 0; k < width; ++k) row[k] /= divisor;
   return norm * largest;
 }
@@ -198,34 +198,6 @@ T distance_gradient(Distance distance, T length, T zhat, T target) {
   if (distance == Distance::euclidean) return length > 0 ? offset / length : offset;
   return offset > 0 ? T(1) : offset < 0 ? T(-1) : offset;
 }
-
-// The rows as sorted by group: which input row each position holds, and the run [start, end) of positions of its positives,
-// which holds the position itself if there are no sides.
-class Positions {
- public:
-  explicit Positions(const Pairs& pairs) : pairs_(pairs), n_instances_(pairs.n_rows / pairs.n_views) {}
-
-  int64_t row(int64_t position) const {
-    if (pairs_.groups != nullptr) return pairs_.groups[position];
-    if (pairs_.n_left >= 0) return position;
-    return position % pairs_.n_views * n_instances_ + position / pairs_.n_views;
-  }
-  int64_t start(int64_t position) const {
-    if (pairs_.groups != nullptr) return pairs_.groups[pairs_.n_rows + position];
-    if (pairs_.n_left >= 0) return position < pairs_.n_left ? position + pairs_.n_left : position - pairs_.n_left;
-    return position - position % pairs_.n_views;
-  }
-  int64_t end(int64_t position) const {
-    if (pairs_.groups != nullptr) return pairs_.groups[2 * pairs_.n_rows + position];
-    return start(position) + (pairs_.n_left >= 0 ? 1 : pairs_.n_views);
-  }
-  int64_t n_positives(int64_t position) const { return end(position) - start(position) - (pairs_.n_left >= 0 ? 0 : 1); }
-  int64_t instance(int64_t position) const { return row(position) % n_instances_; }
-
- private:
-  const Pairs& pairs_;
-  int64_t n_instances_;
-};
 
 }  // namespace CLOP_LEVEL
 }  // namespace clop::cpu

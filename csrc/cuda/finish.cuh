@@ -15,10 +15,7 @@
 
 namespace clop::cuda {
 
-constexpr float kLargestFloat16 = 65504.0f;
-
-// float16 ends at 6e-8 and 65504, and M is at most 2.
-__device__ inline float scale_of_m(Dtype compute_dtype) { return compute_dtype == Dtype::float16 ? 16384.0f : 1.0f; }
+__device__ inline float scale_of_m(Dtype compute_dtype) { return compute_dtype == Dtype::float16 ? kFloat16Scale : 1.0f; }
 
 // d distance / d zhat in one column, for the distance that is not linear in it.
 __device__ inline float manhattan_gradient(float unit, float target) {
@@ -31,36 +28,37 @@ __device__ void store_row(void* to, int64_t offset, Row& row) {
   row.for_each([&](int column, float& g, float) { round_to(static_cast<T*>(to)[offset + column], g); });
 }
 
-// The gradient of zhat = z / max(|z|, kEps) to that of z, in place.
+// The gradient of zhat = z / max(|z|, kEps<float>) to that of z, in place.
 template <class Row>
 __device__ void project_row(float norm, Dtype dtype, Row& row) {
   // The norm takes the radial part out of the gradient, where it is not below kEps.
-  const bool is_tiny = norm < kEps;
+  const bool is_tiny = norm < kEps<float>;
   float radial = 0.0f;
   row.for_each([&](int, float& g, float zhat) { radial += g * zhat; });
   radial = row.sum(radial);
   radial = is_tiny ? 0.0f : radial;
-  // 1 / kEps is beyond float16. A row of zeros gets the largest gradient there is, not an infinity that would cost every step;
-  // any other row's overflow stays infinite, for a gradient scaler to see.
-  const float inverse = 1.0f / (is_tiny ? kEps : norm);
-  const float largest = is_tiny && dtype == Dtype::float16 ? kLargestFloat16 : __int_as_float(0x7f800000);
+  const float inverse = 1.0f / (is_tiny ? kEps<float> : norm);
+  const float largest = is_tiny && dtype == Dtype::float16 ? kLargestFloat16<float> : __int_as_float(0x7f800000);
   row.for_each([&](int, float& g, float zhat) {
     g = (g - radial * zhat) * inverse;
     g = g > largest ? largest : g < -largest ? -largest : g;
   });
 }
 
-// Stores the row's gradient, and returns its share of the temperature's. Of pairs alone it stores the sum.
+// Stores the row's sum, without the scale of M.
+template <class Row>
+__device__ void finish_sum(const PairGradient& p, int position, Row& row) {
+  const float unit = 1.0f / scale_of_m(p.compute_dtype);
+  row.for_each([&](int, float& g, float) { g *= unit; });
+  store_row<float>(p.sums, int64_t(position) * p.width, row);
+}
+
+// Stores the row's gradient, and returns its share of the temperature's.
 template <class Row>
 __device__ float finish_row(const Backward& p, const Scale& scale, int position, Row& row) {
-  if (p.pairs_alone) {
-    const float unit = 1.0f / scale_of_m(p.compute_dtype);
-    row.for_each([&](int, float& g, float) { g *= unit; });
-    store_row<float>(p.sums, int64_t(position) * p.width, row);
-    return 0.0f;
-  }
   const float inverse_temperature = (scale.value + scale.rest) * kLn2, upstream = *p.upstream;
-  float of_contrastive = upstream * inverse_temperature / scale_of_m(p.compute_dtype), pull = upstream * p.prototype_weight;
+  float of_contrastive = upstream * inverse_temperature / scale_of_m(p.compute_dtype);
+  float pull = upstream * read(p.prototype_weight);
   if (p.reduction == Reduction::mean) {
     of_contrastive /= fmaxf(p.counts[0], 1.0f);
     pull /= fmaxf(p.counts[1], 1.0f);
@@ -73,8 +71,8 @@ __device__ float finish_row(const Backward& p, const Scale& scale, int position,
   dot = row.sum(dot);
   const float share = -0.5f * inverse_temperature * dot;
 
-  const int64_t row_index = row_of(p, position);
-  const int64_t label = p.prototypes != nullptr ? p.labels[row_index % (p.n_rows / p.n_views)] : -1;
+  const int row_index = row_of(p, position);
+  const int64_t label = p.prototypes != nullptr ? p.labels[instance_of(p, row_index)] : -1;
   if (label >= 0) {
     const float* const target = p.prototypes + (label < p.n_classes ? label : p.n_classes - 1) * p.width;
     if (p.weights != nullptr) pull *= p.weights[position];
@@ -95,14 +93,16 @@ __device__ float finish_row(const Backward& p, const Scale& scale, int position,
   if (p.normalize) project_row(p.norms[position], p.dtype, row);
   const int64_t offset = row_index * p.width;
   switch (p.dtype) {
+    case Dtype::float64:
+      break;  // no tensor here is
     case Dtype::float32:
-      store_row<float>(p.grad_z, offset, row);
+      store_row<float>(p.grad_embeddings, offset, row);
       break;
     case Dtype::float16:
-      store_row<__half>(p.grad_z, offset, row);
+      store_row<__half>(p.grad_embeddings, offset, row);
       break;
     case Dtype::bfloat16:
-      store_row<__nv_bfloat16>(p.grad_z, offset, row);
+      store_row<__nv_bfloat16>(p.grad_embeddings, offset, row);
       break;
   }
   return share;

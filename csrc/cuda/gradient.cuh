@@ -43,10 +43,9 @@ struct alignas(8) OfPositive {
   float b, c;
 };
 
-// First launch of the backward pass: a, shift, (b, c) and the run of positives by position; zero past the end. Where pairs are
-// alone they are given, and laid out.
+// What the first launch of the pass leaves: a, shift, (b, c) and the run of positives by position; zero past the end.
 // Addresses are made where they are needed: four pointers would be eight registers.
-struct Coefficients {
+struct LaidOut {
   float* const& memory;
   const int64_t& n_padded;
 
@@ -60,26 +59,11 @@ struct Coefficients {
 
 constexpr int kCoefficientThreads = 128;
 
-__global__ void __launch_bounds__(kCoefficientThreads) coefficients_kernel(const Backward p) {
-  const int position = int(blockIdx.x) * kCoefficientThreads + int(threadIdx.x);
-  const Coefficients to{p.coefficients, p.n_padded};
-  const Run run = run_of(p, position);
-  const int n_positives = positives_of(p, run);
-  float a = 0.0f, shift = 0.0f;
-  OfPositive of_positive = {0.0f, 0.0f};
-  const float unit = scale_of_m(p.compute_dtype);
-  if (position < p.n_rows && p.pairs_alone) {
-    const float* const from = p.given + position;
-    a = unit * from[0];
-    of_positive = {unit * from[p.n_rows], unit * from[2 * p.n_rows]};
-    shift = from[3 * p.n_rows];
-  } else if (position < p.n_rows) {
-    const float w = (p.weights != nullptr ? p.weights[position] : 1.0f) * unit;
-    a = w * p.inverse_total[position];
-    shift = p.shift[position];
-    of_positive.b = n_positives == 1 ? 0.0f : a;
-    of_positive.c = n_positives == 1 ? a * p.negative[position] : n_positives > 1 ? w / float(n_positives) : 0.0f;
-  }
+__device__ inline int position_of_thread() { return int(blockIdx.x) * kCoefficientThreads + int(threadIdx.x); }
+
+__device__ inline void lay_out(const PairGradient& p, int position, const Run& run, float a, const OfPositive& of_positive,
+                               float shift) {
+  const LaidOut to{p.coefficients, p.n_padded};
   to.a(position) = a;
   to.shift(position) = shift;
   to.of_positive(position) = of_positive;
@@ -87,9 +71,41 @@ __global__ void __launch_bounds__(kCoefficientThreads) coefficients_kernel(const
   reset_counter(p.n_finished, p.n_rows, position);
 }
 
+// From what the forward pass has left.
+__global__ void __launch_bounds__(kCoefficientThreads) coefficients_kernel(const Backward p) {
+  const int position = position_of_thread();
+  const Run run = run_of(p, position);
+  const int n_positives = positives_of(p, run);
+  float a = 0.0f, shift = 0.0f;
+  OfPositive of_positive = {0.0f, 0.0f};
+  if (position < p.n_rows) {
+    const float w = (p.weights != nullptr ? p.weights[position] : 1.0f) * scale_of_m(p.compute_dtype);
+    a = w * p.inverse_total[position];
+    shift = p.shift[position];
+    of_positive.b = n_positives == 1 ? 0.0f : a;
+    of_positive.c = n_positives == 1 ? a * p.negative[position] : n_positives > 1 ? w / float(n_positives) : 0.0f;
+  }
+  lay_out(p, position, run, a, of_positive, shift);
+}
+
+// Of those that are given.
+__global__ void __launch_bounds__(kCoefficientThreads) given_coefficients_kernel(const PairGradient p) {
+  const int position = position_of_thread();
+  float a = 0.0f, shift = 0.0f;
+  OfPositive of_positive = {0.0f, 0.0f};
+  if (position < p.n_rows) {
+    const float unit = scale_of_m(p.compute_dtype);
+    const float* const from = p.given + position;
+    a = unit * from[0];
+    of_positive = {unit * from[p.n_rows], unit * from[2 * p.n_rows]};
+    shift = from[3 * p.n_rows];
+  }
+  lay_out(p, position, run_of(p, position), a, of_positive, shift);
+}
+
 // Tile of S -> tile of M, in place.
 template <class S>
-__device__ void weigh_tile(const Loss& p, const Span<S>& span, const Coefficients& of, const Scale& scale, bool is_fixed,
+__device__ void weigh_tile(const Pairs& p, const Span<S>& span, const LaidOut& of, const Scale& scale, bool is_fixed,
                            bool is_near, int first_column, const float (&a_rows)[S::kRowTiles][2], const float* a_columns,
                            const float* shift_columns, const Place<S>& place, float (&s)[S::kRowTiles][S::kTiles][4]) {
   using Product = typename S::Product;
@@ -232,7 +248,7 @@ __global__ void __launch_bounds__(S::kThreads, kGradientBlocks<S>) gradient_kern
   const Scale scale(p);
   const bool is_fixed = scale.is_fixed(p);
   const int last_row = min(span.first_row + S::kRows, span.row_end) - 1;
-  const Coefficients of{p.coefficients, p.n_padded};
+  const LaidOut of{p.coefficients, p.n_padded};
 
   const Run near = {of.run(span.first_row).start, of.run(last_row).end};
   float a_rows[S::kRowTiles][2];
@@ -242,7 +258,7 @@ __global__ void __launch_bounds__(S::kThreads, kGradientBlocks<S>) gradient_kern
     for (int h = 0; h < 2; ++h) a_rows[r][h] = of.a(span.first_row + place.row(r, h));
 
   float gradient[S::kRowTiles][kWidthTiles][4] = {};
-  walk<S, kHold>(p, span, p.zhat, p.coefficients, is_fixed ? 1 : 2, p.n_padded, place, [&](int first_column, int stage, auto& s) {
+  walk<S, kHold>(p, span, p.coefficients, is_fixed ? 1 : 2, p.n_padded, place, [&](int first_column, int stage, auto& s) {
     weigh_tile<S>(p, span, of, scale, is_fixed, span.is_near(first_column, near), first_column, a_rows, memory.numbers(stage, 0),
                   memory.numbers(stage, 1), place, s);
     add_products<S>(gradient, s, memory.columns(stage), place);
@@ -289,6 +305,7 @@ __global__ void __launch_bounds__(S::kThreads, kGradientBlocks<S>) gradient_kern
   const auto part = [&](int row_warp, int row, int column) -> float& {
     return parts[(row_warp * kPartRows + row) * S::kWidth + (column ^ (row % 4 * 8))];
   };
+  const bool has_loss = p.grad_embeddings != nullptr;
   float share = 0.0f;
 #pragma unroll
   for (int r = 0; r < S::kRowTiles; ++r)
@@ -318,7 +335,10 @@ __global__ void __launch_bounds__(S::kThreads, kGradientBlocks<S>) gradient_kern
           of_warp.zhat[k] = to_float(*memory.rows().template at<typename S::Element>(of_block, column));
           of_warp.g[k] = part(row_warp, row, column);
         }
-        share += finish_row(p, scale, span.first_row + of_block, of_warp);
+        if (has_loss)
+          share += finish_row(p, scale, span.first_row + of_block, of_warp);
+        else
+          finish_sum(p, span.first_row + of_block, of_warp);
       }
       __syncthreads();
     }

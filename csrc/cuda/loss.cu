@@ -4,7 +4,6 @@
 
 #include "gradient.cuh"
 #include "groups.cuh"
-#include "prologue.h"
 #include "prototype_gradient.cuh"
 #include "softmax.cuh"
 #include "wide.cuh"
@@ -21,8 +20,10 @@ struct Tag {
 
 // Calls visit(Tag<Shape>) for the shape that the rows ask for.
 template <class Visit>
-cudaError_t with_shape(const Loss& p, Visit&& visit) {
+cudaError_t with_shape(const Pairs& p, Visit&& visit) {
   switch (p.compute_dtype) {
+    case Dtype::float64:
+      break;
     case Dtype::bfloat16:
       if (p.width <= 64) return visit(Tag<ShapeOf<Bf16, 64>>());
       if (p.width <= 128) return visit(Tag<ShapeOf<Bf16, 128>>());
@@ -59,13 +60,13 @@ struct Plan {
 // round. The time of a grid is the number of its rounds, of n_places blocks at once, times the length of a walk, and what sharing
 // costs. More blocks share rows where that saves a twentieth of the time. Walks have the same length whichever side the rows are of.
 template <class S>
-Plan plan_of(const Loss& p, int64_t n_places, int64_t part_columns) {
+Plan plan_of(const Pairs& p, int64_t n_places, int64_t part_columns) {
   const auto n_tiles_of = [&](int64_t n_blocks_of_rows, int64_t first_row) -> int64_t {
     const Run columns = columns_of(p, int(first_row));
     return n_blocks_of_rows == 0 ? 0 : n_blocks_for(columns.end - first_column_of(columns), S::kColumns);
   };
   const int64_t n_left = p.n_left < 0 ? p.n_rows : p.n_left;
-  const int64_t left = n_blocks_for(n_left, S::kRows), right = p.pairs_alone ? 0 : n_blocks_for(p.n_rows - n_left, S::kRows);
+  const int64_t left = n_blocks_for(n_left, S::kRows), right = p.is_one_way ? 0 : n_blocks_for(p.n_rows - n_left, S::kRows);
   const int64_t left_tiles = n_tiles_of(left, 0), right_tiles = n_tiles_of(right, n_left), most = std::max(left_tiles, right_tiles);
 
   Plan best = {};
@@ -86,12 +87,12 @@ Plan plan_of(const Loss& p, int64_t n_places, int64_t part_columns) {
 }
 
 template <class S>
-Plan plan_of(const Forward& p, int64_t n_processors) {
+Plan plan_of(const PairSoftmax& p, int64_t n_processors) {
   return plan_of<S>(p, n_processors * kSoftmaxBlocks<S>, kSoftmaxPartColumns);
 }
 
 template <class S>
-Plan plan_of(const Backward& p, int64_t n_processors) {
+Plan plan_of(const PairGradient& p, int64_t n_processors) {
   return plan_of<S>(p, n_processors * kGradientBlocks<S>, kGradientPartColumns);
 }
 
@@ -110,8 +111,10 @@ int64_t split_floats(const Pass& p, int64_t n_processors, OfRow&& of_row) {
 
 // Calls visit with a number of the type of zhat.
 template <class Visit>
-cudaError_t with_element(const Loss& p, Visit&& visit) {
+cudaError_t with_element(const Pairs& p, Visit&& visit) {
   switch (p.compute_dtype) {
+    case Dtype::float64:
+      break;
     case Dtype::float32:
       return visit(float());
     case Dtype::float16:
@@ -122,14 +125,42 @@ cudaError_t with_element(const Loss& p, Visit&& visit) {
   return cudaErrorInvalidValue;
 }
 
-bool is_valid(const Loss& p) {
+bool is_valid(const Pairs& p) {
   constexpr int64_t kLargestInt = 0x7fffffff;  // positions are int32 in `groups`
   const bool has_sides = p.n_left >= 0, has_views = p.groups == nullptr;
-  if (p.pairs_alone && (has_views || p.n_left == 0 || p.n_left == p.n_rows)) return false;
   if (has_sides && (p.n_left > p.n_rows || p.n_views != (has_views ? 2 : 1))) return false;
   if (has_sides && has_views && p.n_left * 2 != p.n_rows) return false;
   return p.n_rows > 0 && p.n_rows <= kLargestInt - kBlockRows && p.width > 0 && p.n_views > 0 && p.n_views <= kLargestInt &&
-         p.n_rows % p.n_views == 0 && (p.prototypes == nullptr || (p.labels != nullptr && p.n_classes > 0));
+         p.n_rows % p.n_views == 0;
+}
+
+bool is_valid(const Classes& p) { return p.prototypes == nullptr || (p.labels != nullptr && p.n_classes > 0); }
+
+template <class Pass>
+bool is_valid_loss(const Pass& p) {
+  return is_valid(static_cast<const Pairs&>(p)) && is_valid(static_cast<const Classes&>(p));
+}
+
+// Rows that stay on chip, and pairs alone: labels' groups, and sides that are not empty.
+bool is_valid_alone(const Pairs& p) {
+  return is_valid(p) && p.groups != nullptr && p.n_left != 0 && p.n_left != p.n_rows && p.is_one_way == (p.n_left >= 0);
+}
+
+// n_finished of blocks that share rows is zero.
+template <class S>
+cudaError_t launch_softmax(Forward p, const Plan& plan, cudaStream_t stream) {
+  p.split = plan.split;
+  return launch(softmax_kernel<S>, unsigned(plan.n_blocks), S::kThreads, S::kSharedBytes, stream, p);
+}
+
+// The coefficients are there.
+cudaError_t launch_gradient(Backward p, int64_t n_processors, cudaStream_t stream) {
+  return with_shape(p, [&](auto tag) {
+    using S = typename decltype(tag)::Shape;
+    const Plan plan = plan_of<S>(p, n_processors);
+    p.split = plan.split;
+    return launch(gradient_kernel<S>, unsigned(plan.n_blocks), S::kThreads, S::kSharedBytes, stream, p);
+  });
 }
 
 }  // namespace
@@ -142,44 +173,45 @@ int group(const Grouping& p, CUstream_st* stream) {
 }
 
 int forward(const Forward& p, int64_t n_processors, CUstream_st* stream) {
-  if (!is_valid(p) || is_wide(p.width, p.compute_dtype)) return cudaErrorInvalidValue;
-  const Prologue prologue = {p.embeddings, p.stride_z_row,  p.stride_z_column, p.groups,    p.labels,     p.prototypes, p.zhat,
-                             p.norms,      p.distances,     p.n_finished,      p.n_rows,    p.n_views,    p.n_classes,  p.width,
-                             p.pitch,      p.dtype,         p.compute_dtype,   p.distance,  p.normalize,  p.n_left >= 0};
-  if (const int error = launch_prologue(prologue, stream); error != cudaSuccess) return error;
-  return pair_softmax(p, n_processors, stream);
+  if (!is_valid_loss(p) || is_wide(p.width, p.compute_dtype) || p.loss == nullptr) return cudaErrorInvalidValue;
+  return with_shape(p, [&](auto tag) {
+    using S = typename decltype(tag)::Shape;
+    return launch_softmax<S>(p, plan_of<S>(p, n_processors), stream);
+  });
 }
 
-int pair_softmax(const Forward& p, int64_t n_processors, CUstream_st* stream) {
-  if (!is_valid(p) || is_wide(p.width, p.compute_dtype)) return cudaErrorInvalidValue;
+int pair_softmax(const PairSoftmax& p, int64_t n_processors, CUstream_st* stream) {
+  if (!is_valid_alone(p) || is_wide(p.width, p.compute_dtype)) return cudaErrorInvalidValue;
+  Forward pass = {};
+  static_cast<PairSoftmax&>(pass) = p;
   return with_shape(p, [&](auto tag) {
     using S = typename decltype(tag)::Shape;
     const Plan plan = plan_of<S>(p, n_processors);
-    if (p.pairs_alone && plan.has_shared_rows)  // else the prologue has done it
+    if (plan.has_shared_rows)
       if (const cudaError_t error = set_to_zero(p.n_finished, n_counters(p.n_rows), stream); error != cudaSuccess) return error;
-    Forward split = p;
-    split.split = plan.split;
-    return launch(softmax_kernel<S>, unsigned(plan.n_blocks), S::kThreads, S::kSharedBytes, stream, split);
+    return launch_softmax<S>(pass, plan, stream);
   });
 }
 
 int backward(const Backward& p, int64_t n_processors, CUstream_st* stream) {
-  if (!is_valid(p) || is_wide(p.width, p.compute_dtype)) return cudaErrorInvalidValue;
+  if (is_wide(p.width, p.compute_dtype) || p.grad_embeddings == nullptr) return cudaErrorInvalidValue;
   if (const int error = coefficients(p, stream); error != cudaSuccess) return error;
-  return with_shape(p, [&](auto tag) {
-    using S = typename decltype(tag)::Shape;
-    const Plan plan = plan_of<S>(p, n_processors);
-    Backward split = p;
-    split.split = plan.split;
-    return launch(gradient_kernel<S>, unsigned(plan.n_blocks), S::kThreads, S::kSharedBytes, stream, split);
-  });
+  return launch_gradient(p, n_processors, stream);
 }
 
-int64_t split_floats(const Forward& p, int64_t n_processors) {
+int pair_gradient(const PairGradient& p, int64_t n_processors, CUstream_st* stream) {
+  if (is_wide(p.width, p.compute_dtype)) return cudaErrorInvalidValue;
+  if (const int error = pair_coefficients(p, stream); error != cudaSuccess) return error;
+  Backward pass = {};
+  static_cast<PairGradient&>(pass) = p;
+  return launch_gradient(pass, n_processors, stream);
+}
+
+int64_t split_floats(const PairSoftmax& p, int64_t n_processors) {
   return split_floats(p, n_processors, [](auto) -> int64_t { return RowSums::kNumbers; });
 }
 
-int64_t split_floats(const Backward& p, int64_t n_processors) {
+int64_t split_floats(const PairGradient& p, int64_t n_processors) {
   return split_floats(p, n_processors, [](auto tag) -> int64_t { return decltype(tag)::Shape::kWidth; });
 }
 
@@ -193,8 +225,13 @@ int prototype_gradient(const PrototypeGradient& p, CUstream_st* stream) {
 }
 
 int coefficients(const Backward& p, CUstream_st* stream) {
-  if (!is_valid(p) || p.n_padded != padded_rows(p.n_rows)) return cudaErrorInvalidValue;
+  if (!is_valid_loss(p) || p.n_padded != padded_rows(p.n_rows)) return cudaErrorInvalidValue;
   return launch(coefficients_kernel, unsigned(p.n_padded / kCoefficientThreads), kCoefficientThreads, 0, stream, p);
+}
+
+int pair_coefficients(const PairGradient& p, CUstream_st* stream) {
+  if (!is_valid_alone(p) || p.n_padded != padded_rows(p.n_rows)) return cudaErrorInvalidValue;
+  return launch(given_coefficients_kernel, unsigned(p.n_padded / kCoefficientThreads), kCoefficientThreads, 0, stream, p);
 }
 
 int panel_softmax(const Panel& p, CUstream_st* stream) {
@@ -203,7 +240,7 @@ int panel_softmax(const Panel& p, CUstream_st* stream) {
 }
 
 int panel_loss(const Forward& p, CUstream_st* stream) {
-  if (!is_valid(p)) return cudaErrorInvalidValue;
+  if (!is_valid_loss(p)) return cudaErrorInvalidValue;
   if (const cudaError_t error = set_to_zero(p.n_finished, 1, stream); error != cudaSuccess) return error;
   return launch(panel_loss_kernel, unsigned(n_blocks_for(p.n_rows, kPanelThreads)), kPanelThreads, 33 * sizeof(float), stream, p);
 }
@@ -217,7 +254,7 @@ int panel_pairs(const Panel& p, CUstream_st* stream) {
 }
 
 int panel_finish(const Backward& p, CUstream_st* stream) {
-  if (!is_valid(p)) return cudaErrorInvalidValue;
+  if (!is_valid_loss(p)) return cudaErrorInvalidValue;
   return with_element(p, [&](auto element) {
     return launch(panel_finish_kernel<decltype(element)>, unsigned(n_blocks_for(p.n_rows, kPanelWarps)), kPanelThreads,
                   33 * sizeof(float), stream, p);

@@ -1,12 +1,13 @@
 // Numbers in memory, of any dtype, and as floats.
 #pragma once
 
+#include "../common/positions.h"
 #include "device.cuh"
 #include "loss.h"
 
 namespace clop::cuda {
 
-constexpr float kEps = 1e-12f;  // the smallest norm that a row is divided by; as in clop_kernels/reference.py
+__device__ inline float read(const Number& number) { return number.tensor != nullptr ? *number.tensor : number.value; }
 
 __device__ inline float to_float(float x) { return x; }
 __device__ inline float to_float(__half x) { return __half2float(x); }

@@ -36,13 +36,13 @@
 
 namespace clop::cuda {
 
-constexpr float kLog2E = 1.44269504f, kLn2 = 0.693147181f;
+constexpr float kLn2 = 0.693147181f;
 
-// Of unit rows S is at most log2(e) / tau, that of equal ones. While twice that is below 110, 2^(S - log2(e) / tau) is above
-// 2^-110 for every pair, a normal float even with what is divided by it, and needs no maximum. It has all its digits where S is
-// largest, as near-duplicate views ask for; without a shift S itself would have been rounded at log2(e) / tau. Rows as they are
-// may have any S.
-constexpr float kLargestFixed = 55.0f;
+// Up to which log2(e) / tau, in bits, 2^S needs no maximum: of unit rows it is the largest S, that of equal ones. While twice that is
+// below 110, 2^(S - log2(e) / tau) is above 2^-110 for every pair, a normal float even with what is divided by it. It has all its
+// digits where S is largest, as near-duplicate views ask for; without a shift S itself would have been rounded at log2(e) / tau. Rows
+// as they are may have any S. (On the CPU nothing is shifted then, and there is room for more: kLargestUnshiftedLogit.)
+constexpr float kLargestUnshiftedBits = 55.0f;
 
 constexpr float kLeastShift = -1e38f;  // where a maximum begins: finite, so that no two infinities are subtracted
 constexpr int kNumbers = 2;            // coefficients of each column that come with its tile: a_j and the shift
@@ -81,43 +81,12 @@ using ShapeOf = Shape<Product, kWidth, kIsHeavy<Product, kWidth> ? 8 : 4, kIsHea
 
 // ---- what is known of a position -------------------------------------------------------------------------------------------
 
-__device__ inline int64_t row_of(const Loss& p, int position) {
-  if (p.groups != nullptr) return p.groups[position];
-  if (p.n_left >= 0) return position;
-  const unsigned views = unsigned(p.n_views), index = unsigned(position);  // 32-bit divisions take a fraction of the registers
-  return int64_t(index % views) * (p.n_rows / p.n_views) + index / views;
-}
-
-struct alignas(8) Run {
-  int start, end;
-
-  __device__ bool holds(int position) const { return position >= start && position < end; }
-  __device__ Run from(int origin) const { return {start - origin, end - origin}; }  // with positions counted from there
-};
-
-// The run of positions that holds the positives of a position, without sides its group, itself included; of one past the end an
-// empty run. From position to position of a side neither end goes back.
-__device__ inline Run run_of(const Loss& p, int position) {
-  if (position >= p.n_rows) return {0, 0};
-  if (p.groups != nullptr) return {p.groups[p.n_rows + position], p.groups[2 * p.n_rows + position]};
-  if (p.n_left >= 0) {
-    const int n_left = int(p.n_left), other = position < n_left ? position + n_left : position - n_left;
-    return {other, other + 1};
-  }
-  const int views = int(p.n_views), start = int(unsigned(position) / unsigned(views)) * views;
-  return {start, start + views};
-}
-
-// How many of a run are positives.
-__device__ inline int positives_of(const Loss& p, const Run& run) {
-  return p.negatives_only ? 0 : run.end - run.start - (p.n_left < 0 ? 1 : 0);
-}
+using Run = RunOf<int>;
 
 // The columns that a position is compared with, itself apart.
-__host__ __device__ inline Run columns_of(const Loss& p, int position) {
+__host__ __device__ inline Run columns_of(const Pairs& p, int position) {
   const int n_rows = int(p.n_rows), n_left = int(p.n_left);
-  const bool has_pairs = p.groups != nullptr || p.n_views > 1 || p.negatives_only;  // as in clop_kernels/backends/contract.py
-  if (!has_pairs || n_left == n_rows) return {0, 0};
+  if (!has_pairs(p) || n_left == n_rows) return {0, 0};
   if (n_left < 0) return {0, n_rows};
   return position < n_left ? Run{n_left, n_rows} : Run{0, n_left};
 }
@@ -128,25 +97,22 @@ struct Mask {
   Run columns, run;
   bool negatives_only;
 
-  __device__ Mask(const Loss& p, int position, const Run& columns, const Run& run, int origin)
-      : position(position - origin), columns(columns.from(origin)), run(run.from(origin)), negatives_only(p.negatives_only) {}
+  __device__ Mask(const Pairs& p, int position, const Run& columns, const Run& run, int origin)
+      : position(position - origin),
+        columns(counted_from(origin, columns)),
+        run(counted_from(origin, run)),
+        negatives_only(p.negatives_only) {}
   __device__ bool is_pair(int column) const {
-    return columns.holds(column) && column != position && !(negatives_only && run.holds(column));
+    return holds(columns, column) && column != position && !(negatives_only && holds(run, column));
   }
-  __device__ bool is_positive(int column) const { return is_pair(column) && run.holds(column); }
+  __device__ bool is_positive(int column) const { return is_pair(column) && holds(run, column); }
 };
 
-struct Scale {
-  float value, rest;  // log2(e) / tau is their sum
-
-  __device__ explicit Scale(const Loss& p) : value(p.scale), rest(p.scale_rest) {
-    if (p.temperature == nullptr) return;
-    const double precise = 1.4426950408889634 / double(*p.temperature);
-    value = float(precise);
-    rest = float(precise - double(value));
-  }
+struct Scale : LogitScale {
+  __device__ explicit Scale(const Options& p)
+      : LogitScale(p.temperature.tensor != nullptr ? logit_scale(double(*p.temperature.tensor)) : p.scale) {}
   // Whether all rows have the shift `value`.
-  __device__ bool is_fixed(const Loss& p) const { return p.normalize && value <= kLargestFixed; }
+  __device__ bool is_fixed(const Options& p) const { return p.normalize && value <= kLargestUnshiftedBits; }
   // S - shift
   template <class Product>
   __device__ float apply(float product, float shift) const {
@@ -170,8 +136,8 @@ struct Share {
   int block_of_rows, n_blocks_of_rows;  // whichever block has them
   bool is_right;
 
-  __device__ explicit Share(const Loss& p) {
-    const int n_left = int(p.n_left < 0 ? p.n_rows : p.n_left), n_right = p.pairs_alone ? 0 : int(p.n_rows) - n_left;
+  __device__ explicit Share(const Pairs& p) {
+    const int n_left = int(p.n_left < 0 ? p.n_rows : p.n_left), n_right = p.is_one_way ? 0 : int(p.n_rows) - n_left;
     const int n_left_rows = (n_left + S::kRows - 1) / S::kRows, n_left_blocks = n_left_rows * p.split.of_left;
     const int index = int(read_block_index());
     is_right = index >= n_left_blocks;
@@ -184,8 +150,10 @@ struct Share {
     n_blocks_of_rows = n_left_rows + (n_right + S::kRows - 1) / S::kRows;
   }
   // Those that are done.
-  __device__ unsigned* n_finished(const Forward& p) const { return p.n_finished + 1 + block_of_rows; }
-  __device__ unsigned* n_finished(const Backward& p) const { return p.n_finished + 1 + block_of_rows; }
+  template <class Pass>
+  __device__ unsigned* n_finished(const Pass& p) const {
+    return p.n_finished + 1 + block_of_rows;
+  }
 };
 
 // What a block walks over: rows of one side, and columns of the other.
@@ -194,7 +162,7 @@ struct Span {
   int first_row, row_end;  // kRows rows, but for those from row_end on, the end of their side; positions are int32, and so is N
   Run columns;
 
-  __device__ explicit Span(const Loss& p) {
+  __device__ explicit Span(const Pairs& p) {
     const Share<S> share(p);
     const int n_left = p.n_left < 0 ? 0 : int(p.n_left), n_left_rows = (n_left + S::kRows - 1) / S::kRows;
     first_row = share.is_right ? n_left + (share.block_of_rows - n_left_rows) * S::kRows : share.block_of_rows * S::kRows;
@@ -247,10 +215,10 @@ struct Memory {
 // Calls visit(first column, stage, S / scale) for each tile of columns. The first n_numbers rows of `numbers`, (n_numbers, stride),
 // are loaded with the columns; they must be there past the last one. kHold: the A operands of q stay in registers.
 template <class S, bool kHold, class Visit>
-__device__ void walk(const Loss& p, const Span<S>& span, const void* zhat_pointer, const float* numbers, int n_numbers,
+__device__ void walk(const Pairs& p, const Span<S>& span, const float* numbers, int n_numbers,
                      int64_t stride, const Place<S>& place, Visit&& visit) {
   using Product = typename S::Product;
-  const auto* const zhat = static_cast<const typename S::Element*>(zhat_pointer);
+  const auto* const zhat = static_cast<const typename S::Element*>(p.zhat);
   const Memory<S> memory;
   // Matrix units cut their sums off, toward zero, at what the sum so far can hold: over all of the width that takes digits of the
   // largest S, which near-duplicates need. Exact kinds add the sums of two steps at a time in float32, which rounds to nearest.

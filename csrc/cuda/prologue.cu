@@ -5,7 +5,7 @@
 namespace clop::cuda {
 namespace {
 
-constexpr int64_t kLargestInt = 0x7fffffff;  // positions are int32 in `order`, and blocks of a grid are as many
+constexpr int64_t kLargestInt = 0x7fffffff;  // positions are int32 in `groups`, and blocks of a grid are as many
 
 bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
@@ -20,7 +20,7 @@ cudaError_t launch_as(const Prologue& p, cudaStream_t stream) {
 template <class In, class Out>
 cudaError_t launch_as(const Prologue& p, cudaStream_t stream) {
   constexpr int kVec = kVecOf<In>;
-  const bool has_aligned_rows = p.stride_z_column == 1 && p.stride_z_row % kVec == 0 && p.width % kVec == 0 &&
+  const bool has_aligned_rows = p.column_stride == 1 && p.row_stride % kVec == 0 && p.width % kVec == 0 &&
                                 is_aligned(p.embeddings) && is_aligned(p.prototypes);
   if (!has_aligned_rows) {
     if (p.width <= 32 * kHeld * kVec) return launch_as<In, Out, false, 32>(p, stream);
@@ -34,6 +34,8 @@ cudaError_t launch_as(const Prologue& p, cudaStream_t stream) {
 template <class In>
 cudaError_t launch_as(const Prologue& p, cudaStream_t stream) {
   switch (p.compute_dtype) {
+    case Dtype::float64:
+      break;
     case Dtype::float32:
       return launch_as<In, float>(p, stream);
     case Dtype::float16:
@@ -46,12 +48,14 @@ cudaError_t launch_as(const Prologue& p, cudaStream_t stream) {
 
 }  // namespace
 
-int launch_prologue(const Prologue& p, CUstream_st* stream) {
+int prologue(const Prologue& p, CUstream_st* stream) {
   if (p.n_rows < 0 || p.n_rows > kLargestInt || p.width < 1) return cudaErrorInvalidValue;
   if (p.n_views < 1 || p.n_views > kLargestInt || p.n_rows % p.n_views != 0) return cudaErrorInvalidValue;
   if (p.prototypes != nullptr && (p.labels == nullptr || p.n_classes < 1)) return cudaErrorInvalidValue;
   if (p.n_rows == 0) return cudaSuccess;  // a grid of no blocks is an error
   switch (p.dtype) {
+    case Dtype::float64:
+      break;
     case Dtype::float32:
       return launch_as<float>(p, stream);
     case Dtype::float16:

@@ -1,7 +1,7 @@
 // One pass over the raw embeddings that leaves unit rows in the order of the positive groups: the CUDA twin of
 // clop_kernels/backends/triton/prologue.py.
 //
-// For every row, zhat = z / max(|z|, kEps), or z as it is, rounded to the compute dtype, the norm |z|, and the distance of zhat
+// For every row, zhat = z / max(|z|, kEps<float>), or z as it is, rounded to the compute dtype, the norm |z|, and the distance of zhat
 // (as rounded, which is what all later products see) to the prototype of its label.
 //
 // Tile picture: a team of kThreads = 8, 32 or 256 neighbouring threads takes a row, thread t its chunks t, t + kThreads,
@@ -19,7 +19,6 @@
 #pragma once
 
 #include "numbers.cuh"
-#include "prologue.h"
 
 namespace clop::cuda {
 
@@ -108,16 +107,13 @@ constexpr int kSharedBytes = kThreads > 32 ? kThreads / 32 * int(sizeof(float)) 
 template <class In, class Out, bool kIsAligned, int kThreads>
 __global__ void __launch_bounds__(kBlockThreads<kThreads>, 1) prologue_kernel(const Prologue p) {
   constexpr int kVec = kVecOf<In>;
-  // Positions and rows are below 2^31, and 32-bit divisions take a fraction of the registers; what they address is not.
+  // Positions and rows are below 2^31; what they address is not.
   const unsigned index = blockIdx.x * (kBlockThreads<kThreads> / kThreads) + threadIdx.x / kThreads;
   const bool is_row = index < p.n_rows;
   const unsigned position = is_row ? index : 0;
   const int64_t width = is_row ? p.width : 0;  // a team beyond the last row takes one without columns
-  const unsigned n_views = p.n_views, n_instances = unsigned(p.n_rows) / n_views;
-  const unsigned row = p.order != nullptr ? p.order[position]
-                       : p.has_sides      ? position
-                                          : position % n_views * n_instances + position / n_views;
-  const In* const z = static_cast<const In*>(p.embeddings) + int64_t(row) * p.stride_z_row;
+  const int row = row_of(p, int(position));
+  const In* const z = static_cast<const In*>(p.embeddings) + row * p.row_stride;
   Out* const zhat = static_cast<Out*>(p.zhat) + int64_t(position) * p.pitch;
 
   const int thread = threadIdx.x % kThreads;
@@ -133,7 +129,7 @@ __global__ void __launch_bounds__(kBlockThreads<kThreads>, 1) prologue_kernel(co
 #pragma unroll 1  // unrolled, it takes registers from the rows that do not need it
     for (int64_t column = first_column + kHeld * kStep; column < width; column += kStep) {
       float again[kVec];
-      load_chunk<kIsAligned>(again, z, p.stride_z_column, column, width);
+      load_chunk<kIsAligned>(again, z, p.column_stride, column, width);
 #pragma unroll
       for (int v = 0; v < kVec; ++v) again[v] *= shrink;
       visit(column, again);
@@ -143,12 +139,12 @@ __global__ void __launch_bounds__(kBlockThreads<kThreads>, 1) prologue_kernel(co
 #pragma unroll
   for (int h = 0; h < kHeld; ++h)
     if (first_column + h * kStep < width)
-      load_chunk<kIsAligned>(held[h], z, p.stride_z_column, first_column + h * kStep, width);
+      load_chunk<kIsAligned>(held[h], z, p.column_stride, first_column + h * kStep, width);
 
   // Scaled first, so that no square overflows: any finite row has a finite direction. The scale is the power of two at its
   // largest entry, not the entry itself, for that is exact, and one division serves the whole row; 2^126 at most, so that
   // its inverse is a normal number.
-  float largest = kEps;
+  float largest = kEps<float>;
   for_each_chunk([&](int64_t, const float(&x)[kVec]) {
 #pragma unroll
     for (int v = 0; v < kVec; ++v) largest = Max()(largest, fabsf(x[v]));
@@ -169,10 +165,10 @@ __global__ void __launch_bounds__(kBlockThreads<kThreads>, 1) prologue_kernel(co
   });
   const float norm = sqrtf(combine<kThreads>(squares, Sum()));
   // By `shrink`, a power of two, the quotient is z again, but for digits 2^149 times smaller than the row's largest number.
-  const float smallest = kEps * shrink;
+  const float smallest = kEps<float> * shrink;
   const float divisor = !p.normalize ? shrink : norm < smallest ? smallest : norm, inverse = 1.0f / divisor;  // a NaN stays one
 
-  const int64_t label = p.prototypes != nullptr ? p.labels[row % n_instances] : -1;
+  const int64_t label = p.prototypes != nullptr ? p.labels[instance_of(p, row)] : -1;
   const float* const target = label < 0 ? nullptr : p.prototypes + (label < p.n_classes ? label : p.n_classes - 1) * p.width;
   float terms = 0.0f;
   for_each_chunk([&](int64_t column, const float(&x)[kVec]) {

@@ -58,7 +58,7 @@ __global__ void __launch_bounds__(kPrototypeThreads) prototype_kernel(const Prot
       }
     }
   }
-  float pull = *p.upstream * p.prototype_weight;
+  float pull = *p.upstream * read(p.prototype_weight);
   if (p.reduction == Reduction::mean) pull /= fmaxf(p.counts[1], 1.0f);
   if (is_column) p.partial_gradients[(part * p.n_classes + k) * p.width + column] = pull * sum;
 }

@@ -106,7 +106,7 @@ __device__ inline float contrastive_term(const RowSums& row, int n_positives, co
 
 // Adds one tile of S to the sums of the thread's rows.
 template <class S>
-__device__ void add_tile(const Loss& p, const Span<S>& span, const Scale& scale, bool is_fixed, bool is_near, int first_column,
+__device__ void add_tile(const Pairs& p, const Span<S>& span, const Scale& scale, bool is_fixed, bool is_near, int first_column,
                          const Place<S>& place, const float (&s)[S::kRowTiles][S::kTiles][4], RowSums (&sums)[S::kRowTiles][2]) {
   using Product = typename S::Product;
 #pragma unroll
@@ -149,16 +149,16 @@ __device__ void add_tile(const Loss& p, const Span<S>& span, const Scale& scale,
 
 // ---- from the sums to the loss -----------------------------------------------------------------------------------------------
 
-// Stores what the backward pass needs of a row, and adds its share of the loss to `parts`. Of pairs alone it stores the sums, that
-// of S_ip itself among them.
-__device__ inline void finish_softmax(const Forward& p, const Scale& scale, int position, const RowSums& row,
-                                      float (&parts)[kPartialSums]) {
+// The sums of a row with that of S_ip itself, as a pass over pairs alone gives them.
+__device__ inline RowSums with_whole_logits(const Pairs& p, const Scale& scale, int position, RowSums row) {
+  row.positive_logits = fmaf(float(positives_of(p, run_of(p, position))), scale.value, row.positive_logits);
+  return row;
+}
+
+// Stores what the backward pass needs of a row, and adds its share of the loss to `parts`.
+__device__ inline void finish_term(const Forward& p, const Scale& scale, int position, const RowSums& row,
+                                   float (&parts)[kPartialSums]) {
   const int n_positives = positives_of(p, run_of(p, position));
-  if (p.pairs_alone) {
-    const float logits = fmaf(float(n_positives), scale.value, row.positive_logits);
-    RowSums{row.shift, row.negative, row.positive, logits}.store(p.statistics, p.n_rows, position);
-    return;
-  }
   const float total = row.negative + row.positive;
   const bool is_anchor = p.negatives_only ? total != 0.0f : n_positives > 0;  // a NaN is not lost
   p.shift[position] = row.shift;
@@ -166,14 +166,14 @@ __device__ inline void finish_softmax(const Forward& p, const Scale& scale, int 
   p.negative[position] = row.negative;
 
   const float term = is_anchor ? contrastive_term(row, n_positives, scale) : 0.0f, distance = p.distances[position];
-  const int64_t row_index = row_of(p, position);
-  const int64_t label = p.labels != nullptr ? p.labels[row_index % (p.n_rows / p.n_views)] : -1;
+  const int row_index = row_of(p, position);
+  const int64_t label = p.labels != nullptr ? p.labels[instance_of(p, row_index)] : -1;
   parts[0] += term;
   parts[1] += distance;
   parts[2] += is_anchor ? 1.0f : 0.0f;
   parts[3] += label >= 0 ? 1.0f : 0.0f;
   parts[4] += label < -1 || (p.n_classes > 0 && label >= p.n_classes) ? 1.0f : 0.0f;
-  if (p.reduction == Reduction::none) p.loss[row_index] = term + p.prototype_weight * distance;
+  if (p.reduction == Reduction::none) p.loss[row_index] = term + read(p.prototype_weight) * distance;
 }
 
 // The partial sums of the blocks of rows to the loss; the last block calls it.
@@ -192,14 +192,14 @@ __device__ void finish_loss(const Forward& p, unsigned n_blocks, float* scratch)
   p.counts[0] = n_anchors;
   p.counts[1] = n_labelled;
   device_assert(sums[4] == 0.0f, "clop_kernels: labels holds a value below -1 or without a prototype");
-  if (p.temperature != nullptr)
-    device_assert(*p.temperature > 0.0f && *p.temperature < __int_as_float(0x7f800000),
+  if (const float* const temperature = p.temperature.tensor; temperature != nullptr)
+    device_assert(*temperature > 0.0f && *temperature < __int_as_float(0x7f800000),
                   "clop_kernels: temperature is not a positive finite number");
   if (p.reduction == Reduction::none) return;
   const bool is_mean = p.reduction == Reduction::mean;
   const float contrastive = sums[0] / (is_mean ? fmaxf(n_anchors, 1.0f) : 1.0f);
   const float distance = sums[1] / (is_mean ? fmaxf(n_labelled, 1.0f) : 1.0f);
-  *p.loss = contrastive + p.prototype_weight * distance;
+  *p.loss = contrastive + read(p.prototype_weight) * distance;
 }
 
 // The end of the pass: the threads' parts to those of a block of rows, and in the last of these blocks all of them to the loss.
@@ -207,7 +207,6 @@ __device__ void finish_loss(const Forward& p, unsigned n_blocks, float* scratch)
 template <int kThreads>
 __device__ void finish_block(const Forward& p, const float (&parts)[kPartialSums], unsigned block_of_rows, unsigned n_blocks,
                              float* scratch) {
-  if (p.pairs_alone) return;
 #pragma unroll
   for (int k = 0; k < kPartialSums; ++k) {
     const float sum = sum_of_block<kThreads>(parts[k], scratch);
@@ -236,7 +235,7 @@ __global__ void __launch_bounds__(S::kThreads, kSoftmaxBlocks<S>) softmax_kernel
   for (int r = 0; r < S::kRowTiles; ++r)
 #pragma unroll
     for (int h = 0; h < 2; ++h) sums[r][h] = {is_fixed ? scale.value : kLeastShift, 0.0f, 0.0f, 0.0f};
-  walk<S, kHold>(p, span, p.zhat, nullptr, 0, 0, place, [&](int first_column, int, const auto& s) {
+  walk<S, kHold>(p, span, nullptr, 0, 0, place, [&](int first_column, int, const auto& s) {
     add_tile<S>(p, span, scale, is_fixed, span.is_near(first_column, near), first_column, place, s, sums);
   });
 
@@ -271,7 +270,12 @@ __global__ void __launch_bounds__(S::kThreads, kSoftmaxBlocks<S>) softmax_kernel
 
   float parts[kPartialSums] = {};
   const int position = span.first_row + int(threadIdx.x);
-  if (threadIdx.x < S::kRows && position < span.row_end) finish_softmax(p, scale, position, row, parts);
+  const bool is_row = threadIdx.x < S::kRows && position < span.row_end;
+  if (p.loss == nullptr) {
+    if (is_row) with_whole_logits(p, scale, position, row).store(p.statistics, p.n_rows, position);
+    return;
+  }
+  if (is_row) finish_term(p, scale, position, row, parts);
   finish_block<S::kThreads>(p, parts, share.block_of_rows, share.n_blocks_of_rows, scratch);
 }
 

@@ -23,8 +23,8 @@ namespace clop::cuda {
 constexpr int kPanelThreads = 256, kPanelWarps = kPanelThreads / 32;
 static_assert(most_blocks(8 * kPanelWarps) >= 8, "partial sums have room for a warp a row");
 
-// Adds a panel to the sums of its rows, statistics: (4, N); the first panel of a row begins them, of pairs alone with what makes
-// positive_logits the sum of S_ip itself. A row without columns has none.
+// Adds a panel to the sums of its rows, statistics: (4, N); the first panel of a row begins them, where
+// it shall be the sum of S_ip itself with what positive_logits lack. A row without columns has none.
 __global__ void __launch_bounds__(kPanelThreads) panel_softmax_kernel(const Panel p) {
   const int row = int(blockIdx.x) * kPanelWarps + int(threadIdx.x / 32), lane = threadIdx.x % 32;
   if (row >= p.n_panel_rows) return;
@@ -52,8 +52,8 @@ __global__ void __launch_bounds__(kPanelThreads) panel_softmax_kernel(const Pane
   if (lane != 0) return;
   if (p.first_column > columns.start)
     sums = merge(RowSums::load(p.statistics, p.n_rows, position), sums);
-  else if (p.pairs_alone)
-    sums.positive_logits = fmaf(float(positives_of(p, run)), scale.value, sums.positive_logits);
+  else if (p.adds_scale)
+    sums = with_whole_logits(p, scale, position, sums);
   sums.store(p.statistics, p.n_rows, position);
 }
 
@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kPanelThreads) panel_loss_kernel(const Forward
     const Run columns = columns_of(p, position);
     RowSums sums = {};
     if (columns.start < columns.end) sums = RowSums::load(p.statistics, p.n_rows, position);
-    finish_softmax(p, Scale(p), position, sums, parts);
+    finish_term(p, Scale(p), position, sums, parts);
   }
   finish_block<kPanelThreads>(p, parts, blockIdx.x, gridDim.x, reinterpret_cast<float*>(shared_memory()));
 }
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kPanelThreads) panel_pairs_kernel(const Panel 
   const Scale scale(p);
   const bool is_fixed = scale.is_fixed(p);
   const int position = int(p.first_row) + row;
-  const Coefficients of{p.coefficients, p.n_padded};
+  const LaidOut of{p.coefficients, p.n_padded};
   const float a = of.a(position), shift = is_fixed ? scale.value : of.shift(position);
   const OfPositive of_positive = of.of_positive(position);
   const Mask mask(p, position, columns_of(p, position), of.run(position), 0);

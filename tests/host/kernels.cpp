@@ -1,10 +1,38 @@
-// The kernels of csrc/cuda/ and their launchers, compiled for a CPU, as a Python module; simt.h runs them. Structs are given as
-// dictionaries of their fields, pointers as addresses or None.
+// The kernels of csrc/cuda/ and their launchers, compiled for a CPU, and what a test may ask of the GPU that this makes; simt.h runs
+// them. The operators are in runtime.cpp.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <map>
 #include <memory>
+#include <tuple>
+
+#include "gpu.h"
+#include "loss.h"
+#include "simt.h"
+
+namespace {
+
+// How the last launch of a pass over pairs was split: the blocks that share left rows and right rows, and all blocks.
+using Shares = std::tuple<int, int, int64_t>;
+std::map<std::string, Shares> shares;
+
+template <class Pass>
+void remember(const char* pass, const Pass& p, unsigned n_blocks) {
+  shares[pass] = {p.split.of_left, p.split.of_right, n_blocks};
+}
+
+}  // namespace
+
+template <>
+struct simt::Observer<clop::cuda::Forward> {
+  static void see(const clop::cuda::Forward& p, unsigned n_blocks) { remember("softmax", p, n_blocks); }
+};
+template <>
+struct simt::Observer<clop::cuda::Backward> {
+  static void see(const clop::cuda::Backward& p, unsigned n_blocks) { remember("gradient", p, n_blocks); }
+};
 
 #include "loss.cu"
 #include "probes.h"
@@ -15,80 +43,17 @@ using namespace clop::cuda;
 
 namespace {
 
-template <class T>
-void set(T& field, const py::handle& value) {
-  if constexpr (std::is_pointer_v<T>)
-    field = value.is_none() ? nullptr : reinterpret_cast<T>(value.cast<uintptr_t>());
-  else if constexpr (std::is_enum_v<T>)
-    field = T(value.cast<int>());
-  else
-    field = value.cast<T>();
-}
-
-// A field that is not given is one that the kernels at hand must not read.
-#define FIELD(name) \
-  if (fields.contains(#name)) set(p.name, fields[#name]);
-
-void set_loss(Loss& p, const py::dict& fields){FIELD(n_rows) FIELD(width) FIELD(n_views) FIELD(n_classes) FIELD(dtype)
-                                                   FIELD(compute_dtype) FIELD(pitch) FIELD(is_tf32) FIELD(groups) FIELD(labels)
-                                                       FIELD(prototypes) FIELD(temperature) FIELD(scale) FIELD(scale_rest)
-                                                           FIELD(prototype_weight) FIELD(distance) FIELD(reduction)
-                                                               FIELD(normalize) FIELD(n_left) FIELD(negatives_only)
-                                                                   FIELD(pairs_alone)}
-
-Forward forward_of(const py::dict& fields) {
-  Forward p = {};
-  set_loss(p, fields);
-  FIELD(embeddings)
-  FIELD(stride_z_row)
-  FIELD(stride_z_column) FIELD(loss) FIELD(zhat) FIELD(norms) FIELD(shift) FIELD(inverse_total) FIELD(negative) FIELD(counts)
-      FIELD(distances) FIELD(partial_sums) FIELD(n_finished) FIELD(split_sums) FIELD(statistics) return p;
-}
-
-Backward backward_of(const py::dict& fields) {
+// Of a gradient in bfloat16 without sides, on a GPU of so many processors: its shares, and how many numbers they leave each other.
+std::tuple<Shares, int64_t> gradient_plan(int64_t n_rows, int64_t width, int64_t n_processors) {
+  static const int32_t groups = 0;
   Backward p = {};
-  set_loss(p, fields);
-  FIELD(upstream)
-  FIELD(weights)
-  FIELD(zhat) FIELD(norms) FIELD(shift) FIELD(inverse_total) FIELD(negative) FIELD(counts) FIELD(given) FIELD(grad_z)
-      FIELD(grad_temperature) FIELD(coefficients) FIELD(n_padded) FIELD(partial_sums) FIELD(n_finished) FIELD(split_sums)
-          FIELD(sums) return p;
-}
-
-Panel panel_of(const py::dict& fields) {
-  Panel p = {};
-  set_loss(p, fields);
-  FIELD(products)
-  FIELD(first_row)
-  FIELD(first_column) FIELD(n_panel_rows) FIELD(n_panel_columns) FIELD(statistics) FIELD(coefficients) FIELD(n_padded)
-      FIELD(pairs) return p;
-}
-
-PrototypeGradient prototype_gradient_of(const py::dict& fields) {
-  PrototypeGradient p = {};
-  set_loss(p, fields);
-  FIELD(upstream)
-  FIELD(weights) FIELD(zhat) FIELD(counts) FIELD(by_class) FIELD(bounds) FIELD(n_parts) FIELD(partial_gradients) return p;
-}
-
-Prologue prologue_of(const py::dict& fields) {
-  Prologue p = {};
-  FIELD(embeddings)
-  FIELD(stride_z_row)
-  FIELD(stride_z_column) FIELD(order) FIELD(labels) FIELD(prototypes) FIELD(zhat) FIELD(norms) FIELD(distances) FIELD(n_finished)
-      FIELD(n_rows) FIELD(n_views) FIELD(n_classes) FIELD(width) FIELD(pitch) FIELD(dtype) FIELD(compute_dtype) FIELD(distance)
-          FIELD(normalize) FIELD(has_sides) return p;
-}
-
-// How a launch is split: the blocks that share left rows and right rows, and all blocks.
-template <class Pass>
-std::tuple<int, int, int64_t> shares_of(const Pass& p, int64_t n_processors) {
+  p.n_rows = n_rows, p.width = width, p.n_views = 1, p.n_left = -1, p.groups = &groups, p.compute_dtype = clop::Dtype::bfloat16;
   Plan plan = {};
   with_shape(p, [&](auto tag) {
     plan = plan_of<typename decltype(tag)::Shape>(p, n_processors);
     return cudaSuccess;
   });
-  return {plan.split.of_left, plan.split.of_right, plan.n_blocks};
+  return {Shares(plan.split.of_left, plan.split.of_right, plan.n_blocks), split_floats(p, n_processors)};
 }
 
 // ---- the kernels that the harness itself is tested with -------------------------------------------------------------------
@@ -133,34 +98,10 @@ PYBIND11_MODULE(MODULE_NAME, m) {
                                          : simt::Order::shuffled,
                     seed);
   });
-  m.def("most_blocks", &most_blocks);
-  m.def("padded_rows", &padded_rows);
-  m.def("n_counters", &n_counters);
-  m.def("softmax_shares",
-        [](const py::dict& fields, int64_t n_processors) { return shares_of(forward_of(fields), n_processors); });
-  m.def("gradient_shares",
-        [](const py::dict& fields, int64_t n_processors) { return shares_of(backward_of(fields), n_processors); });
-  m.def("softmax_split_floats",
-        [](const py::dict& fields, int64_t n_processors) { return split_floats(forward_of(fields), n_processors); });
-  m.def("gradient_split_floats",
-        [](const py::dict& fields, int64_t n_processors) { return split_floats(backward_of(fields), n_processors); });
-  m.def("group", [](const py::dict& fields) {
-    Grouping p = {};
-    FIELD(n_instances) FIELD(n_views) FIELD(n_left) FIELD(labels) FIELD(groups) return group(p, nullptr);
-  });
-  m.def("prologue", [](const py::dict& fields) { return launch_prologue(prologue_of(fields), nullptr); });
-  m.def("forward",
-        [](const py::dict& fields, int64_t n_processors) { return forward(forward_of(fields), n_processors, nullptr); });
-  m.def("pair_softmax",
-        [](const py::dict& fields, int64_t n_processors) { return pair_softmax(forward_of(fields), n_processors, nullptr); });
-  m.def("backward",
-        [](const py::dict& fields, int64_t n_processors) { return backward(backward_of(fields), n_processors, nullptr); });
-  m.def("prototype_gradient", [](const py::dict& fields) { return prototype_gradient(prototype_gradient_of(fields), nullptr); });
-  m.def("panel_softmax", [](const py::dict& fields) { return panel_softmax(panel_of(fields), nullptr); });
-  m.def("panel_loss", [](const py::dict& fields) { return panel_loss(forward_of(fields), nullptr); });
-  m.def("coefficients", [](const py::dict& fields) { return coefficients(backward_of(fields), nullptr); });
-  m.def("panel_pairs", [](const py::dict& fields) { return panel_pairs(panel_of(fields), nullptr); });
-  m.def("panel_finish", [](const py::dict& fields) { return panel_finish(backward_of(fields), nullptr); });
+  m.def("set_n_processors", [](int64_t n_processors) { host::n_processors = n_processors; });
+  m.def("set_launches", [](bool launches) { simt::launches = launches; });
+  m.def("shares", [] { return shares; });
+  m.def("gradient_plan", &gradient_plan);
   m.def("mma", &run_mma);
   m.def("reverse", &run_reverse);
   m.def("sum_by_shuffles", &sum_by_shuffles);

@@ -328,6 +328,8 @@ void execute(Warp& warp) {
 
 // ---- what simt.h declares --------------------------------------------------------------------------------------------------
 
+bool launches = true;
+
 void set_order(Order new_order, uint64_t seed) {
   order = new_order;
   shuffler.seed(seed);

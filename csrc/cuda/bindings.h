@@ -1,0 +1,111 @@
+// The CUDA kernels as operators of torch's stable ABI: their names, schemas and functions, and what they take.
+#pragma once
+
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstdint>
+#include <optional>
+#include <tuple>
+
+#include "../common/options.h"
+
+// X(operator, schema but for its name, function of clop::cuda). Residuals as in clop_kernels/backends/contract.py, upstream gradients
+// as in clop_kernels/backends/positions.py; groups is (3, N) int32, or (3, 0) where positives are found by instance; n_left -1: one
+// side. zhat is laid out as unit_rows in the contract says, where it is written too.
+#define CLOP_CUDA_OPERATORS(X)                                                                                                \
+  /* (B,) int64 labels -> (3, N) int32, as clop_kernels/groups.py has it. */                                                  \
+  X(cuda_groups, "(Tensor labels" CLOP_CUDA_OPTIONS_SCHEMA ") -> Tensor", groups)                                             \
+  /* (N, D) embeddings, (B,) int64 labels, (K, D) float32 prototypes -> by position: zhat, norms, distances to prototypes. */ \
+  X(cuda_prologue,                                                                                                            \
+    "(Tensor embeddings, Tensor(a!) zhat, Tensor groups, Tensor? labels, Tensor? prototypes" CLOP_CUDA_OPTIONS_SCHEMA         \
+    ") -> (Tensor norms, Tensor distances)",                                                                                  \
+    prologue)                                                                                                                 \
+  /* The two passes. */                                                                                                       \
+  X(cuda_forward,                                                                                                             \
+    "(Tensor embeddings, Tensor(a!) zhat, Tensor groups, Tensor? labels, Tensor? prototypes" CLOP_CUDA_OPTIONS_SCHEMA         \
+    ") -> (Tensor loss, Tensor norms, Tensor shift, Tensor inverse_total, Tensor negative, Tensor counts)",                   \
+    forward)                                                                                                                  \
+  X(cuda_backward,                                                                                                            \
+    "(Tensor upstream, Tensor? weights, Tensor embeddings, Tensor zhat, Tensor norms, Tensor shift, Tensor inverse_total, "   \
+    "Tensor negative, Tensor groups, Tensor counts, Tensor? labels, Tensor? prototypes, bool needs_temperature"               \
+    CLOP_CUDA_OPTIONS_SCHEMA ") -> (Tensor grad_embeddings, Tensor? grad_temperature)",                                       \
+    backward)                                                                                                                 \
+  /* (N,) positions sorted by label, (K + 1,) bounds of the classes among them -> (parts, K, D), whose sum is the gradient. */ \
+  X(cuda_prototype_gradient,                                                                                                  \
+    "(Tensor upstream, Tensor? weights, Tensor zhat, Tensor counts, Tensor by_class, Tensor bounds, Tensor prototypes"        \
+    CLOP_CUDA_OPTIONS_SCHEMA ") -> Tensor",                                                                                   \
+    prototype_gradient)                                                                                                       \
+  /* The passes over pairs alone of the contract: (M, D) zhat, (3, M) groups -> (4, M) shift, negative, positive and */       \
+  /* positive_logits, with sides of the rows on the left alone; (4, M) float32 a, b, c, shift -> (M, D) or (n_left, D) */     \
+  /* sums, of wide rows the coefficients that cuda_panel_pairs takes. */                                                      \
+  X(cuda_pair_softmax, "(Tensor zhat, Tensor groups" CLOP_CUDA_OPTIONS_SCHEMA ") -> Tensor", pair_softmax)                    \
+  X(cuda_pair_gradient, "(Tensor zhat, Tensor groups, Tensor given" CLOP_CUDA_OPTIONS_SCHEMA ") -> Tensor", pair_gradient)    \
+  X(cuda_pair_coefficients, "(Tensor zhat, Tensor groups, Tensor given" CLOP_CUDA_OPTIONS_SCHEMA ") -> Tensor",               \
+    pair_coefficients)                                                                                                        \
+  /* Wide rows: what comes between the library's products, clop_kernels/backends/cuda.py. adds_scale: statistics as of */     \
+  /* pairs alone. */                                                                                                          \
+  X(cuda_panel_softmax,                                                                                                       \
+    "(Tensor products, int first_row, int first_column, Tensor(a!) statistics, Tensor zhat, Tensor groups, bool adds_scale"   \
+    CLOP_CUDA_OPTIONS_SCHEMA ") -> ()",                                                                                       \
+    panel_softmax)                                                                                                            \
+  X(cuda_panel_loss,                                                                                                          \
+    "(Tensor statistics, Tensor distances, Tensor zhat, Tensor groups, Tensor? labels, Tensor? prototypes"                    \
+    CLOP_CUDA_OPTIONS_SCHEMA ") -> (Tensor loss, Tensor shift, Tensor inverse_total, Tensor negative, Tensor counts)",        \
+    panel_loss)                                                                                                               \
+  X(cuda_coefficients,                                                                                                        \
+    "(Tensor? weights, Tensor zhat, Tensor shift, Tensor inverse_total, Tensor negative, Tensor groups"                       \
+    CLOP_CUDA_OPTIONS_SCHEMA ") -> (Tensor coefficients, Tensor n_finished)",                                                 \
+    coefficients)                                                                                                             \
+  X(cuda_panel_pairs,                                                                                                         \
+    "(Tensor products, int first_row, int first_column, Tensor coefficients, Tensor zhat, Tensor groups"                      \
+    CLOP_CUDA_OPTIONS_SCHEMA ") -> Tensor",                                                                                   \
+    panel_pairs)                                                                                                              \
+  X(cuda_panel_finish,                                                                                                        \
+    "(Tensor(a!) sums, Tensor(b!) n_finished, Tensor upstream, Tensor? weights, Tensor embeddings, Tensor zhat, "             \
+    "Tensor norms, Tensor groups, Tensor counts, Tensor? labels, Tensor? prototypes, bool needs_temperature"                  \
+    CLOP_CUDA_OPTIONS_SCHEMA ") -> (Tensor grad_embeddings, Tensor? grad_temperature)",                                       \
+    panel_finish)
+
+namespace clop::cuda {
+
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+// Of embeddings and temperature.
+using Gradients = std::tuple<Tensor, MaybeTensor>;
+
+Tensor groups(const Tensor& labels CLOP_CUDA_OPTIONS_PARAMETERS);
+std::tuple<Tensor, Tensor> prologue(const Tensor& embeddings, const Tensor& zhat, const Tensor& groups,
+                                    const MaybeTensor& labels, const MaybeTensor& prototypes CLOP_CUDA_OPTIONS_PARAMETERS);
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor& embeddings, const Tensor& zhat,
+                                                                   const Tensor& groups, const MaybeTensor& labels,
+                                                                   const MaybeTensor& prototypes CLOP_CUDA_OPTIONS_PARAMETERS);
+Gradients backward(const Tensor& upstream, const MaybeTensor& weights, const Tensor& embeddings, const Tensor& zhat,
+                   const Tensor& norms, const Tensor& shift, const Tensor& inverse_total, const Tensor& negative,
+                   const Tensor& groups, const Tensor& counts, const MaybeTensor& labels, const MaybeTensor& prototypes,
+                   bool needs_temperature CLOP_CUDA_OPTIONS_PARAMETERS);
+Tensor prototype_gradient(const Tensor& upstream, const MaybeTensor& weights, const Tensor& zhat, const Tensor& counts,
+                          const Tensor& by_class, const Tensor& bounds, const Tensor& prototypes CLOP_CUDA_OPTIONS_PARAMETERS);
+
+Tensor pair_softmax(const Tensor& zhat, const Tensor& groups CLOP_CUDA_OPTIONS_PARAMETERS);
+Tensor pair_gradient(const Tensor& zhat, const Tensor& groups, const Tensor& given CLOP_CUDA_OPTIONS_PARAMETERS);
+Tensor pair_coefficients(const Tensor& zhat, const Tensor& groups, const Tensor& given CLOP_CUDA_OPTIONS_PARAMETERS);
+
+void panel_softmax(const Tensor& products, int64_t first_row, int64_t first_column, const Tensor& statistics,
+                   const Tensor& zhat, const Tensor& groups, bool adds_scale CLOP_CUDA_OPTIONS_PARAMETERS);
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> panel_loss(const Tensor& statistics, const Tensor& distances,
+                                                              const Tensor& zhat, const Tensor& groups,
+                                                              const MaybeTensor& labels,
+                                                              const MaybeTensor& prototypes CLOP_CUDA_OPTIONS_PARAMETERS);
+std::tuple<Tensor, Tensor> coefficients(const MaybeTensor& weights, const Tensor& zhat, const Tensor& shift,
+                                        const Tensor& inverse_total, const Tensor& negative,
+                                        const Tensor& groups CLOP_CUDA_OPTIONS_PARAMETERS);
+Tensor panel_pairs(const Tensor& products, int64_t first_row, int64_t first_column, const Tensor& coefficients,
+                   const Tensor& zhat, const Tensor& groups CLOP_CUDA_OPTIONS_PARAMETERS);
+Gradients panel_finish(const Tensor& sums, const Tensor& n_finished, const Tensor& upstream, const MaybeTensor& weights,
+                       const Tensor& embeddings, const Tensor& zhat, const Tensor& norms, const Tensor& groups,
+                       const Tensor& counts, const MaybeTensor& labels, const MaybeTensor& prototypes,
+                       bool needs_temperature CLOP_CUDA_OPTIONS_PARAMETERS);
+
+}  // namespace clop::cuda
