@@ -36,7 +36,9 @@ int64_t n_processors_of(int32_t) { return host::n_processors; }
 
 Tensor allocate(const char*, const Tensor&, std::initializer_list<int64_t> sizes, ScalarType dtype) {
   Tensor tensor = empty(sizes, dtype, aoti_torch_device_type_cpu(), 0);
-  const auto fill = [&](int byte) { std::memset(tensor.mutable_data_ptr(), byte, tensor.numel() * tensor.element_size()); };
+  const auto fill = [&](int byte) {
+    if (tensor.numel() > 0) std::memset(tensor.mutable_data_ptr(), byte, tensor.numel() * tensor.element_size());
+  };
   if (simt::launches)
     fill(0xff);
   else if (dtype == ScalarType::Int)
