@@ -9,9 +9,9 @@ the bindings of ``cuda`` are those of tests/host/, whose launches return at once
 autograd, memory, the arguments of each launch. What a launch costs in the driver, some microseconds each, is left out on both
 sides.
 
-``cpu`` runs whole, on 16 rows of 16 numbers, whose arithmetic is next to nothing. So do, for all of them, the plain loss that users
-write (normalise, product, mask, cross entropy), and the definition, clop_kernels.reference, which does more. For a machine with a
-GPU there is ``python -m benchmarks.gpu_check --steps host``.
+``cpu`` runs whole, on 16 rows of 16 numbers, whose arithmetic is next to nothing. So do, for all of them, the plain loss that
+users write (normalise, product, mask, cross entropy), and the definition, clop_kernels.reference, which does more. For a machine
+with a GPU there is ``python -m benchmarks.gpu_check --steps host``.
 
 Providers take turns, and what is printed is the median of each: trust the ratios, not the microseconds.
 """
@@ -37,7 +37,7 @@ from . import problems
 Loss = Callable[[Tensor], Tensor]
 TEMPERATURE = 0.1
 SMALL, LARGE = (16, 16), (2048, 16)
-"""N and D of what computes, and of what only launches. Memory on a GPU comes from torch's cache whatever its size; on this CPU many
+"""N and D of what computes, and of what only launches. A GPU's memory comes from torch's cache, whatever its size; on a CPU many
 megabytes would come from the system."""
 
 
@@ -61,7 +61,7 @@ def _stub_triton() -> None:
 
     target = tiles.Target(90, 132)
     tiles.target_of = lambda device: target  # type: ignore[assignment]
-    launches.DIRECT_DEVICES = ("cpu",)  # type: ignore[assignment]
+    launches.DIRECT_DEVICES = ("cpu",)
     launches.Launch.run = lambda self: _Launched()  # type: ignore[method-assign]
 
 

@@ -115,7 +115,8 @@ _Classes = tuple[Tensor | None, Tensor | None, bool]
 
 def arguments_of(options: LossOptions) -> tuple[Any, ...]:
     """What every operator takes after its tensors."""
-    return *native_options(options), *number_tensors(options), allows_tf32()
+    is_tf32 = options.compute_dtype == torch.float32 and allows_tf32()
+    return *native_options(options), *number_tensors(options), is_tf32
 
 
 def _forward(

@@ -11,7 +11,6 @@ import importlib
 import importlib.util
 import json
 import warnings
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -49,10 +48,15 @@ def native_options(options: LossOptions) -> tuple[Any, ...]:
 
     A number that is a tensor is 0 there: see :func:`number_tensors`.
     """
-    fields = list(options)
-    for index, encode in _ENCODERS:
-        fields[index] = encode(fields[index])
-    return tuple(fields)
+    numbers = (0.0 if isinstance(x, Tensor) else x for x in options.numbers)
+    return *numbers, *_encoded(options[len(NUMBERS) :])
+
+
+@functools.lru_cache(maxsize=256)  # a training has few
+def _encoded(constants: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What stays the same while a training changes its numbers, as the extension takes it."""
+    names = LossOptions._fields[len(NUMBERS) :]
+    return tuple(_encode(name, value) for name, value in zip(names, constants, strict=True))
 
 
 def number_tensors(options: LossOptions) -> tuple[Tensor | None, ...]:
@@ -60,13 +64,7 @@ def number_tensors(options: LossOptions) -> tuple[Tensor | None, ...]:
     return tuple(value if isinstance(value, Tensor) else None for value in options.numbers)
 
 
-def _encoder(name: str) -> Callable[[Any], Any] | None:
-    """From a field to what the extension takes; None: the same."""
+def _encode(name: str, value: Any) -> Any:
     if name in CHOICES:
-        return CHOICES[name].index
-    if name in NUMBERS:
-        return lambda number: 0.0 if isinstance(number, Tensor) else number
-    return (lambda n_left: -1 if n_left is None else n_left) if name == "n_left" else None
-
-
-_ENCODERS = [(index, encode) for index, name in enumerate(LossOptions._fields) if (encode := _encoder(name)) is not None]
+        return CHOICES[name].index(value)
+    return -1 if name == "n_left" and value is None else value
