@@ -197,19 +197,21 @@ def test_constants_are_those_of_python() -> None:
     assert set(contract.CHOICES.values()) == {getattr(contract, name) for name in choices}
 
 
-def test_options_are_packed_in_their_order() -> None:
-    options = LossOptions(0.3, 0.5, 2, "label", "manhattan", "none", torch.float16, False, None, True)
-    assert native_options(options) == (0.3, 0.5, 2, 1, 2, 2, torch.float16, False, -1, True)
+def named_options(options: LossOptions) -> dict[str, Any]:
+    return dict(zip(options._fields, native_options(options), strict=True))
+
+
+def test_how_options_are_packed() -> None:
+    options = LossOptions(0.3, 0.5, positives="label", distance="manhattan", reduction="none", compute_dtype=torch.float16)
+    packed = {"temperature": 0.3, "prototype_weight": 0.5, "positives": 1, "distance": 2, "reduction": 2, "n_left": -1}
+    assert named_options(options) | packed == named_options(options)
     on_device = options._replace(prototype_weight=torch.tensor(0.5), n_left=3)
-    assert native_options(on_device) == (0.3, 0.0, 2, 1, 2, 2, torch.float16, False, 3, True)
+    packed |= {"prototype_weight": 0.0, "n_left": 3, "compute_dtype": torch.float16}
+    assert named_options(on_device) | packed == named_options(on_device)
     assert extension.number_tensors(on_device) == (None, on_device.prototype_weight)
 
 
 # ---- wrong calls -----------------------------------------------------------------------------------------------------------
-
-
-def named_options(options: LossOptions) -> dict[str, Any]:
-    return dict(zip(options._fields, native_options(options), strict=True))
 
 
 WRONG_CALLS = [
