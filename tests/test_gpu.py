@@ -490,21 +490,25 @@ def test_autocast_and_compile(backend: str) -> None:
 
 BAD_INPUT = """
 import torch, clop_kernels
-z, c = torch.randn(6, 4, device="cuda"), torch.randn(2, 4, device="cuda")
-clop_kernels.clop_loss(z, torch.tensor([0, 1, {label}], device="cuda"), c, temperature={temperature}, backend="{backend}")
+z, c, labels = torch.randn(6, 4, device="cuda"), torch.randn(2, 4, device="cuda"), torch.tensor([0, 1, {label}], device="cuda")
+numbers = {{"temperature": {temperature}, "prototype_weight": {weight}}}
+clop_kernels.clop_loss(z, labels, c, **numbers, backend="{backend}")
 torch.cuda.synchronize()
 """
 
 
-@pytest.mark.parametrize(("label", "temperature", "message"), [
-    (2, "0.1", "labels holds a value"),
-    (-2, "0.1", "labels holds a value"),
-    (1, "torch.tensor(-1.0, device='cuda')", "temperature is not a positive finite number"),
-    (1, "0.1", None),
+@pytest.mark.parametrize(("label", "temperature", "weight", "message"), [
+    (2, "0.1", "1.0", "labels holds a value"),
+    (-2, "0.1", "1.0", "labels holds a value"),
+    (1, "torch.tensor(-1.0, device='cuda')", "1.0", "temperature is not a positive finite number"),
+    (1, "0.1", "torch.tensor(-1.0, device='cuda')", "prototype_weight is not a finite number of at least 0"),
+    (1, "0.1", "torch.tensor(1.0, device='cuda')", None),
 ])  # fmt: skip
-def test_bad_values_are_asserted_on_the_device(label: int, temperature: str, message: str | None, kernels: str) -> None:
+def test_bad_values_are_asserted_on_the_device(
+    label: int, temperature: str, weight: str, message: str | None, kernels: str
+) -> None:
     """In a process of its own: after an assertion a device is lost to its process."""
-    script = BAD_INPUT.format(label=label, temperature=temperature, backend=kernels)
+    script = BAD_INPUT.format(label=label, temperature=temperature, weight=weight, backend=kernels)
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode == 0) == (message is None), done.stderr
     if message is not None:

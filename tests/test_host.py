@@ -281,20 +281,22 @@ def run(problem: Problem, temperature: float | Tensor, weight: float | Tensor = 
 
 
 @pytest.mark.parametrize(
-    ("labels", "temperature", "message"),
+    ("labels", "temperature", "weight", "message"),
     [
-        ([0, 1, 9], 0.1, "labels holds a value below -1 or without a prototype"),
-        ([0, -2, 1], 0.1, "labels holds a value below -1 or without a prototype"),
-        ([0, 1, -1], -1.0, "temperature is not a positive finite number"),
-        ([0, 1, -1], float("inf"), "temperature is not a positive finite number"),
+        ([0, 1, 9], 0.1, 1.0, "labels holds a value below -1 or without a prototype"),
+        ([0, -2, 1], 0.1, 1.0, "labels holds a value below -1 or without a prototype"),
+        ([0, 1, -1], -1.0, 1.0, "temperature is not a positive finite number"),
+        ([0, 1, -1], torch.inf, 1.0, "temperature is not a positive finite number"),
+        ([0, 1, -1], 0.1, -1.0, "prototype_weight is not a finite number of at least 0"),
+        ([0, 1, -1], 0.1, torch.nan, "prototype_weight is not a finite number of at least 0"),
     ],
 )
 def test_wrong_values_are_asserted_on_the_device(
-    labels: list[int], temperature: float, message: str, any_kernels: host.Kernels
+    labels: list[int], temperature: float, weight: float, message: str, any_kernels: host.Kernels
 ) -> None:
     problem = dataclasses.replace(random_problem(2, 3, 4), labels=torch.tensor(labels))
     with pytest.raises(RuntimeError, match=message):
-        run(problem, torch.tensor(temperature))
+        run(problem, torch.tensor(temperature), torch.tensor(weight))
 
 
 # ---- wrong calls -----------------------------------------------------------------------------------------------------

@@ -203,7 +203,14 @@ def named_options(options: LossOptions) -> dict[str, Any]:
 
 def test_how_options_are_packed() -> None:
     options = LossOptions(0.3, 0.5, positives="label", distance="manhattan", reduction="none", compute_dtype=torch.float16)
-    packed = {"temperature": 0.3, "prototype_weight": 0.5, "positives": 1, "distance": 2, "reduction": 2, "n_left": -1}
+    packed: dict[str, Any] = {
+        "temperature": 0.3,
+        "prototype_weight": 0.5,
+        "positives": 1,
+        "distance": 2,
+        "reduction": 2,
+        "n_left": -1,
+    }
     assert named_options(options) | packed == named_options(options)
     on_device = options._replace(prototype_weight=torch.tensor(0.5), n_left=3)
     packed |= {"prototype_weight": 0.0, "n_left": 3, "compute_dtype": torch.float16}

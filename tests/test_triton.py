@@ -422,11 +422,24 @@ def test_a_temperature_whose_inverse_float32_does_not_hold(temperature: float) -
     assert (TRITON.load().pair_softmax(zhat, groups, None, options).total == 11).all()
 
 
-def run(problem: Problem, temperature: float | torch.Tensor) -> dict[str, torch.Tensor]:
+@interpreted
+@pytest.mark.parametrize("distance", ["cosine", "manhattan"])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_the_kernels_read_the_weight(distance: str, reduction: str) -> None:
+    problem = random_problem(2, 9, 16, distance=distance, reduction=reduction)
+    expected, actual = run(problem, 0.1, weight=0.75), run(problem, 0.1, weight=torch.tensor(0.75))
+    assert all(torch.equal(actual[name], expected[name]) for name in expected)
+    assert not torch.equal(run(problem, 0.1, weight=torch.tensor(0.5))["loss"], expected["loss"])
+
+
+def run(
+    problem: Problem, temperature: float | torch.Tensor, weight: float | torch.Tensor | None = None
+) -> dict[str, torch.Tensor]:
     """The backend itself, below the operator."""
     module = TRITON.load()
     z, prototypes = problem.embeddings.float(), problem.prototypes.float() if problem.prototypes is not None else None
-    options = LossOptions(temperature=temperature, compute_dtype=torch.float32, **OPTIONS | problem.options)
+    numbers = {"temperature": temperature} | ({} if weight is None else {"prototype_weight": weight})
+    options = LossOptions(**OPTIONS | problem.options | numbers, compute_dtype=torch.float32)
     loss, residuals = module.forward(z, problem.labels, prototypes, options)
     assert isinstance(residuals, Residuals)
     upstream = torch.linspace(-1, 1, loss.numel()) if loss.dim() else torch.ones(())

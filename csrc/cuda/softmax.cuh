@@ -195,11 +195,14 @@ __device__ void finish_loss(const Forward& p, unsigned n_blocks, float* scratch)
   if (const float* const temperature = p.temperature.tensor; temperature != nullptr)
     device_assert(*temperature > 0.0f && *temperature < __int_as_float(0x7f800000),
                   "clop_kernels: temperature is not a positive finite number");
+  const float prototype_weight = read(p.prototype_weight);
+  device_assert(prototype_weight >= 0.0f && prototype_weight < __int_as_float(0x7f800000),
+                "clop_kernels: prototype_weight is not a finite number of at least 0");
   if (p.reduction == Reduction::none) return;
   const bool is_mean = p.reduction == Reduction::mean;
   const float contrastive = sums[0] / (is_mean ? fmaxf(n_anchors, 1.0f) : 1.0f);
   const float distance = sums[1] / (is_mean ? fmaxf(n_labelled, 1.0f) : 1.0f);
-  *p.loss = contrastive + read(p.prototype_weight) * distance;
+  *p.loss = contrastive + prototype_weight * distance;
 }
 
 // The end of the pass: the threads' parts to those of a block of rows, and in the last of these blocks all of them to the loss.
