@@ -46,18 +46,18 @@ class Field:
 
     @staticmethod
     def of_float(name: str, value: float | None) -> Field:
-        """None: a number that this rank does not know."""
+        """None: a number that this rank does not know, which goes with any."""
         if value is None:
-            return Field(name, _UNKNOWN_BITS, _float_text)
+            return Field(name, _UNKNOWN, _float_text)
         (bits,) = struct.unpack("<q", struct.pack("<d", value))
         return Field(name, bits, _float_text)
 
 
-(_UNKNOWN_BITS,) = struct.unpack("<q", struct.pack("<d", float("nan")))
+(_UNKNOWN,) = struct.unpack("<q", struct.pack("<d", float("nan")))
 
 
 def _float_text(bits: int) -> str:
-    return "a tensor" if bits == _UNKNOWN_BITS else repr(struct.unpack("<d", struct.pack("<q", bits))[0])
+    return "a tensor" if bits == _UNKNOWN else repr(struct.unpack("<d", struct.pack("<q", bits))[0])
 
 
 _GREETING = 0x636C6F70  # in front of every header; FAILED is what a rank sends that cannot take part
@@ -95,7 +95,7 @@ class Ranks:
             raise RuntimeError(f"{_ranks_text(failed)} of the process group raised an error before the loss; it says there what")
         columns = [list(values) for values in zip(*everyone, strict=True)][1:]
         for field, values in zip(header, columns, strict=True):
-            if field.show is not None and len(set(values)) > 1:
+            if field.show is not None and len(set(values) - {_UNKNOWN}) > 1:
                 raise ValueError(
                     f"{field.name} differs between the ranks of the process group: {_who_has_what(values, field.show)}"
                 )

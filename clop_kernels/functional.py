@@ -81,7 +81,8 @@ def clop_loss(
         check_ranks: tell each other sizes and options first, so that what does not fit together is an error on every rank and not
             a hang. That is one small exchange, which on a GPU waits for queued work, unless the group has a CPU backend too, as
             of ``init_process_group("cpu:gloo,cuda:nccl")``. False: all ranks have as many rows and, for ``strategy="auto"``,
-            devices with as much memory, and nothing is checked.
+            devices with as much memory, and nothing is checked. A number that is a tensor on a GPU, as under torch.compile all
+            are, is not compared: no host reads it.
 
     Returns:
         () or, for ``reduction="none"``, (V*B,); float32, or float64 for float64 embeddings. Gradients are exact for
@@ -324,6 +325,8 @@ def _loss(
         temperature = validation.checked_temperature(options.temperature, embeddings.device)
         if temperature is not options.temperature:  # an int, say
             options = options._replace(temperature=temperature)
+        if backend != backends.REFERENCE:
+            validation.check_weight_is_not_learned(options.prototype_weight)
     if backend != backends.REFERENCE:
         return ops.loss(ops.Call(embeddings, labels, prototypes, options, backend, sharding))
     if not torch.compiler.is_compiling():

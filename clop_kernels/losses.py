@@ -262,6 +262,8 @@ class CLOPLoss(_ContrastiveLoss):
         )
         validation.check_choice("distance", distance, DISTANCES)
         validation.check_choice("positives", positives, POSITIVES)
+        if isinstance(prototype_weight, Tensor):
+            raise TypeError("prototype_weight is a Tensor: expected a float; the function clop_loss takes tensors too")
         self.prototype_weight = validation.checked_prototype_weight(prototype_weight, torch.device("cpu"))
         self.distance = distance
         self.positives = positives

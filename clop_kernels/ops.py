@@ -10,6 +10,7 @@ formula cost a small call more than the loss itself.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from types import ModuleType
@@ -17,6 +18,7 @@ from typing import Any, NamedTuple, get_type_hints
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from . import backends
 from .backends.contract import Gradients, LossOptions, Needs, Number, Residuals, Sharding, unit_rows
@@ -74,6 +76,8 @@ def loss(call: Call) -> Tensor:
         precise = options.accumulate_dtype
         options = options.with_numbers(lambda x: x.to(precise) if isinstance(x, Tensor) else x)
         call = call._replace(options=options)
+    if forward_ad._current_level >= 0 and not torch.compiler.is_compiling():
+        _refuse_tangents(embeddings, prototypes, *options.numbers)
     temperature = options.temperature
     has_backward = torch.is_grad_enabled() and (
         embeddings.requires_grad
@@ -89,6 +93,15 @@ def loss(call: Call) -> Tensor:
         return _first(_DirectLoss.apply(embeddings, prototypes, temperature, call))  # type: ignore[no-untyped-call]
     with without_autocast(embeddings.device.type):
         return _first(_backend_of(call).forward(*_arguments_of(call)))
+
+
+def _refuse_tangents(*inputs: Any) -> None:
+    for x in inputs:
+        if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError(
+                "clop_kernels' loss has no forward-mode derivative: its kernels would drop the tangent. "
+                'Take backend="reference", at N x N memory'
+            )
 
 
 def _first(results: Any) -> Tensor:
@@ -162,15 +175,31 @@ def _check_value(name: str, value: Tensor, is_in_range: Tensor, expected: str) -
 
 
 def _runs_directly(*inputs: Any) -> bool:
-    """Whether nothing but autograd looks at operators: no tracer, mode, or transform, and no tensor of a kind of its own."""
+    """Whether nothing but autograd looks at operators: no tracer, mode, or transform, and no tensor of a kind of its own.
+
+    A plain type may still hold what only the dispatcher makes plain: a negation that is put off, one row of a batch.
+    """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     if torch._C._len_torch_dispatch_stack() > 0 or torch._C._get_tracing_state() is not None:
         return False
-    return _PLAIN.issuperset(map(type, inputs))
+    for x in inputs:
+        if type(x) not in _PLAIN:
+            return False
+        if isinstance(x, Tensor) and torch._C._dispatch_keys(x).raw_repr() != _plain_keys(x.device.type):
+            return False
+    return True
 
 
 _PLAIN = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer, float, type(None)})
+
+
+@functools.cache
+def _plain_keys(device_type: str) -> int:
+    """What the dispatcher knows of a tensor that holds nothing but numbers."""
+    with torch.inference_mode(False):
+        keys: int = torch._C._dispatch_keys(torch.empty(0, device=device_type)).raw_repr()
+    return keys
 
 
 def _backend_of(call: Call) -> ModuleType:
@@ -223,7 +252,7 @@ class _DirectLoss(torch.autograd.Function):
         if torch.is_grad_enabled() or not _runs_directly(grad_loss):
             grads = _by_operator(_entrance(backward=True), grad_loss, residuals, call, needs)
         else:
-            grads = _in_dtypes_of_inputs(_backward(grad_loss, residuals, call, needs), call)
+            grads = _as_needed(_backward(grad_loss, residuals, call, needs), call, needs)
         return grads.embeddings, grads.prototypes, grads.temperature, None
 
 
@@ -264,16 +293,15 @@ def _backward(grad_loss: Tensor, residuals: Residuals, call: Call, needs: Needs)
     return grads
 
 
-def _in_dtypes_of_inputs(grads: Gradients, call: Call) -> Gradients:
-    """As autograd takes them."""
-    embeddings, temperature, prototypes = grads
-    if embeddings is not None and embeddings.dtype != call.embeddings.dtype:
-        embeddings = embeddings.to(call.embeddings.dtype)
-    if temperature is not None and isinstance(call.options.temperature, Tensor):
-        temperature = temperature.to(call.options.temperature.dtype)
-    if prototypes is not None and call.prototypes is not None:
-        prototypes = prototypes.to(call.prototypes.dtype)
-    return Gradients(embeddings, temperature, prototypes)
+def _as_needed(grads: Gradients, call: Call, needs: Needs) -> Gradients:
+    """Those that autograd asks for, in the dtypes of what they are of."""
+    inputs: tuple[Any, ...] = call.embeddings, call.options.temperature, call.prototypes
+    return Gradients(
+        *(
+            grad.to(x.dtype) if is_needed and grad is not None else None
+            for grad, x, is_needed in zip(grads, inputs, needs, strict=True)
+        )
+    )
 
 
 # ---- the operators ------------------------------------------------------------------------------------------------------------
@@ -349,7 +377,7 @@ class Operator:
     def _run_backward(self, grad_loss: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
         residuals, call, needs = self._of_backward(arguments)
         with without_autocast(call.embeddings.device.type):
-            grads = _in_dtypes_of_inputs(self.backward(grad_loss, residuals, call, needs), call)
+            grads = _as_needed(self.backward(grad_loss, residuals, call, needs), call, needs)
         return tuple(call.embeddings.new_empty(0) if grad is None else grad for grad in grads)
 
     def _run_backward_fake(self, grad_loss: Tensor, *arguments: Any) -> tuple[Tensor, ...]:

@@ -150,15 +150,17 @@ def checked_prototype_weight(weight: Number, device: torch.device) -> Number:
     if type(weight) is float and 0 <= weight < math.inf:
         return weight
     value = _checked_number("prototype_weight", weight, device)
-    if isinstance(value, Tensor):
-        if value.requires_grad:
-            raise ValueError(
-                "prototype_weight requires grad: expected a number that is not learned, as of prototype_weight.detach(); "
-                'backend="reference" has its gradient'
-            )
-    elif value < 0:
+    if not isinstance(value, Tensor) and value < 0:
         raise ValueError(f"prototype_weight={weight}: expected a number of at least 0")
     return value
+
+
+def check_weight_is_not_learned(weight: Number) -> None:
+    if isinstance(weight, Tensor) and weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            "prototype_weight requires grad: expected a number that is not learned, as of prototype_weight.detach(); "
+            'backend="reference" has its gradient'
+        )
 
 
 def _checked_number(name: str, value: Number, device: torch.device) -> Number:

@@ -113,6 +113,24 @@ def op_call(backend: str, reduction: str, dtype: torch.dtype) -> ops.Call:
     return ops.Call(z, problem.labels, prototypes, options, backend)
 
 
+def negated(x: Tensor) -> Tensor:
+    """x, as a tensor whose memory holds -x: what an imaginary part may be."""
+    return torch.imag(torch.complex(torch.zeros_like(x), -x).conj())
+
+
+def assert_negations_are_seen(backend: str) -> None:
+    problem = random_problem(2, 4, 5)
+    assert problem.prototypes is not None
+    z, tau = problem.embeddings.float(), torch.tensor(0.3)
+    found = []
+    for put_off in (negated, torch.clone):
+        rows, prototypes = put_off(z).requires_grad_(), put_off(problem.prototypes.float())
+        loss = problem.loss(rows, problem.labels, prototypes, put_off(tau), backend)
+        found.append((loss, *torch.autograd.grad(loss, rows, put_off(torch.tensor(0.5)))))
+    assert negated(z).is_neg()
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+
+
 def two_sided_problem(
     n_left: int, n_right: int, width: int, *, labelled: bool, temperature: float = 0.1, seed: int = 0, **options: Any
 ) -> Problem:

@@ -299,6 +299,17 @@ def test_wrong_values_are_asserted_on_the_device(
         run(problem, torch.tensor(temperature), torch.tensor(weight))
 
 
+def test_a_batch_without_rows(kernels: host.Kernels) -> None:
+    z, prototypes = torch.empty(0, 8, requires_grad=True), torch.eye(3, 8, requires_grad=True)
+    loss = clop_kernels.clop_loss(z, torch.empty(0, dtype=torch.int64), prototypes, backend="cuda")
+    loss.backward()
+    assert loss == 0
+    assert z.grad is not None
+    assert prototypes.grad is not None
+    assert z.grad.shape == (0, 8)
+    assert (prototypes.grad == 0).all()
+
+
 # ---- wrong calls -----------------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 import clop_kernels
 from clop_kernels.backends import contract
 
-from .oracle import Problem, negatives_problem, op_call, random_problem, two_sided_problem
+from .oracle import Problem, assert_negations_are_seen, negatives_problem, op_call, random_problem, two_sided_problem
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile's default backend needs g++")
 
@@ -189,3 +189,34 @@ def test_bad_labels_raise_from_compiled_code() -> None:
     compiled = torch.compile(clop_kernels.clop_loss, fullgraph=True, backend="aot_eager")
     with pytest.raises(ValueError, match="labels contains 7"):
         compiled(torch.randn(4, 3), torch.tensor([0, 7]), torch.eye(3))
+
+
+# ---- what a call without the operator must see ---------------------------------------------------------------------------
+
+
+def test_a_batch_of_upstream_gradients(backend: str) -> None:
+    problem = random_problem(2, 4, 5, reduction="none")
+    z, tau = problem.embeddings.clone().requires_grad_(), torch.tensor(0.3, dtype=torch.float64)
+    terms = problem.loss(z, problem.labels, problem.prototypes, tau, backend)
+    upstream = torch.eye(8, dtype=torch.float64)
+    (actual,) = torch.autograd.grad(terms, z, upstream, is_grads_batched=True, retain_graph=True)
+    expected = torch.stack([torch.autograd.grad(terms, z, one, retain_graph=True)[0] for one in upstream])
+    torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
+def test_negations_that_are_put_off(backend: str) -> None:
+    assert_negations_are_seen(backend)
+
+
+@pytest.mark.parametrize("name", ["embeddings", "prototypes", "temperature", "prototype_weight"])
+def test_forward_mode_is_refused(name: str, backend: str) -> None:
+    inputs = {"embeddings": torch.randn(8, 4), "prototypes": torch.eye(3, 4), "temperature": torch.tensor(0.3)}
+    inputs["prototype_weight"] = torch.tensor(0.5)
+    labels = torch.arange(4) % 3
+    with torch.autograd.forward_ad.dual_level():
+        clop_kernels.clop_loss(labels=labels, backend=backend, **inputs)  # type: ignore[arg-type]
+        inputs[name] = torch.autograd.forward_ad.make_dual(inputs[name], torch.ones_like(inputs[name]))
+        with pytest.raises(NotImplementedError, match=r'no forward-mode derivative.*backend="reference"'):
+            clop_kernels.clop_loss(labels=labels, backend=backend, **inputs)  # type: ignore[arg-type]
+        loss = clop_kernels.clop_loss(labels=labels, backend="reference", **inputs)  # type: ignore[arg-type]
+        assert torch.autograd.forward_ad.unpack_dual(loss).tangent is not None

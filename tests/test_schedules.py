@@ -161,3 +161,11 @@ def test_a_module_takes_another_temperature(learnable: bool) -> None:
 def test_a_wrong_weight_is_refused(weight: Tensor, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         clop_kernels.clop_loss(torch.randn(12, 8), LABELS, PROTOTYPES, prototype_weight=weight)
+
+
+def test_the_reference_has_the_gradient_of_a_weight() -> None:
+    weight, z = torch.tensor(0.5, requires_grad=True), torch.randn(12, 8)
+    loss = clop_kernels.clop_loss(z, LABELS, PROTOTYPES, prototype_weight=weight, backend="reference")
+    assert torch.autograd.grad(loss, weight)[0] > 0
+    with torch.no_grad():
+        torch.testing.assert_close(clop_kernels.clop_loss(z, LABELS, PROTOTYPES, prototype_weight=weight), loss)

@@ -35,6 +35,7 @@ from .oracle import (
     assert_as_good_as_plain,
     assert_float16_saturates_and_overflow_shows,
     assert_layouts_do_not_matter,
+    assert_negations_are_seen,
     near_duplicates,
     op_call,
     random_problem,
@@ -420,6 +421,24 @@ def test_a_temperature_whose_inverse_float32_does_not_hold(temperature: float) -
     options = LossOptions(temperature, positives="label", compute_dtype=torch.float32)
     zhat = torch.nn.functional.normalize(z.detach(), dim=1)
     assert (TRITON.load().pair_softmax(zhat, groups, None, options).total == 11).all()
+
+
+@interpreted
+def test_a_batch_without_rows() -> None:
+    z, prototypes = torch.empty(0, 8, requires_grad=True), torch.eye(3, 8, requires_grad=True)
+    loss = clop_kernels.clop_loss(z, torch.empty(0, dtype=torch.int64), prototypes, backend="triton")
+    loss.backward()
+    assert loss == 0
+    assert z.grad is not None
+    assert prototypes.grad is not None
+    assert z.grad.shape == (0, 8)
+    assert (prototypes.grad == 0).all()
+
+
+@interpreted
+def test_negations_that_are_put_off() -> None:
+    """Kernels are given memory, of which only the dispatcher knows that it holds the opposite."""
+    assert_negations_are_seen("triton")
 
 
 @interpreted

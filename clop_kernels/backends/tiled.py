@@ -25,7 +25,7 @@ q_i = w_i / n_i, and a_i = w_i / sum_j exp s_ij::
     dL/dzhat_i = 1/tau sum_{j != i} M_ij zhat_j,    M_ij = exp(s_ij) (a_i + a_j) - [j in P(i)] (q_i + q_j)
 
 Where `fits_unshifted` says no, and where the temperature is a tensor on a GPU, which the host must not read, it takes
-online maxima and two exponentials a pair instead.
+online maxima and two exponentials a pair instead. Under torch.compile every temperature on a GPU is one.
 
 Positives come from the tiles and not from the group sums of zhat, which would need no mask. A well-trained positive has
 exp(s_ij) a_i close to q_i, and only a subtraction before the product with zhat keeps the small difference: with

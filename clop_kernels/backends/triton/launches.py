@@ -180,9 +180,6 @@ class Step:
     def launch(self, values: Values) -> Launch:
         return Launch(self.kernel, self.grid, self.constants | {k: values[v] for k, v in self.names.items()}, self.options)
 
-    def run(self, values: Values) -> None:
-        self.compiled = self.launch(values).run()
-
     def run_compiled(self, values: Values) -> None:
         arguments = self._template.copy()
         for index, name in self._slots:
@@ -233,16 +230,18 @@ class Plan:
         Triton need not ask what they are, and with scratch that is one piece of memory: each call to PyTorch costs the host time.
         """
         like = values["zhat"]
-        if like.device.type in DIRECT_DEVICES and all(step.compiled is not None for step in self.steps):
-            addresses = {name: x.data_ptr() if isinstance(x, Tensor) else x for name, x in values.items()}
-            if all(addresses[name] % 16 == 0 for name in self._aligned):
-                return self._run_compiled(addresses, like)
+        is_usual = like.device.type in DIRECT_DEVICES and all(values[name].data_ptr() % 16 == 0 for name in self._aligned)
+        if is_usual and all(step.compiled is not None for step in self.steps):
+            return self._run_compiled(values, like)
         values = values | self._allocated(like, self.scratch)
         for step in self.steps:
-            step.run(values)
+            compiled = step.launch(values).run()
+            if is_usual:
+                step.compiled = compiled
         return values
 
-    def _run_compiled(self, addresses: Values, like: Tensor) -> Values:
+    def _run_compiled(self, values: Values, like: Tensor) -> Values:
+        addresses = {name: x.data_ptr() if isinstance(x, Tensor) else x for name, x in values.items()}
         offsets, n_bytes, others = self._pool
         found = self._allocated(like, others)
         pool = like.new_empty(n_bytes, dtype=torch.uint8)
