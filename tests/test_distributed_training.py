@@ -14,6 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import clop_kernels
 from clop_kernels import compat
+from clop_kernels.backends.contract import LossOptions, Sharding
+from clop_kernels.ops import Call
 
 from .world import World
 
@@ -212,8 +214,9 @@ def check_operators(group: Group) -> None:
     z = torch.randn(8, 5, requires_grad=True)
     for positives, n_left in (("instance", None), ("label", None), ("instance", 4)):
         labels = torch.arange(4) % 3 if positives == "label" else None
-        options = (0.5, None, 2, positives, 1.0, "cosine", "mean", torch.float32, True, n_left, False, "tiled")
-        arguments = (z, labels, None, *options, group.group_name, "gather", "ddp", False, True)
+        options = LossOptions(0.5, n_views=2, positives=positives, n_left=n_left)
+        sharding = Sharding(group.group_name, "gather", "ddp", check_ranks=False, has_backward=True)
+        arguments = Call(z, labels, None, options, "tiled", sharding).packed()
         # Of the sizes that only the ranks together know, the fake results have none.
         tests = ("test_schema", "test_autograd_registration")
         torch.library.opcheck(torch.ops.clop.sharded_loss, arguments, test_utils=tests)

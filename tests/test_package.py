@@ -72,7 +72,7 @@ def test_default_is_the_first_that_can_run() -> None:
 def test_architecture_and_dtype_decide_between_cuda_and_triton(
     capability: tuple[int, int], preferred: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(backends, "_capability", lambda index: capability)
     monkeypatch.setattr(torch.version, "hip", None)
     order = [backend.name for backend in backends.by_preference(torch.device("cuda"), dtype)]
     assert order[0] == ("cuda" if dtype == torch.float32 else preferred)
