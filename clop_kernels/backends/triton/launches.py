@@ -260,7 +260,7 @@ class Plan:
         found = [
             step.names[parameter.name]
             for step in self.steps
-            for parameter in step.kernel.params
+            for parameter in getattr(step.kernel, "params", ())  # the interpreter has none
             if parameter.name in step.names and not parameter.do_not_specialize_on_alignment
         ]
         return sorted(set(found) - set(self.scratch) - set(NUMBERS_OF_KERNELS))
