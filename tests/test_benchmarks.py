@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -530,3 +531,17 @@ def test_a_changed_kernel_is_compiled_and_no_other(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "benchmarks.resources", *arguments.split()]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert "7 kernels, 1 of them compiled now" in done.stdout, done.stdout + done.stderr
+
+
+# ---- what a call costs the host --------------------------------------------------------------------------------------------
+
+
+def test_host_time() -> None:
+    """Of every backend that can be stood in for; nothing is said of how long it takes."""
+    command = [sys.executable, "-m", "benchmarks.host_time", "--repeats", "2"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    for name in ("plain", "definition", "cuda", "triton", "cpu"):
+        assert re.search(rf"^{name} +\d+ +\d+ +\d+\.\d\d +\d+\.\d\d$|^left out: {name}: ", done.stdout, re.MULTILINE), done.stdout
+    done = subprocess.run([*command[:-1], "0"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert "--repeats 0: expected at least 1" in done.stderr
