@@ -136,9 +136,7 @@ def check_prototypes(prototypes: Tensor, embeddings: Tensor) -> None:
 
 
 def checked_temperature(temperature: Number, device: torch.device) -> Number:
-    if (
-        type(temperature) is float and 0 < temperature < math.inf
-    ):  # what nearly every call has: a small one is as dear as its checks
+    if type(temperature) is float and 0 < temperature < math.inf:  # as nearly always: a call of few rows is mostly checks
         return temperature
     value = _checked_number("temperature", temperature, device)
     if not isinstance(value, Tensor) and value <= 0:

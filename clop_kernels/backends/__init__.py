@@ -86,8 +86,13 @@ def _is_installed(package: str) -> bool:
     return importlib.util.find_spec(package) is not None
 
 
+def _capability(index: int | None) -> tuple[int, int]:
+    """None: of the current device, which may be another one later."""
+    return _capability_of(torch.cuda.current_device() if index is None else index)
+
+
 @functools.cache
-def _capability(index: int) -> tuple[int, int]:
+def _capability_of(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 
 
