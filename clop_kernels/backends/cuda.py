@@ -71,8 +71,11 @@ def forward(
         groups = embeddings.new_empty((3, 0), dtype=torch.int32)
     zhat = unit_rows(embeddings, options.compute_dtype)
     tensors = groups, labels, used_prototypes(prototypes, labels)
-    pass_of_rows = _wide_forward if is_wide(embeddings.shape[1], options.compute_dtype) else _forward
-    loss, norms, shift, inverse_total, negative, counts = pass_of_rows(embeddings, zhat, tensors, options, arguments)
+    if is_wide(embeddings.shape[1], options.compute_dtype):
+        results = _wide_forward(embeddings, zhat, tensors, options, arguments)
+    else:
+        results = kernels.cuda_forward(embeddings, zhat, *tensors, *arguments)
+    loss, norms, shift, inverse_total, negative, counts = results
     return loss, Residuals(zhat, norms, shift, inverse_total, negative, groups, counts)
 
 
@@ -94,9 +97,12 @@ def backward(
     used = used_prototypes(prototypes, labels)
     grad_embeddings = grad_temperature = grad_prototypes = None
     if needs.embeddings or needs.temperature:
-        pass_of_rows = _wide_backward if is_wide(embeddings.shape[1], options.compute_dtype) else _backward
         classes = labels, used, needs.temperature
-        grad_embeddings, grad_temperature = pass_of_rows(upstream, embeddings, residuals, classes, options, arguments)
+        if is_wide(embeddings.shape[1], options.compute_dtype):
+            grads = _wide_backward(upstream, embeddings, residuals, classes, options, arguments)
+        else:
+            grads = kernels.cuda_backward(*upstream, embeddings, *residuals, *classes, *arguments)
+        grad_embeddings, grad_temperature = grads
     if needs.prototypes and prototypes is not None:
         if labels is None or used is None:
             grad_prototypes = torch.zeros_like(prototypes, dtype=torch.float32)
@@ -117,31 +123,6 @@ def arguments_of(options: LossOptions) -> tuple[Any, ...]:
     """What every operator takes after its tensors."""
     is_tf32 = options.compute_dtype == torch.float32 and allows_tf32()
     return *native_options(options), *number_tensors(options), is_tf32
-
-
-def _forward(
-    embeddings: Tensor,
-    zhat: Tensor,
-    tensors: tuple[Tensor, Tensor | None, Tensor | None],
-    options: LossOptions,
-    arguments: tuple[Any, ...],
-) -> tuple[Tensor, ...]:
-    """Loss, norms, shift, inverse_total, negative, counts. ``zhat`` is written; ``tensors``: groups, labels, prototypes."""
-    results: tuple[Tensor, ...] = kernels.cuda_forward(embeddings, zhat, *tensors, *arguments)
-    return results
-
-
-def _backward(
-    upstream: Upstream,
-    embeddings: Tensor,
-    residuals: Residuals,
-    classes: _Classes,
-    options: LossOptions,
-    arguments: tuple[Any, ...],
-) -> tuple[Tensor, Tensor | None]:
-    """The gradients of the embeddings and of the temperature."""
-    result: tuple[Tensor, Tensor | None] = kernels.cuda_backward(*upstream, embeddings, *residuals, *classes, *arguments)
-    return result
 
 
 # ---- pairs alone: a loss whose rows are spread over processes ----------------------------------------------------------
@@ -206,7 +187,7 @@ def _wide_forward(
     options: LossOptions,
     arguments: tuple[Any, ...],
 ) -> tuple[Tensor, ...]:
-    """As :func:`_forward`."""
+    """Loss, norms, shift, inverse_total, negative, counts. ``zhat`` is written; ``tensors``: groups, labels, prototypes."""
     norms, distances = kernels.cuda_prologue(embeddings, zhat, *tensors, *arguments)
     statistics = _panel_statistics(zhat, tensors[0], options, arguments)
     value, *softmax, counts = kernels.cuda_panel_loss(statistics, distances, zhat, *tensors, *arguments)
@@ -221,7 +202,7 @@ def _wide_backward(
     options: LossOptions,
     arguments: tuple[Any, ...],
 ) -> tuple[Tensor, Tensor | None]:
-    """As :func:`_backward`."""
+    """The gradients of the embeddings and of the temperature."""
     zhat, norms, shift, inverse_total, negative, groups, counts = residuals
     coefficients, n_finished = kernels.cuda_coefficients(
         upstream.weights, zhat, shift, inverse_total, negative, groups, *arguments
