@@ -23,7 +23,7 @@ import torch
 
 from clop_kernels.backends import cuda
 
-from ..oracle import with_nan_between_rows
+from ..support.oracle import with_nan_between_rows
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]

@@ -1,0 +1,94 @@
+"""The package as a user meets it: the import, the info command, memory."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import clop_kernels
+from clop_kernels import __main__, backends
+
+ROOT = Path(__file__).parents[2]
+
+IMPORT_WITH_NOTHING_BUT_TORCH = """
+import sys, torch
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("triton", "numpy", "scipy", "pandas", "matplotlib", "sklearn", "rich"):
+            raise ImportError(name + " is blocked")
+before = set(sys.modules)
+sys.meta_path.insert(0, Block())
+import clop_kernels, clop_kernels.compat
+loss = clop_kernels.ntxent_loss(torch.ones(4, 3))
+print(float(loss))
+"""
+
+
+def test_import_needs_nothing_but_torch() -> None:
+    command = [sys.executable, "-W", "ignore", "-c", IMPORT_WITH_NOTHING_BUT_TORCH]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) == pytest.approx(1.0986123)  # log 3
+
+
+def test_version_is_that_of_the_metadata() -> None:
+    declared = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert declared is not None
+    assert declared[1] == clop_kernels.__version__
+
+
+def test_info(capsys: pytest.CaptureFixture[str]) -> None:
+    __main__.main(["info"])
+    text = capsys.readouterr().out
+    for backend in backends.BACKENDS:
+        assert backend.name in text
+    assert torch.__version__ in text
+    assert text.count("<- backend=None takes this") >= 1
+    __main__.main(["info", "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert report["versions"]["clop_kernels"] == clop_kernels.__version__
+    assert report["backends"]["cpu"]["tiled"] is None
+    assert "CUDA" in report["backends"]["cpu"]["cuda"]
+
+
+def test_default_is_the_first_that_can_run() -> None:
+    cpu = torch.device("cpu")
+    runnable = [b for b in backends.BACKENDS if b.obstacle(cpu, torch.float32) is None]
+    first = next(b for b in runnable if b.devices is None or "cpu" in b.devices)
+    assert backends.select(None, cpu, torch.float32) is first
+    assert all(callable(getattr(first.load(), name)) for name in ("forward", "backward"))
+
+
+@pytest.mark.parametrize(
+    ("capability", "preferred"), [((8, 0), "cuda"), ((8, 9), "cuda"), ((9, 0), "triton"), ((10, 0), "triton"), ((12, 0), "cuda")]
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=str)
+def test_architecture_and_dtype_decide_between_cuda_and_triton(
+    capability: tuple[int, int], preferred: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backends, "_capability", lambda index: capability)
+    monkeypatch.setattr(torch.version, "hip", None)
+    order = [backend.name for backend in backends.by_preference(torch.device("cuda"), dtype)]
+    assert order[0] == ("cuda" if dtype == torch.float32 else preferred)
+    assert sorted(order) == sorted(backend.name for backend in backends.BACKENDS)
+    assert [name for name in order if name not in ("cuda", "triton")] == ["cpu", "tiled"]
+
+
+def test_nothing_of_size_n_squared_is_allocated() -> None:
+    """With N x N in float32 this would take 1.6 GB; every allocation is counted, in both passes."""
+    n_rows, width = 20_000, 16
+    z = torch.randn(n_rows, width, requires_grad=True)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        clop_kernels.set_tile_rows(2048)  # few, large tiles: fewer events
+        try:
+            clop_kernels.ntxent_loss(z).backward()
+        finally:
+            clop_kernels.set_tile_rows(None)
+    largest = max(event.cpu_memory_usage for event in profile.events())
+    assert 0 < largest <= 2 * 2048 * 2048 * 4 + 6 * n_rows * width * 4
