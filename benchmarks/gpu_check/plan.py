@@ -180,7 +180,7 @@ def _tiles(machine: Machine) -> list[Job]:
 
 # ---- tests -----------------------------------------------------------------------------------------------------------
 
-_TESTS = ("tests/gpu/test_losses.py", "tests/gpu/test_operators.py", "tests/examples/test_training_recipes.py")
+_TESTS = ("tests/contract", "tests/gpu/test_losses.py", "tests/gpu/test_operators.py", "tests/examples/test_training_recipes.py")
 _OF_A_STAND_IN = ("tests/api/test_prototypes.py", "tests/gpu/test_losses.py::test_at_most_six_launches")
 
 
@@ -196,12 +196,12 @@ def _pytest(name: str, limit: float, *arguments: str) -> Job:
 def _tests(machine: Machine) -> list[Job]:
     """Many at a time, where pytest-xdist is installed: each worker compiles what its tests need, into one cache for all."""
     workers = ("-n", str(machine.at_once)) if find_spec("xdist") else ()
-    chosen = (*_TESTS, "-m", "not alone") if machine.on_gpu else _OF_A_STAND_IN
+    chosen = (*_TESTS, "-m", "gpu and not alone") if machine.on_gpu else _OF_A_STAND_IN
     return [_pytest("numbers", 240, *workers, *chosen)]
 
 
 def _serial(machine: Machine) -> list[Job]:
-    return [_pytest("alone", 150, *((*_TESTS, "-m", "alone and not sanitizer") if machine.on_gpu else _OF_A_STAND_IN))]
+    return [_pytest("alone", 150, *((*_TESTS, "-m", "gpu and alone and not sanitizer") if machine.on_gpu else _OF_A_STAND_IN))]
 
 
 def _distributed(machine: Machine) -> list[Job]:

@@ -28,7 +28,8 @@ from benchmarks.scaling import PowerLaw, memory_law, representative, series_over
 from benchmarks.sweeps import PRESETS, Sweep
 from clop_kernels.backends import extension
 
-ROOT = Path(__file__).parents[2]
+from ..support import ROOT
+
 CPU = torch.device("cpu")
 ENVIRONMENT = Environment("cpu", "a CPU, 2 threads", "2.13.0", "3.11.7", "", "", "", "abc1234", "2026-11-26T10:00:00+00:00")
 SMALL = Case(32, 8)

@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks import resources, sass
 
-ROOT = Path(__file__).parents[2]
+from ..support import ROOT
 
 
 def listing(*lines: str) -> str:

@@ -22,7 +22,8 @@ from benchmarks.tile_candidates import Group, Tile
 from benchmarks.tile_sweep import Checked, Compiled, Sizes, Sweep, Timed
 from benchmarks.tile_table import TABLES, Row, Writer, read_table
 
-ROOT = Path(__file__).parents[2]
+from ..support import ROOT
+
 META = torch.device("meta")
 
 # NumPy, which Triton's interpreter runs on, warns of what stands past the end of a tile.

@@ -19,6 +19,7 @@ from clop_kernels.backends.contract import NUMBERS, LossOptions, Number
 from clop_kernels.backends.extension import native_options
 from clop_kernels.groups import label_groups
 
+from ..support import ROOT
 from ..support.oracle import (
     Problem,
     assert_accurate,
@@ -317,7 +318,7 @@ except RuntimeError as error:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the address space as Linux does")
 def test_memory_that_is_not_to_be_had_is_an_exception() -> None:
     command = [sys.executable, "-W", "ignore", "-c", OUT_OF_MEMORY]
-    done = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, check=False)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "out of memory" in done.stdout
 
@@ -340,7 +341,7 @@ def test_an_extension_that_does_not_load_warns_once_and_breaks_nothing(tmp_path:
     command = [
         sys.executable,
         "-c",
-        f"import sys; sys.path[:0] = [{str(Path(__file__).parents[2])!r}, {str(tmp_path)!r}]" + BROKEN,
+        f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(tmp_path)!r}]" + BROKEN,
     ]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +15,8 @@ import torch
 from rich.progress import Progress
 
 from clop_kernels import CLOPLoss
+
+from ..support import ROOT
 
 pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
 
@@ -29,6 +30,7 @@ def data() -> Any:
     return load_data(0.1, 0)
 
 
+@pytest.mark.gpu  # where there is one, it trains there
 def test_float16_compiled_and_scaled_learns_what_float32_does() -> None:
     (plain, mixed), (none, scaling) = mixed_precision.main(["--short"])
     assert 1 <= len(scaling.skipped) <= 16
@@ -84,6 +86,7 @@ def test_the_eager_steps_of_cuda_graph_learn_and_go_back(data: Any) -> None:
     assert train() == first
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
 def test_cuda_graph_trains_as_eager_steps_do(capsys: pytest.CaptureFixture[str]) -> None:
     cuda_graph.main(["--short"])  # raises if its losses differ
@@ -95,7 +98,7 @@ def test_cuda_graph_trains_as_eager_steps_do(capsys: pytest.CaptureFixture[str])
 
 def lightning_module(*arguments: str) -> str:
     """What it prints, in a process of its own: Lightning warns of much, and changes the state of the process that it is in."""
-    script = Path(__file__).parents[2] / "examples/lightning_module.py"
+    script = ROOT / "examples/lightning_module.py"
     environment = os.environ | {"COLUMNS": "100", "PYTHONWARNINGS": "ignore"}
     command = [sys.executable, str(script), "--short", *arguments]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
@@ -103,6 +106,7 @@ def lightning_module(*arguments: str) -> str:
     return done.stdout
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(find_spec("lightning") is None, reason="lightning is not installed")
 @pytest.mark.parametrize("devices", [1, 2])
 @pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.device_count() < 2, reason="two devices, where there is one GPU")

@@ -17,7 +17,10 @@ from ..support import world
 from ..support.oracle import Problem, assert_close_to_reference, random_problem, relative_error, two_sided_problem
 from ..support.world import World
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none"),
+]
 
 PARTS: dict[int, Parts] = {1: (600,), 2: (500, 100), 3: (0, 0, 600), 4: (100, 500, 0, 0)}
 

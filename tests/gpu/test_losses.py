@@ -1,4 +1,4 @@
-"""What only a GPU can show: each test skips, with that reason, where there is none.
+"""What only a GPU can show, beside the contract, whose settings of a GPU are in tests/contract/settings.py.
 
 ``record_property`` keeps the figures behind a verdict, for ``python -m benchmarks.gpu_check``.
 """
@@ -11,8 +11,6 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,42 +19,28 @@ from torch import Tensor
 
 import clop_kernels
 from clop_kernels import backends
-from clop_kernels.backends.contract import DISTANCES, POSITIVES, REDUCTIONS, LossOptions
+from clop_kernels.backends.contract import POSITIVES, LossOptions
 from clop_kernels.groups import label_groups
 
-from ..contract.test_backends import edge_cases
+from ..support import ROOT
 from ..support.oracle import (
     CUT_OFF,
     DROP_INS,
     GRADIENT_TOLERANCE,
-    LOSS_TOLERANCE,
-    LOSSES,
-    Problem,
-    assert_layouts_do_not_matter,
-    assert_pairs_accurate,
-    errors_of_number,
-    near_duplicates,
-    negatives_problem,
+    assert_accurate_on_gpu,
     random_problem,
     relative_error,
-    two_sided_problem,
 )
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device, and torch sees none"),
+]
 
-ROOT = Path(__file__).parents[2]
 Record = Callable[[str, object], None]
 
-HALF = (torch.bfloat16, torch.float16)
-UNIT_OF_TF32 = 2.0**-10
 alone = pytest.mark.alone
 """It needs the GPU to itself: ``python -m benchmarks.gpu_check`` runs it after all that runs side by side."""
-
-# (n_views, n_instances, width): ragged and odd, both paths of width, one row to many tiles
-SHAPES = [
-    (1, 1, 3), (2, 1, 16), (1, 65, 1), (5, 13, 37), (7, 43, 64), (3, 129, 128), (2, 777, 250), (2, 301, 256), (2, 300, 512),
-    (2, 65, 1000), (2, 2100, 128), (2, 70, 4096),
-]  # fmt: skip
 
 
 def runnable(name: str) -> str:
@@ -102,50 +86,10 @@ def matmul_precision(request: pytest.FixtureRequest) -> Iterator[str]:
     torch.set_float32_matmul_precision("highest")
 
 
-def assert_accurate(problem: Problem, backend: str, dtype: torch.dtype, record: Record, factor: float = 2.0) -> None:
-    """float32 at "highest" within the project's bounds; anything else within ``factor`` of plain PyTorch's own error.
-
-    Half a unit is allowed beside that: of the operands of TF32, and in half precision of the temperature's gradient, since
-    M is rounded where plain code may round nothing.
-    """
-    expected = problem.solve("reference", torch.float64, "cuda")
-    plain, actual = problem.solve("reference", dtype, "cuda"), problem.solve(backend, dtype, "cuda")
-    is_exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
-    half_unit = UNIT_OF_TF32 / 2 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
-    for name, value in expected.items():
-        error, of_plain = relative_error(actual[name], value), relative_error(plain[name], value)
-        of_unit = half_unit if name == "temperature" or dtype == torch.float32 else 1e-4
-        if dtype == torch.float32 and name in ("loss", "temperature"):
-            of_unit /= 8  # rounded operands cancel in one number; cut off, they do not
-        slack = GRADIENT_TOLERANCE if is_exact else of_unit
-        if is_exact and factor == 2.0 and name != "temperature":
-            allowed = LOSS_TOLERANCE if name == "loss" else GRADIENT_TOLERANCE
-        else:
-            allowed = factor * of_plain + slack
-            if not error <= allowed and name in ("loss", "temperature"):
-                error, of_plain = errors_of_number(problem, name, (backend, "reference"), dtype, "cuda")
-                allowed = factor * of_plain + slack
-        record(name, f"{error:.2e} (plain PyTorch {of_plain:.2e})")
-        assert error <= allowed, f"{name}: relative error {error:.2e}, allowed {allowed:.2e}"
-
-
-def varied(shape: tuple[int, int, int], temperature: float) -> Problem:
-    """The options vary with the shape: among them all are met."""
-    n = sum(shape)
-    options: dict[str, Any] = {"positives": POSITIVES[n % 2], "distance": DISTANCES[n % 3], "reduction": REDUCTIONS[n // 3 % 3]}
-    return random_problem(*shape, temperature=temperature, **options)
-
-
 # ---- numbers -------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("shape", [s for s in SHAPES if s[2] > 1], ids=str)
-@pytest.mark.parametrize("temperature", [0.01, 0.1])
-def test_float32(shape: tuple[int, int, int], temperature: float, backend: str, record_property: Record) -> None:
-    assert_accurate(varied(shape, temperature), backend, torch.float32, record_property)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_matrix_units_cut_off_no_more_than_the_harness(dtype: torch.dtype, record_property: Record) -> None:
     """The float32 bounds are proved on a CPU with the units of an A100: units that kept less could break them."""
     pytest.importorskip("triton")
@@ -168,22 +112,16 @@ def test_matrix_units_cut_off_no_more_than_the_harness(dtype: torch.dtype, recor
 @pytest.mark.parametrize("width", [64, 100, 128])
 def test_float32_of_many_rows(width: int, kernels: str, record_property: Record) -> None:
     """A sum over thousands of columns on matrix units, which cut off where others round, must not drift."""
-    assert_accurate(random_problem(2, 6600, width, positives="label"), kernels, torch.float32, record_property)
-
-
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
-@pytest.mark.parametrize("dtype", HALF, ids=str)
-def test_half_precision(shape: tuple[int, int, int], dtype: torch.dtype, backend: str, record_property: Record) -> None:
-    assert_accurate(varied(shape, 0.1), backend, dtype, record_property)
+    assert_accurate_on_gpu(random_problem(2, 6600, width, positives="label"), kernels, torch.float32, record_property)
 
 
 def test_matmul_precision(matmul_precision: str, kernels: str, record_property: Record) -> None:
     for width in (32, 128, 200):
-        assert_accurate(random_problem(2, 300, width), kernels, torch.float32, record_property)
+        assert_accurate_on_gpu(random_problem(2, 300, width), kernels, torch.float32, record_property)
 
 
 @pytest.mark.parametrize("width", [64, 128, 256, 300])
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 def test_cuda_and_triton_agree(width: int, dtype: torch.dtype, record_property: Record) -> None:
     """Closer to each other than the dtype's rounding leaves them to the truth."""
     for problem in (random_problem(2, 2000, width), random_problem(2, 150, width, positives="label", temperature=0.05)):
@@ -192,97 +130,6 @@ def test_cuda_and_triton_agree(width: int, dtype: torch.dtype, record_property: 
             error = relative_error(results[1][name], value)
             record_property(name, f"{error:.2e}")
             assert error <= (2e-5 if dtype == torch.float32 else 4 * torch.finfo(dtype).eps), name
-
-
-@pytest.mark.parametrize("temperature", [1 / 60.0001, 1 / 59.9999, 0.0262, 0.0263, 0.1])  # where softmax paths part
-@pytest.mark.parametrize("width", [24, 300])
-def test_temperature_as_a_float_and_as_a_tensor(temperature: float, width: int, backend: str) -> None:
-    """``solve`` gives a tensor, which the host does not read; a float lets the host choose the softmax path."""
-    problem = random_problem(2, 150, width, temperature=temperature, positives="label")
-    assert problem.labels is not None
-    assert problem.prototypes is not None
-    as_tensor = problem.solve(backend, torch.float32, "cuda")
-    z = problem.embeddings.float().cuda().requires_grad_()
-    inputs = problem.labels.cuda(), problem.prototypes.float().cuda()
-    loss = clop_kernels.clop_loss(z, *inputs, temperature=problem.temperature, backend=backend, **problem.options)
-    (grad,) = torch.autograd.grad(loss, z)
-    assert relative_error(loss.detach().cpu(), as_tensor["loss"]) < LOSS_TOLERANCE
-    assert relative_error(grad.cpu(), as_tensor["embeddings"]) < GRADIENT_TOLERANCE
-
-
-@pytest.mark.parametrize("temperature", [0.02, 0.1])
-@pytest.mark.parametrize("noise", [1e-3, 0.3])
-@pytest.mark.parametrize("width", [32, 128])
-def test_near_duplicates(noise: float, temperature: float, width: int, backend: str, record_property: Record) -> None:
-    for n_views in (2, 3):
-        assert_accurate(near_duplicates(n_views, 301, width, noise, temperature), backend, torch.float32, record_property, 4.0)
-
-
-@pytest.mark.parametrize("case", edge_cases())
-def test_edge_cases(case: str, backend: str) -> None:
-    problem = edge_cases()[case]
-    expected, actual = problem.solve("reference", torch.float64), problem.solve(backend, torch.float32, "cuda")
-    for name, value in actual.items():
-        assert value.isfinite().all(), name
-        if case != "all zero" or name == "loss":
-            scale = 1e12 if case == "zero rows" and name == "embeddings" else 1.0 / problem.temperature
-            torch.testing.assert_close(value, expected[name], rtol=2e-5, atol=2e-5 * scale)
-
-
-# Left rows, right rows, width: ragged, sides of one row and of none, both paths of width.
-SIDES = [
-    (1, 1, 16), (33, 33, 24), (777, 777, 128), (301, 1000, 256), (1, 65, 37), (2100, 300, 128), (300, 300, 512), (0, 5, 8),
-    (5, 0, 8),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("sides", SIDES, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
-@pytest.mark.parametrize("temperature", [0.01, 0.1])
-def test_two_sides(
-    sides: tuple[int, int, int], dtype: torch.dtype, temperature: float, backend: str, record_property: Record
-) -> None:
-    reduction = REDUCTIONS[sum(sides) % 3]
-    for labelled in (True, False) if sides[0] == sides[1] else (True,):
-        problem = two_sided_problem(*sides, labelled=labelled, temperature=temperature, reduction=reduction)
-        assert_accurate(problem, backend, dtype, record_property)
-
-
-@pytest.mark.parametrize("width", [24, 128, 300])
-@pytest.mark.parametrize("length", [0.1, 1.0])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_rows_as_they_are(width: int, length: float, dtype: torch.dtype, backend: str, record_property: Record) -> None:
-    """Normal rows of D numbers have a length of sqrt(D): similarities of up to thousands."""
-    for problem in (
-        random_problem(2, 150, width, positives="label"),
-        two_sided_problem(150, 150, width, labelled=False),
-        negatives_problem(300, width),
-    ):
-        problem = replace(problem, embeddings=length * problem.embeddings).with_options(normalize=False)
-        assert_accurate(problem, backend, dtype, record_property, 4.0)
-
-
-@pytest.mark.parametrize("shape", [(1, 16), (2, 24), (300, 128), (301, 300)], ids=str)
-@pytest.mark.parametrize("temperature", [0.01, 0.1])
-def test_negatives_alone(shape: tuple[int, int], temperature: float, backend: str, record_property: Record) -> None:
-    assert_accurate(negatives_problem(*shape, temperature=temperature), backend, torch.float32, record_property)
-
-
-# Rows, those on the left, width: one side, and one way from some rows to the others.
-PAIRS = [
-    (131, None, 24), (1000, None, 128), (700, None, 300), (67, 50, 129), (150, 3, 16), (3000, 1000, 256), (700, 300, 512),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("shape", PAIRS, ids=str)
-@pytest.mark.parametrize("dtype", [torch.float32, *HALF], ids=str)
-@pytest.mark.parametrize("normalize", [True, False])
-def test_pairs_alone(shape: tuple[int, int | None, int], dtype: torch.dtype, normalize: bool, kernels: str) -> None:
-    """Matrix units cut their sums off where others round: slack. M is rounded to half precision, by half a unit an entry."""
-    tolerance = 0.0 if dtype == torch.float32 else torch.finfo(dtype).eps
-    for temperature, n_classes in ((0.1, 4), (0.01, 0), (torch.tensor(0.1), 0), (torch.tensor(0.01), 4)):
-        options: dict[str, Any] = {"temperature": temperature, "normalize": normalize, "n_classes": n_classes, "device": "cuda"}
-        assert_pairs_accurate(kernels, dtype, *shape, **options, slack=16.0, gradient_tolerance=tolerance)
 
 
 @pytest.mark.parametrize("name", DROP_INS)
@@ -308,11 +155,6 @@ def test_131072_rows(dtype: torch.dtype, backend: str, record_property: Record) 
     assert_rows_agree(loss, z, [0, 1, 65535, 65536, 131071], record_property)
     assert z.grad is not None
     assert z.grad.isfinite().all()
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_layouts_do_not_matter(loss: str, kernels: str) -> None:
-    assert_layouts_do_not_matter(loss, kernels, "cuda", 1e-6 if kernels == "triton" else 0.0)
 
 
 @alone

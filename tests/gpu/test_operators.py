@@ -21,7 +21,10 @@ if INFO["cuda"] is None:
     pytest.skip("the extension was built without its CUDA half", allow_module_level=True)
 
 CUDA_OBSTACLE: str | None = torch.ops.clop_native.cuda_obstacle(0)
-on_gpu = pytest.mark.skipif(CUDA_OBSTACLE is not None, reason=f"the CUDA kernels cannot run here: {CUDA_OBSTACLE}")
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(CUDA_OBSTACLE is not None, reason=f"the CUDA kernels cannot run here: {CUDA_OBSTACLE}"),
+]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
@@ -129,7 +132,6 @@ def random_rows(n_rows: int, width: int, dtype: torch.dtype = torch.float32, dev
 # ---- numbers: on a GPU ---------------------------------------------------------------------------------------------
 
 
-@on_gpu
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("ordered", [False, True])
@@ -138,7 +140,6 @@ def test_shapes(shape: tuple[int, int, int], dtype: torch.dtype, ordered: bool) 
     check(random_rows(n_views * n_instances, width, dtype), n_views, ordered=ordered, distance=DISTANCES[sum(shape) % 3])
 
 
-@on_gpu
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("compute_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("distance", DISTANCES)
@@ -147,7 +148,6 @@ def test_dtypes(dtype: torch.dtype, compute_dtype: torch.dtype, distance: str) -
         check(random_rows(66, width, dtype), 2, distance=distance, compute_dtype=compute_dtype)
 
 
-@on_gpu
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("width", [64, 520])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -155,7 +155,6 @@ def test_layouts(layout: str, width: int, dtype: torch.dtype) -> None:
     check(LAYOUTS[layout](random_rows(66, width, dtype)), 2)
 
 
-@on_gpu
 def test_without_labels_or_prototypes() -> None:
     z = random_rows(66, 24)
     order = instance_groups(33, 2, z.device).order
@@ -164,7 +163,6 @@ def test_without_labels_or_prototypes() -> None:
         assert_right(prologue(z, None, given, None, 2, 0, z.dtype), z, order, given, None, "cosine", z.dtype)
 
 
-@on_gpu
 @pytest.mark.parametrize("scale", [0.0, 1e-44, 1e-39, 1e-30, 1e-13, 1e-11, 1e18, 1e30, 1e37])
 def test_norms_near_the_ends_of_the_range(scale: float) -> None:
     z = random_rows(66, 40)
@@ -172,7 +170,6 @@ def test_norms_near_the_ends_of_the_range(scale: float) -> None:
     check(z, 2)
 
 
-@on_gpu
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("width", [40, 41])
 def test_what_is_not_finite_stays_visible(value: float, width: int) -> None:
@@ -186,14 +183,12 @@ def test_what_is_not_finite_stays_visible(value: float, width: int) -> None:
         assert (~norms.isfinite()).nonzero().flatten().tolist() == [5]
 
 
-@on_gpu
 def test_empty() -> None:
     zhat, norms, distances = prologue(torch.empty(0, 5, device="cuda"), None, None, None, 2, 0, torch.float16)
     assert zhat.shape == (0, 5)
     assert norms.shape == distances.shape == (0,)
 
 
-@on_gpu
 def test_offsets_beyond_31_bits() -> None:
     n_rows, width = 2**20 + 8, 2048
     if torch.cuda.mem_get_info()[0] < 10 * 2**30:
@@ -204,7 +199,6 @@ def test_offsets_beyond_31_bits() -> None:
     assert_right((zhat[last], norms[last], norms.new_zeros(8)), z[last], torch.arange(8), None, None, "cosine", z.dtype)
 
 
-@on_gpu
 def test_same_bits_from_run_to_run() -> None:
     z = random_rows(1000, 300)
     labels = torch.zeros(500, dtype=torch.int64, device="cuda")
@@ -213,7 +207,6 @@ def test_same_bits_from_run_to_run() -> None:
         assert all(torch.equal(a, b) for a, b in zip(run, runs[0], strict=True))
 
 
-@on_gpu
 def test_current_stream() -> None:
     """On a stream of its own behind much work, it must read what that work leaves, and must not wait for the host."""
     z = random_rows(4096, 256)
@@ -228,7 +221,6 @@ def test_current_stream() -> None:
     assert_right(actual, z, torch.arange(4096), None, None, "cosine", z.dtype)
 
 
-@on_gpu
 def test_cuda_graph() -> None:
     z = random_rows(66, 40)
     prologue(z, None, None, None, 2, 0, z.dtype)  # loads the kernel
@@ -240,7 +232,6 @@ def test_cuda_graph() -> None:
     assert_right(actual, z, instance_groups(33, 2, z.device).order, None, None, "cosine", z.dtype)
 
 
-@on_gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is no second GPU")
 def test_second_device() -> None:
     check(random_rows(66, 40, device="cuda:1"), 2)
@@ -250,7 +241,6 @@ def test_second_device() -> None:
         prologue(z, None, labels, None, 2, 0, z.dtype)
 
 
-@on_gpu
 def test_bad_input() -> None:
     z = random_rows(6, 4)
     labels, prototypes = torch.zeros(3, dtype=torch.int64, device="cuda"), torch.ones(2, 4, device="cuda")
@@ -289,7 +279,6 @@ def test_bad_input() -> None:
             torch.ops.clop_native.cuda_prologue(*tensors, *(right | options).values())
 
 
-@on_gpu
 @pytest.mark.parametrize("width", [7, 64, 300, 4100])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_as_they_are_and_of_two_sides(width: int, dtype: torch.dtype) -> None:
@@ -302,7 +291,6 @@ def test_rows_as_they_are_and_of_two_sides(width: int, dtype: torch.dtype) -> No
     assert (torch.nn.functional.cosine_similarity(unit.double(), z.double()) > 0.999).all()
 
 
-@on_gpu
 def test_bad_sides() -> None:
     z, labels = random_rows(6, 4), torch.zeros(6, dtype=torch.int64, device="cuda")
     table = label_groups(labels, 1, 2).table()
@@ -318,7 +306,6 @@ def test_bad_sides() -> None:
             torch.ops.clop_native.cuda_groups(labels, *options)
 
 
-@on_gpu
 def test_bad_pairs() -> None:
     z, labels = random_rows(6, 8), torch.zeros(6, dtype=torch.int64, device="cuda")
     table, given = label_groups(labels, 1, 2).table(), torch.ones(4, 6, device="cuda")
@@ -343,6 +330,5 @@ def test_bad_pairs() -> None:
                 torch.ops.clop_native.cuda_pair_softmax(zhat, groups, *options)
 
 
-@on_gpu
 def test_obstacle_of_a_device_that_is_not_there() -> None:
     assert "no GPU 99" in torch.ops.clop_native.cuda_obstacle(99)

@@ -22,7 +22,8 @@ from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 import clop_kernels
 from benchmarks import providers
 
-ROOT = Path(__file__).parents[2]
+from ..support import ROOT
+
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 FENCE = re.compile(r"^ *```+(\w*)", re.MULTILINE)
 

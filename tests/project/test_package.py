@@ -6,7 +6,6 @@ import json
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ import torch
 import clop_kernels
 from clop_kernels import __main__, backends
 
-ROOT = Path(__file__).parents[2]
+from ..support import ROOT
 
 IMPORT_WITH_NOTHING_BUT_TORCH = """
 import sys, torch

@@ -13,7 +13,7 @@ from torch import Tensor
 import clop_kernels
 from clop_kernels import compat, functional, ops
 from clop_kernels.backends import BACKENDS
-from clop_kernels.backends.contract import DISTANCES, POSITIVES, REDUCTIONS, LossOptions
+from clop_kernels.backends.contract import DISTANCES, POSITIVES, REDUCTIONS, LossOptions, Needs
 from clop_kernels.backends.extension import native_options
 from clop_kernels.groups import label_groups
 
@@ -256,6 +256,16 @@ def assert_close_to_reference(
         assert error <= allowed, f"{name}: relative error {error:.2e}, allowed {allowed:.2e}"
 
 
+def assert_exact(problem: Problem, backend: str) -> None:
+    """float64 on ``backend`` against float64 on the reference, but for rounding."""
+    expected, actual = (problem.solve(name, torch.float64) for name in ("reference", backend))
+    for name, value in expected.items():
+        assert value.isfinite().all(), name
+        # The floor: a gradient of nothing but rounding, 1e-16 times the 1/tau of its terms (and 1/tau^2 for tau itself).
+        error = relative_error(actual[name], value, 1e-3 / problem.temperature ** (2 if name == "temperature" else 1))
+        assert error <= 1e-10, f"{name}: relative error {error:.2e}"
+
+
 def assert_as_good_as_plain(problem: Problem, backend: str, dtype: torch.dtype, floor: float = 0.0) -> None:
     """``dtype`` on ``backend``: no more than twice the error of the plain loss in the same dtype."""
     expected = problem.solve("reference", torch.float64)
@@ -265,6 +275,59 @@ def assert_as_good_as_plain(problem: Problem, backend: str, dtype: torch.dtype, 
         slack = torch.finfo(dtype).eps / 2 if name == "temperature" else 1e-4
         error, allowed = relative_error(actual[name], value, floor), 2 * relative_error(plain[name], value, floor) + slack
         assert error <= allowed, f"{name}: {error:.2e}, plain PyTorch allows {allowed:.2e}"
+
+
+UNIT_OF_TF32 = 2.0**-10
+
+
+def assert_accurate_on_gpu(
+    problem: Problem, backend: str, dtype: torch.dtype, record: Callable[[str, object], None], ill_conditioned: bool = False
+) -> None:
+    """float32 at "highest" within the tolerances above; anything else within twice the error of plain PyTorch on the same GPU.
+
+    Where the problem is ``ill_conditioned`` it is four times. Half a unit is allowed beside that: of the operands of TF32, and
+    in half precision of the temperature's gradient, since M is rounded where plain code may round nothing.
+    """
+    factor = PLAIN_FACTOR if ill_conditioned else 2.0
+    expected = problem.solve("reference", torch.float64, "cuda")
+    plain, actual = problem.solve("reference", dtype, "cuda"), problem.solve(backend, dtype, "cuda")
+    is_exact = dtype == torch.float32 and torch.get_float32_matmul_precision() == "highest"
+    half_unit = UNIT_OF_TF32 / 2 if dtype == torch.float32 else torch.finfo(dtype).eps / 2
+    for name, value in expected.items():
+        error, of_plain = relative_error(actual[name], value), relative_error(plain[name], value)
+        of_unit = half_unit if name == "temperature" or dtype == torch.float32 else 1e-4
+        if dtype == torch.float32 and name in ("loss", "temperature"):
+            of_unit /= 8  # rounded operands cancel in one number; cut off, they do not
+        slack = GRADIENT_TOLERANCE if is_exact else of_unit
+        if is_exact and not ill_conditioned and name != "temperature":
+            allowed = LOSS_TOLERANCE if name == "loss" else GRADIENT_TOLERANCE
+        else:
+            allowed = factor * of_plain + slack
+            if not error <= allowed and name in ("loss", "temperature"):
+                error, of_plain = errors_of_number(problem, name, (backend, "reference"), dtype, "cuda")
+                allowed = factor * of_plain + slack
+        record(name, f"{error:.2e} (plain PyTorch {of_plain:.2e})")
+        assert error <= allowed, f"{name}: relative error {error:.2e}, allowed {allowed:.2e}"
+
+
+def solve_below_the_operator(
+    module: Any, problem: Problem, temperature: float | Tensor, weight: float | Tensor = 0.7, device: str = "cpu"
+) -> dict[str, Tensor]:
+    """The loss and its gradients by a backend's own two functions, which a tensor of a number reaches as it is.
+
+    A call of the operator hands a tensor of the CPU over as a float.
+    """
+    numbers: dict[str, Any] = {"temperature": temperature, "prototype_weight": weight, "compute_dtype": torch.float32}
+    on_device = {name: x.to(device) for name, x in numbers.items() if isinstance(x, Tensor)}
+    options = LossOptions(**OPTIONS | problem.options | numbers | on_device)
+    z, labels, prototypes = problem.embeddings.float().to(device), problem.labels, problem.prototypes
+    labels = None if labels is None else labels.to(device)
+    prototypes = None if prototypes is None else prototypes.float().to(device)
+    loss, residuals = module.forward(z, labels, prototypes, options)
+    upstream = torch.linspace(-1, 1, loss.numel()) if loss.dim() else torch.ones(())
+    grads = module.backward(upstream.to(device), z, residuals, labels, prototypes, options, Needs(True, True, True))
+    found = {"loss": loss, **grads._asdict()}
+    return {name: value.cpu() for name, value in found.items() if value is not None}
 
 
 def shaped_problem(shape: tuple[int, int], width: int, temperature: float = 0.1) -> Problem:

@@ -5,7 +5,7 @@ one without Triton's interpreter, which is why tests run this in another::
 
     python -m tests.support.standin training            what a training run compiles, step by step
     python -m tests.support.standin cached              what it compiles after a warm-up into TRITON_CACHE_DIR
-    python -m pytest -p tests.support.standin tests/gpu/test_losses.py
+    python -m pytest -p tests.support.standin -m gpu tests/contract tests/gpu/test_losses.py
                                                         what the GPU tests compile; CLOP_VARIANTS=FILE keeps it
 
 For those tests "cuda" is the CPU, and every result is right: only their launches count.

@@ -15,7 +15,7 @@ import torch
 
 from clop_kernels import __main__
 
-ROOT = Path(__file__).parents[2]
+from ..support import ROOT
 
 MOST_OF_THE_GPU_TESTS = 400
 """A GPU takes about a second of a core for each. On November 28, 2026 they were 987, and then 335."""
@@ -42,7 +42,19 @@ def test_the_tests_of_a_gpu_compile_few_variants(tmp_path: Path) -> None:
     """Those that need more than launches fail there, after they have launched; their verdict is not asked for."""
     path = tmp_path / "variants.json"
     chosen = "triton and not sanitizer and not past_2 and not 131072 and not memory_grows"
-    options = ("-p", "tests.support.standin", "tests/gpu/test_losses.py", "-k", chosen, "--tb=no", "-p", "no:cacheprovider")
+    options = (
+        "-p",
+        "tests.support.standin",
+        "-m",
+        "gpu",
+        "tests/contract",
+        "tests/gpu/test_losses.py",
+        "-k",
+        chosen,
+        "--tb=no",
+        "-p",
+        "no:cacheprovider",
+    )
     printed = run("pytest", "-q", *options, CLOP_VARIANTS=str(path))
     passed = re.search(r" (\d+) passed", printed)
     assert passed is not None, printed[-2000:]
