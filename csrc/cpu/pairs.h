@@ -18,10 +18,10 @@
 // row's run on the other side is. M rows against N rows take 2 M N D flops forward and 6 M N D backward. One way, a tile serves
 // only its rows, and the backward pass takes 4 M N D.
 //
-// Flops: N^2 D forward, 3 N^2 D backward, and N^2 exponentials in each pass. Bytes: for a tile of side T, T rows of zhat are
-// read, in two forms forward and four backward, and T rows of grad twice. Everything else stays in the L1 and L2 caches. That is
-// 48 bytes of traffic for T / 2 multiply-adds. Memory: two further forms of zhat, and grad, (N, D) each, and T^2 numbers a
-// thread, 0.2 MB.
+// Flops: N^2 D forward, 3 N^2 D backward, and N^2 exponentials in the two passes together. Bytes: for a tile of side T, T rows of
+// zhat are read, in two forms forward and four backward, and T rows of grad twice. Everything else stays in the L1 and L2 caches.
+// That is 48 bytes of traffic for T / 2 multiply-adds. Memory: two further forms of zhat, and grad, (N, D) each, and T^2 numbers
+// a thread, 0.2 MB.
 //
 // Order. Tiles are handed out in rounds. Round r has the tiles with i + j = r modulo an odd number of blocks (with two sides: the
 // tiles with j - i = r, counted on each side), so no two tiles of a round share a block. Every second round runs backwards, which
