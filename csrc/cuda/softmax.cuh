@@ -227,7 +227,7 @@ __device__ void finish_block(const Forward& p, const float (&parts)[kPartialSums
   if (is_last_block(p.n_finished, n_blocks, scratch + 32)) finish_loss<kThreads>(p, n_blocks, scratch);
 }
 
-// ---- the pass ------------------------------------------------------------------------------------------------------------------
+// ---- the pass -----------------------------------------------------------------------------------------------------------------
 
 // How many blocks the registers of a processor should hold at once. The compiler limits registers accordingly.
 template <class S>
