@@ -1,5 +1,5 @@
 // The constants that C++ shares with Python, and the CPU kernels with the CUDA kernels. clop_kernels/backends/contract.py
-// explains them; tests/test_native.py checks that both languages agree.
+// explains them; a test in tests/cpu/ checks that both languages agree.
 #pragma once
 
 namespace clop {

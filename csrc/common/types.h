@@ -1,4 +1,4 @@
-// The enumerations that C++ shares with Python, and the CPU kernels with the CUDA kernels; tests/test_native.py checks that they
+// The enumerations that C++ shares with Python, and the CPU kernels with the CUDA kernels; a test in tests/cpu/ checks that they
 // agree.
 #pragma once
 

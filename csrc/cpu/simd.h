@@ -119,7 +119,7 @@ struct Exp2<double> {
       1.0178057087733941e-07, 7.074194297288521e-09, 4.4558179083360645e-10};
 };
 
-// 2^x to 1 ulp, or to 1.5 ulp without a fused multiply-add (tests/test_native.py measures it over the range). The result must be
+// 2^x to 1 ulp, or to 1.5 ulp without a fused multiply-add (a test in tests/cpu/ measures it over the range). The result must be
 // a normal number: -126 <= x < 127.5 in float, -1022 <= x < 1023.5 in double. A NaN stays a NaN.
 template <class T>
 inline Vec<T> exp2(Vec<T> x) {
