@@ -113,10 +113,12 @@ struct Exp2<double> {
   static constexpr int kMantissaBits = 52;
   static constexpr double kSmallest = -1022.0;
   static constexpr int kDegree = 11;
+  // clang-format off
   static constexpr double kCoefficients[kDegree + 1] = {
       1.0, 0.6931471805599453, 0.24022650695910158, 0.055504108664821625, 0.009618129107587256,
       0.001333355814640647, 0.00015403530463724353, 1.5252733841556773e-05, 1.3215432535912375e-06,
       1.0178057087733941e-07, 7.074194297288521e-09, 4.4558179083360645e-10};
+  // clang-format on
 };
 
 // 2^x to 1 ulp, or to 1.5 ulp without a fused multiply-add (a test in tests/cpu/ measures it over the range). The result must be
