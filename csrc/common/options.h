@@ -2,7 +2,7 @@
 // order.
 //
 // From these lists come the schemas and parameters of all operators, the structs that passes receive, and the code that fills
-// those structs. A new option takes one line here, one field there, and its use in a kernel. a test in tests/cpu/ checks that the
+// those structs. A new option takes one line here, one field there, and its use in a kernel. A test in tests/cpu/ checks that the
 // two lists agree.
 //
 // Each entry is X(kind, name). The kind decides the type in a schema, in an operator's parameters and in a struct:

@@ -104,7 +104,7 @@ void set_pairs(Pairs& pairs, const Options& options, const Tensor& rows, const T
   pairs.groups = by_label ? static_cast<const int32_t*>(groups.const_data_ptr()) : nullptr;
 }
 
-// Does the same for the two passes of the loss.
+// Fills in and checks the parameters that both passes of the loss have.
 void set_loss(Loss& loss, const Options& options, const Tensor& embeddings, const Tensor& groups,
               const std::optional<Tensor>& labels, const std::optional<Tensor>& prototypes) {
   if (!embeddings.is_cpu() || embeddings.dim() != 2 || embeddings.size(1) < 1 || options.n_views < 1 ||
@@ -130,7 +130,7 @@ void set_loss(Loss& loss, const Options& options, const Tensor& embeddings, cons
     if (loss.labels[k] >= loss.n_classes) throw std::runtime_error("clop_native: labels holds a value without a prototype");
 }
 
-// Does the same for the two passes over pairs alone.
+// Fills in and checks the parameters that both passes over pairs alone have.
 void set_pairs_alone(Pairs& pairs, const Options& options, const Tensor& zhat, const Tensor& groups) {
   if (!zhat.is_cpu() || zhat.dim() != 2 || zhat.size(1) < 1 || !zhat.is_contiguous())
     throw std::runtime_error("clop_native: zhat: expected (M, D), contiguous, on the CPU");

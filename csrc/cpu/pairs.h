@@ -10,18 +10,20 @@
 //        2     [           P    x ]    backward:  S becomes M, then grad_i += M zhat_j and grad_j += M^T zhat_i
 //        3     [                P ]
 //
-// With a_i = w_i / sum_j exp s_ij and q_i = w_i / n_i, M_ij = exp(s_ij) (a_i + a_j) - [j in P(i)] (q_i + q_j). If a row has one
-// positive, the difference of the two terms is -w_i negative_i / total_i, which needs no subtraction.
-// clop_kernels/backends/tiled.py says why positives are subtracted here, inside the tile.
+// With a_i = w_i / sum_j exp s_ij and q_i = w_i / n_i, M_ij = exp(s_ij) (a_i + a_j) - [j in P(i)] (q_i + q_j). If row i has one
+// positive p, then exp(s_ip) a_i - q_i = -w_i negative_i / total_i, which needs no subtraction. clop_kernels/backends/tiled.py
+// says why positives are subtracted here, inside the tile.
 //
 // Two sides. The only tiles are those with rows on the left and columns on the right, each visited once. Positives lie where a
 // row's run on the other side is. M rows against N rows take 2 M N D flops forward and 6 M N D backward. One way, a tile serves
 // only its rows, and the backward pass takes 4 M N D.
 //
-// Flops: N^2 D forward, 3 N^2 D backward, and N^2 exponentials in the two passes together. Bytes: for a tile of side T, T rows of
-// zhat are read, in two forms forward and four backward, and T rows of grad twice. Everything else stays in the L1 and L2 caches.
-// That is 48 bytes of traffic for T / 2 multiply-adds. Memory: two further forms of zhat, and grad, (N, D) each, and T^2 numbers
-// a thread, 0.2 MB.
+// Flops: N^2 D forward, 3 N^2 D backward, and N^2 exponentials in the two passes together.
+//
+// Bytes: a tile of side T reads two blocks of T rows of zhat forward and four backward; backward it also reads and writes two
+// blocks of grad. Everything else stays in the L1 and L2 caches. That is 48 bytes of traffic for T / 2 multiply-adds.
+//
+// Memory: two further forms of zhat, and grad, (N, D) each, and T^2 numbers a thread, 0.2 MB.
 //
 // Order. Tiles are handed out in rounds. Round r has the tiles with i + j = r modulo an odd number of blocks (with two sides: the
 // tiles with j - i = r, counted on each side), so no two tiles of a round share a block. Every second round runs backwards, which

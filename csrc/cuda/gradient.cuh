@@ -31,8 +31,8 @@
 // Predicted for the H200 of softmax.cuh at N = 65536, 16 bits. D = 128: 2.2 Tflop take 3.5 ms on matrix units, 3.4 ms of shared
 // memory and 1.1 ms of ex2. D = 256, with 16 rows a warp: 7.1 ms on matrix units and 11.3 ms of shared memory, which limits it.
 // With the forward pass that is 5.3 and 15.8 ms at best: 63% and 42% of 990 Tflop/s, by 6 N^2 D. Measured there: 11.4 and 26.9
-// ms. The measurement includes the host. It is of an older version: walks had more instructions, and blocks did not share rows. A
-// profile has yet to say why.
+// ms. That includes the host, and is of an older version, whose walks had more instructions and whose blocks did not share rows.
+// A profile has yet to explain the difference.
 //
 // Instructions of a warp for a far tile of 32 columns at D = 128, 16 bits, one shift, in code for sm_90 that has no other path:
 // 429, of which 128 mma, 48 ldmatrix, 5 cp.async, 144 for M. It was 510 before addresses advanced from tile to tile and the rows'
@@ -109,8 +109,7 @@ __global__ void __launch_bounds__(kCoefficientThreads) given_coefficients_kernel
   lay_out(p, position, run_of(p, position), a, of_positive, shift);
 }
 
-// Turns a tile of S into a tile of M, in place. Three cases, from cheap to dear: a far tile with one shift for all rows, a far
-// tile with a shift for each row and column, and a near tile.
+// Turns a tile of S into a tile of M, in place. There are three cases, the cheapest first.
 template <class S>
 __device__ void weigh_tile(const Pairs& p, const Span<S>& span, const LaidOut& of, const Scale& scale, bool is_fixed,
                            bool is_near, int first_column, const float (&a_rows)[S::kRowTiles][2], const float* a_columns,
@@ -122,7 +121,7 @@ __device__ void weigh_tile(const Pairs& p, const Span<S>& span, const LaidOut& o
     for (int h = 0; h < 2; ++h) {
       const int position = span.first_row + place.row(r, h);
       const float a = a_rows[r][h], shift = is_fixed ? scale.value : of.shift(position);
-      if (!is_near && is_fixed) {
+      if (!is_near && is_fixed) {  // a far tile, with one shift for all rows: one exponential for a pair
 #pragma unroll
         for (int n = 0; n < S::kTiles; ++n)
 #pragma unroll
@@ -132,7 +131,7 @@ __device__ void weigh_tile(const Pairs& p, const Span<S>& span, const LaidOut& o
           }
         continue;
       }
-      if (!is_near) {
+      if (!is_near) {  // a far tile, with a shift for each row and column: two exponentials for a pair
 #pragma unroll
         for (int n = 0; n < S::kTiles; ++n)
 #pragma unroll
@@ -145,6 +144,7 @@ __device__ void weigh_tile(const Pairs& p, const Span<S>& span, const LaidOut& o
         continue;
       }
       __syncwarp();  // otherwise the compiler would load the numbers of all rows first, and registers would not suffice
+      // A near tile: the mask decides which pairs count, and positives take b and c instead of a.
       const Mask mask(p, position, span.columns, of.run(position), 0);
       const OfPositive of_positive = of.of_positive(position);
 #pragma unroll
@@ -305,7 +305,7 @@ __global__ void __launch_bounds__(S::kThreads, kGradientBlocks<S>) gradient_kern
   }
 
   // From fragments to whole rows. The fragments go through the memory where the columns were, and a warp then takes whole rows of
-  // it. A piece has kPartRows rows of every warp, 16 if they fit. Numbers are swizzled as chunks are.
+  // it. A piece has kPartRows rows of every warp: 16 if they fit, else 8 or 4. Numbers are swizzled as chunks are.
   constexpr int kPartBytes = S::kWarps * S::kWidth * int(sizeof(float));
   constexpr int kPartRows = S::kStages * S::kColumnBytes >= 16 * kPartBytes  ? 16
                             : S::kStages * S::kColumnBytes >= 8 * kPartBytes ? 8

@@ -84,7 +84,7 @@ struct Prologue : Pairs, Classes {
 
 // Parameters of the forward pass over pairs alone.
 struct PairSoftmax : Pairs {
-  float* statistics;  // (4, N) by position, the result; for wide rows Panel has made it
+  float* statistics;  // (4, N) by position, the result; for wide rows the panels have made it
   // Scratch.
   unsigned* n_finished;  // (n_counters(N),): the number of finished blocks of rows; then, for each block of rows, the number of
                          // finished blocks among those that share it. Zero before the launch

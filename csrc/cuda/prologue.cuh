@@ -61,7 +61,7 @@ struct Max {
 };
 
 // Combines the x of a team's threads, and gives each of them the result. All threads of a block must call it: a mask of lanes
-// that is not a constant would cost a subroutine.
+// that is not a constant would be compiled to the call of a subroutine.
 template <int kThreads, class Op>
 __device__ float combine(float x, Op op) {
 #pragma unroll

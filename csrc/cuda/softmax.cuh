@@ -22,8 +22,8 @@
 // Predicted for an H200 at N = 65536, 16 bits. (132 processors at 1.8 GHz; mma.sync at 620 of wgmma's 990 Tflop/s; 128 bytes of
 // shared memory and 16 ex2 a cycle and processor.) D = 128: 1.1 Tflop take 1.8 ms on matrix units, 1.1 ms of shared memory and
 // 1.1 ms of ex2. D = 256, with 16 rows a warp: 3.5 ms on matrix units and 4.5 ms of shared memory, which limits it. Measured
-// there: 5.2 ms and 10.2 ms, more than twice as much. The measurement includes the host. It is of an older version: walks had
-// more instructions, and blocks did not share rows. A profile has yet to say why.
+// there: 5.2 ms and 10.2 ms, more than twice as much. That includes the host, and is of an older version, whose walks had more
+// instructions and whose blocks did not share rows. A profile has yet to explain the difference.
 //
 // Instructions of a warp for a far tile of 32 columns at D = 128, 16 bits, one shift, in code for sm_90 that has no other path:
 // 235, of which 64 mma, 16 ldmatrix, 4 cp.async, 100 for exponentials and their sums. It was 305 before addresses advanced from
@@ -42,7 +42,7 @@ struct RowSums {
   static constexpr int kNumbers = 4;
   float shift, negative, positive, positive_logits;
 
-  // A row among others, as the blocks that share rows leave it.
+  // A row as the blocks that share rows store it: its four numbers side by side.
   __device__ static RowSums load_from_l2(const float* from) {
     float x[kNumbers];
     cuda::load_from_l2(x, from);
@@ -50,7 +50,7 @@ struct RowSums {
   }
   __device__ void store(float* to) const { cuda::store(to, {shift, negative, positive, positive_logits}); }
 
-  // A row in (4, N) statistics.
+  // A row in (4, N) statistics: its four numbers lie N apart.
   __device__ static RowSums load(const float* statistics, int64_t n_rows, int position) {
     const float* const from = statistics + position;
     return {from[0], from[n_rows], from[2 * n_rows], from[3 * n_rows]};
@@ -125,7 +125,7 @@ __device__ void add_tile(const Pairs& p, const Span<S>& span, const Scale& scale
       RowSums& row = sums[r][h];
       const int position = span.first_row + place.row(r, h);
       const Mask mask(p, position, span.columns, is_near ? run_of(p, position) : Run{0, 0}, first_column + place.column(0, 0));
-      if (!is_fixed) {
+      if (!is_fixed) {  // online softmax: raise the shift to the largest S so far, and rescale the sums
         float largest = row.shift;
 #pragma unroll
         for (int n = 0; n < S::kTiles; ++n)

@@ -3,9 +3,9 @@
 //
 // Every thread of a block is a fiber with its own stack; blocks run one after the other. A fiber runs until it waits for others:
 // at a barrier for its block, at an instruction of a whole warp for its warp. The scheduler chooses the next fiber (Order), and
-// chooses adversely: one warp runs as far as it can before the next warp starts, beginning with the first warp, with the last, or
-// in an order that changes at random. If a barrier is missing, one of these orders reads data that is not there yet. Blocks run
-// in the same order, so a test also notices if a sum depends on which block ends first.
+// is unkind on purpose: one warp runs as far as it can before the next warp starts, beginning with the first warp, with the last,
+// or in an order that changes at random. If a barrier is missing, one of these orders reads data that is not there yet. Blocks
+// run in the same order, so a test also notices if a sum depends on which block ends first.
 //
 // The simulation must not forgive what a GPU would not forgive:
 //  - Shared memory begins as NaN, and ends where the launch says (AddressSanitizer sees the end).
