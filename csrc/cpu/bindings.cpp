@@ -191,7 +191,7 @@ Gradients backward(const Tensor& grad_loss, const Tensor& embeddings, const Tens
   check("inverse_total", inverse_total, precise, {b.n_rows});
   check("negative", negative, precise, {b.n_rows});
   check("counts", counts, precise, {2});
-  if (needs_prototypes && !prototypes) throw std::runtime_error("clop_native: a gradient of prototypes that are not there");
+  if (needs_prototypes && !prototypes) throw std::runtime_error("clop_native: needs_prototypes: expected prototypes");
   b.grad_loss = grad_loss.const_data_ptr();
   b.zhat = zhat.const_data_ptr();
   b.norms = norms.const_data_ptr();

@@ -38,11 +38,11 @@ std::string explain(cudaError_t error, int device) {
              ": update the driver, or install a build of clop_kernels for an older CUDA";
     }
     case cudaErrorNoDevice:
-      return "there is no NVIDIA GPU that this process can see (CUDA_VISIBLE_DEVICES hides them, or none is there)";
+      return "there is no NVIDIA GPU that this process can see (CUDA_VISIBLE_DEVICES hides it, or there is none)";
     case cudaErrorNoKernelImageForDevice:
     case cudaErrorInvalidDeviceFunction:
       return "the kernels have no code for " + device_text(device) + ": " + built +
-             "; to build for this GPU, CLOP_CUDA_ARCHS=<its number, 80 or above> pip install --no-build-isolation . from source";
+             "; to build for this GPU, run `CLOP_CUDA_ARCHS=<its number, 80 or above> pip install --no-build-isolation .` in the source";
     case cudaErrorUnsupportedPtxVersion:
       return "the NVIDIA driver is too old to compile the kernels for " + device_text(device) + ": " + built +
              "; update the driver, or build for this GPU's own architecture (CLOP_CUDA_ARCHS)";

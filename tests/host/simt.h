@@ -10,8 +10,8 @@
 // The simulation must not forgive what a GPU would not forgive:
 //  - Shared memory begins as NaN, and ends where the launch says (AddressSanitizer sees the end).
 //  - cp.async writes NaN at once, and its data only when the issuing thread waits for its group.
-//  - These are errors: lanes of a warp in different instructions, a barrier that some threads of the block never reach, a warp that
-//    waits for a lane that has left.
+//  - These are errors: lanes of a warp in different instructions, a barrier that some threads of the block never reach, a warp
+//    that waits for a lane that has left.
 //  - ThreadSanitizer takes fibers for threads that only barriers order, and reports every race of a run.
 //
 // An mma cuts its sums off as an A100 does (simt.cpp). Not modelled: the error of ex2.approx, memory order between blocks, and
