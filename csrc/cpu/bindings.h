@@ -12,26 +12,25 @@
 // X(operator, schema without its name, function of clop::cpu). clop_kernels/backends/contract.py describes the residuals and the
 // `needs_...` flags. `groups` is (3, N) int32, or (3, 0) if positives are found by instance. n_left = -1 means that there is one
 // side.
-#define CLOP_CPU_OPERATORS(X)                                                                                                \
-  /* The two passes of the loss. */                                                                                          \
-  X(cpu_forward,                                                                                                             \
-    "(Tensor embeddings, Tensor groups, Tensor? labels, Tensor? prototypes" CLOP_CPU_OPTIONS_SCHEMA                          \
-    ") -> (Tensor loss, Tensor zhat, Tensor norms, Tensor shift, Tensor inverse_total, Tensor negative, Tensor counts)",     \
-    forward)                                                                                                                 \
-  X(cpu_backward,                                                                                                            \
-    "(Tensor grad_loss, Tensor embeddings, Tensor zhat, Tensor norms, Tensor shift, Tensor inverse_total, Tensor negative, " \
-    "Tensor groups, Tensor counts, Tensor? labels, Tensor? prototypes, bool needs_embeddings, bool needs_temperature, "      \
-    "bool needs_prototypes" CLOP_CPU_OPTIONS_SCHEMA                                                                          \
-    ") -> (Tensor? grad_embeddings, Tensor? grad_temperature, Tensor? grad_prototypes)",                                     \
-    backward)                                                                                                                \
-  /* The passes over pairs alone: (M, D) zhat, (3, M) groups, (4, M) coefficients. With n_left >= 0 they go one way. */      \
-  X(cpu_pair_softmax,                                                                                                        \
-    "(Tensor zhat, Tensor groups" CLOP_CPU_OPTIONS_SCHEMA                                                                    \
-    ") -> (Tensor shift, Tensor negative, Tensor positive, Tensor positive_logits)",                                         \
-    pair_softmax)                                                                                                            \
-  X(cpu_pair_gradient, "(Tensor zhat, Tensor groups, Tensor coefficients" CLOP_CPU_OPTIONS_SCHEMA ") -> Tensor",             \
-    pair_gradient)                                                                                                           \
-  /* The kernels' own 2^x, so that a test can measure its accuracy. */                                                       \
+#define CLOP_CPU_OPERATORS(X)                                                                                                   \
+  /* The two passes of the loss. */                                                                                             \
+  X(cpu_forward,                                                                                                                \
+    "(Tensor embeddings, Tensor groups, Tensor? labels, Tensor? prototypes" CLOP_CPU_OPTIONS_SCHEMA                             \
+    ") -> (Tensor loss, Tensor zhat, Tensor norms, Tensor shift, Tensor inverse_total, Tensor negative, Tensor counts)",        \
+    forward)                                                                                                                    \
+  X(cpu_backward,                                                                                                               \
+    "(Tensor grad_loss, Tensor embeddings, Tensor zhat, Tensor norms, Tensor shift, Tensor inverse_total, Tensor negative, "    \
+    "Tensor groups, Tensor counts, Tensor? labels, Tensor? prototypes, bool needs_embeddings, bool needs_temperature, "         \
+    "bool needs_prototypes" CLOP_CPU_OPTIONS_SCHEMA                                                                             \
+    ") -> (Tensor? grad_embeddings, Tensor? grad_temperature, Tensor? grad_prototypes)",                                        \
+    backward)                                                                                                                   \
+  /* The passes over pairs alone: (M, D) zhat, (3, M) groups, (4, M) coefficients. With n_left >= 0 they go one way. */         \
+  X(cpu_pair_softmax,                                                                                                           \
+    "(Tensor zhat, Tensor groups" CLOP_CPU_OPTIONS_SCHEMA                                                                       \
+    ") -> (Tensor shift, Tensor negative, Tensor positive, Tensor positive_logits)",                                            \
+    pair_softmax)                                                                                                               \
+  X(cpu_pair_gradient, "(Tensor zhat, Tensor groups, Tensor coefficients" CLOP_CPU_OPTIONS_SCHEMA ") -> Tensor", pair_gradient) \
+  /* The kernels' own 2^x, so that a test can measure its accuracy. */                                                          \
   X(cpu_exp2, "(Tensor x) -> Tensor", exp2)
 
 namespace clop::cpu {

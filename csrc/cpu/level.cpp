@@ -143,9 +143,7 @@ class Upstream {
   double prototype(int64_t k) const { return label_of(b_, k) >= 0 ? of(k) * shares_[1] * b_.prototype_weight : 0.0; }
 
  private:
-  double of(int64_t k) const {
-    return static_cast<const T*>(b_.grad_loss)[b_.reduction == Reduction::none ? row_of(b_, k) : 0];
-  }
+  double of(int64_t k) const { return static_cast<const T*>(b_.grad_loss)[b_.reduction == Reduction::none ? row_of(b_, k) : 0]; }
   const Backward& b_;
   double shares_[2];
 };
@@ -211,7 +209,8 @@ void prototype_gradient(const Backward& b, const Upstream<T>& upstream, const T*
       for (int64_t d = begin; d < end; ++d) {
         const T z = zhat[k * b.width + d], target = prototypes[label * b.width + d];
         // The gradient in c is the negative of the gradient in zhat, except for the cosine distance, where it is -zhat.
-        grad[label * b.width + d] -= pull * (b.distance == Distance::cosine ? z : distance_gradient(b.distance, length, z, target));
+        grad[label * b.width + d] -=
+            pull * (b.distance == Distance::cosine ? z : distance_gradient(b.distance, length, z, target));
       }
     }
   });

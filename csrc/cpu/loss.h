@@ -45,7 +45,7 @@ struct Forward : Loss {
 };
 
 struct Backward : Loss {
-  const void* grad_loss;  // T, () or (N,)
+  const void* grad_loss;                                                 // T, () or (N,)
   const void *zhat, *norms, *shift, *inverse_total, *negative, *counts;  // as Forward left them
   // Results. A null pointer means that this gradient was not asked for.
   void* grad_embeddings;   // (N, D) dtype, contiguous

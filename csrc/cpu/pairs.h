@@ -60,7 +60,9 @@ class Blocks {
         count(this->n_left + (n_rows - (n_left < 0 ? 0 : n_left) + side - 1) / side),
         n_rows_(n_rows),
         left_rows_(n_left),
-        modulus_(n_left < 0 ? count + 1 - count % 2 : this->n_left < count - this->n_left ? count - this->n_left : this->n_left) {}
+        modulus_(n_left < 0                            ? count + 1 - count % 2
+                 : this->n_left < count - this->n_left ? count - this->n_left
+                                                       : this->n_left) {}
 
   int64_t begin(int64_t block) const { return block < n_left ? block * side : first_right() + (block - n_left) * side; }
   int64_t end(int64_t block) const {

@@ -26,9 +26,9 @@ constexpr int kPairRows = 4, kGradientRows = 6;  // 12 accumulators of 16 regist
 constexpr int kPairVectors = 3, kWidthVectors = 2;
 
 template <class T>
-constexpr int kPairColumns = kPairVectors* kLanes<T>;
+constexpr int kPairColumns = kPairVectors * kLanes<T>;
 template <class T>
-constexpr int kWidthColumns = kWidthVectors* kLanes<T>;
+constexpr int kWidthColumns = kWidthVectors * kLanes<T>;
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 

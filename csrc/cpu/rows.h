@@ -28,14 +28,14 @@ inline float from_bfloat16(uint16_t half) { return float_of(uint32_t(half) << 16
 
 inline uint16_t to_bfloat16(float x) {
   const uint32_t bits = bits_of(x);
-  if (x != x) return uint16_t(bits >> 16 | 0x40);                     // keeps a NaN a NaN when its low bits are dropped
+  if (x != x) return uint16_t(bits >> 16 | 0x40);             // keeps a NaN a NaN when its low bits are dropped
   return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);  // to nearest, ties to even
 }
 
 inline float from_float16(uint16_t half) {
   const uint32_t magnitude = half & 0x7fff, sign = uint32_t(half & 0x8000) << 16;
-  if (magnitude >= 0x7c00) return float_of(sign | 0x7f800000 | magnitude << 13);               // infinite, NaN
-  if (magnitude < 0x0400) return float_of(sign | bits_of(float(magnitude) * 0x1p-24f));        // subnormal
+  if (magnitude >= 0x7c00) return float_of(sign | 0x7f800000 | magnitude << 13);         // infinite, NaN
+  if (magnitude < 0x0400) return float_of(sign | bits_of(float(magnitude) * 0x1p-24f));  // subnormal
   return float_of(sign | ((magnitude << 13) + (uint32_t(127 - 15) << 23)));
 }
 

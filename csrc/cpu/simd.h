@@ -104,8 +104,8 @@ struct Exp2<float> {
   static constexpr int kMantissaBits = 23;
   static constexpr float kSmallest = -126.0f;
   static constexpr int kDegree = 6;
-  static constexpr float kCoefficients[kDegree + 1] = {
-      1.0f, 0.6931472f, 0.2402265f, 0.05550327f, 0.009618057f, 0.0013400428f, 0.00015461445f};
+  static constexpr float kCoefficients[kDegree + 1] = {1.0f,         0.6931472f,    0.2402265f,    0.05550327f,
+                                                       0.009618057f, 0.0013400428f, 0.00015461445f};
 };
 
 template <>

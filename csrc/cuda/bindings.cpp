@@ -217,8 +217,8 @@ Tensor groups(const Tensor& labels CLOP_CUDA_OPTIONS_PARAMETERS) {
   return table;
 }
 
-std::tuple<Tensor, Tensor> prologue(const Tensor& embeddings, const Tensor& zhat, const Tensor& groups,
-                                    const MaybeTensor& labels, const MaybeTensor& prototypes CLOP_CUDA_OPTIONS_PARAMETERS) {
+std::tuple<Tensor, Tensor> prologue(const Tensor& embeddings, const Tensor& zhat, const Tensor& groups, const MaybeTensor& labels,
+                                    const MaybeTensor& prototypes CLOP_CUDA_OPTIONS_PARAMETERS) {
   if (!is_on_gpu(embeddings) || embeddings.dim() != 2 || embeddings.size(1) < 1) refuse("embeddings", "(N, D) on a GPU");
   const int32_t device = embeddings.get_device_index();
   const CurrentDevice current(device);
@@ -245,9 +245,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor&
   static_cast<Classes&>(p) = before;
   const Losses of(p, embeddings);
   const int64_t n_processors = n_processors_of(device);
-  const Memory scratch = allocate_scratch(
-      embeddings, Part{before.distances, p.n_rows}, Part{p.partial_sums, kPartialSums * most_blocks(p.n_rows)},
-      Part{p.n_finished, n_counters(p.n_rows)}, Part{p.split_sums, split_floats(p, n_processors)});
+  const Memory scratch =
+      allocate_scratch(embeddings, Part{before.distances, p.n_rows}, Part{p.partial_sums, kPartialSums * most_blocks(p.n_rows)},
+                       Part{p.n_finished, n_counters(p.n_rows)}, Part{p.split_sums, split_floats(p, n_processors)});
   before.n_finished = p.n_finished;
   p.distances = before.distances;
   CUstream_st* const stream = current_stream(device);
@@ -268,9 +268,9 @@ Gradients backward(const Tensor& upstream, const MaybeTensor& weights, const Ten
   set_softmax(p, weights, shift, inverse_total, negative, device);
   Gradients gradients = set_gradients(p, upstream, weights, embeddings, norms, counts, needs_temperature, device);
   const int64_t n_processors = n_processors_of(device);
-  const Memory scratch = allocate_scratch(
-      embeddings, Part{p.coefficients, n_coefficients(p)}, Part{p.partial_sums, most_blocks(p.n_rows)},
-      Part{p.n_finished, n_counters(p.n_rows)}, Part{p.split_sums, split_floats(p, n_processors)});
+  const Memory scratch =
+      allocate_scratch(embeddings, Part{p.coefficients, n_coefficients(p)}, Part{p.partial_sums, most_blocks(p.n_rows)},
+                       Part{p.n_finished, n_counters(p.n_rows)}, Part{p.split_sums, split_floats(p, n_processors)});
   check("cannot launch the backward pass", backward(p, n_processors, current_stream(device)), device);
   return gradients;
 }
@@ -308,8 +308,7 @@ Tensor pair_softmax(const Tensor& zhat, const Tensor& groups CLOP_CUDA_OPTIONS_P
   p.statistics = mutable_floats(statistics);
   const int64_t n_processors = n_processors_of(device), n_floats = split_floats(p, n_processors);
   Memory scratch;
-  if (n_floats > 0)
-    scratch = allocate_scratch(zhat, Part{p.split_sums, n_floats}, Part{p.n_finished, n_counters(p.n_rows)});
+  if (n_floats > 0) scratch = allocate_scratch(zhat, Part{p.split_sums, n_floats}, Part{p.n_finished, n_counters(p.n_rows)});
   check("cannot launch the sums over pairs", pair_softmax(p, n_processors, current_stream(device)), device);
   return statistics;
 }
@@ -343,8 +342,8 @@ Tensor pair_coefficients(const Tensor& zhat, const Tensor& groups, const Tensor&
 
 // ---- wide rows: the launches between the library's products ------------------------------------------------------------
 
-void panel_softmax(const Tensor& products, int64_t first_row, int64_t first_column, const Tensor& statistics,
-                   const Tensor& zhat, const Tensor& groups, bool adds_scale CLOP_CUDA_OPTIONS_PARAMETERS) {
+void panel_softmax(const Tensor& products, int64_t first_row, int64_t first_column, const Tensor& statistics, const Tensor& zhat,
+                   const Tensor& groups, bool adds_scale CLOP_CUDA_OPTIONS_PARAMETERS) {
   const int32_t device = device_of("zhat", zhat);
   const CurrentDevice current(device);
   Panel p = {};
@@ -355,8 +354,7 @@ void panel_softmax(const Tensor& products, int64_t first_row, int64_t first_colu
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> panel_loss(const Tensor& statistics, const Tensor& distances,
-                                                              const Tensor& zhat, const Tensor& groups,
-                                                              const MaybeTensor& labels,
+                                                              const Tensor& zhat, const Tensor& groups, const MaybeTensor& labels,
                                                               const MaybeTensor& prototypes CLOP_CUDA_OPTIONS_PARAMETERS) {
   const int32_t device = device_of("zhat", zhat);
   const CurrentDevice current(device);

@@ -78,8 +78,8 @@ using MaybeTensor = std::optional<Tensor>;
 using Gradients = std::tuple<Tensor, MaybeTensor>;
 
 Tensor groups(const Tensor& labels CLOP_CUDA_OPTIONS_PARAMETERS);
-std::tuple<Tensor, Tensor> prologue(const Tensor& embeddings, const Tensor& zhat, const Tensor& groups,
-                                    const MaybeTensor& labels, const MaybeTensor& prototypes CLOP_CUDA_OPTIONS_PARAMETERS);
+std::tuple<Tensor, Tensor> prologue(const Tensor& embeddings, const Tensor& zhat, const Tensor& groups, const MaybeTensor& labels,
+                                    const MaybeTensor& prototypes CLOP_CUDA_OPTIONS_PARAMETERS);
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor& embeddings, const Tensor& zhat,
                                                                    const Tensor& groups, const MaybeTensor& labels,
@@ -95,11 +95,10 @@ Tensor pair_softmax(const Tensor& zhat, const Tensor& groups CLOP_CUDA_OPTIONS_P
 Tensor pair_gradient(const Tensor& zhat, const Tensor& groups, const Tensor& given CLOP_CUDA_OPTIONS_PARAMETERS);
 Tensor pair_coefficients(const Tensor& zhat, const Tensor& groups, const Tensor& given CLOP_CUDA_OPTIONS_PARAMETERS);
 
-void panel_softmax(const Tensor& products, int64_t first_row, int64_t first_column, const Tensor& statistics,
-                   const Tensor& zhat, const Tensor& groups, bool adds_scale CLOP_CUDA_OPTIONS_PARAMETERS);
+void panel_softmax(const Tensor& products, int64_t first_row, int64_t first_column, const Tensor& statistics, const Tensor& zhat,
+                   const Tensor& groups, bool adds_scale CLOP_CUDA_OPTIONS_PARAMETERS);
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> panel_loss(const Tensor& statistics, const Tensor& distances,
-                                                              const Tensor& zhat, const Tensor& groups,
-                                                              const MaybeTensor& labels,
+                                                              const Tensor& zhat, const Tensor& groups, const MaybeTensor& labels,
                                                               const MaybeTensor& prototypes CLOP_CUDA_OPTIONS_PARAMETERS);
 std::tuple<Tensor, Tensor> coefficients(const MaybeTensor& weights, const Tensor& zhat, const Tensor& shift,
                                         const Tensor& inverse_total, const Tensor& negative,

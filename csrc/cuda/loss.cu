@@ -71,7 +71,8 @@ Plan plan_of(const Pairs& p, int64_t n_places, int64_t part_columns) {
   };
   const int64_t n_left = p.n_left < 0 ? p.n_rows : p.n_left;
   const int64_t left = n_blocks_for(n_left, S::kRows), right = p.is_one_way ? 0 : n_blocks_for(p.n_rows - n_left, S::kRows);
-  const int64_t left_tiles = n_tiles_of(left, 0), right_tiles = n_tiles_of(right, n_left), most = std::max(left_tiles, right_tiles);
+  const int64_t left_tiles = n_tiles_of(left, 0), right_tiles = n_tiles_of(right, n_left),
+                most = std::max(left_tiles, right_tiles);
 
   Plan best = {};
   int64_t least = 0;

@@ -121,8 +121,8 @@ struct Backward : PairGradient, Classes {
   const float* weights;   // (N,) by position, at most 1; null means 1 for every row
   const float *norms, *shift, *inverse_total, *negative, *counts;  // as Prologue and Forward left them
   Dtype dtype;                                                     // of the embeddings and of their gradient
-  void* grad_embeddings;    // (N, D) dtype, by row. Null: only the sums are wanted
-  float* grad_temperature;  // (), or null
+  void* grad_embeddings;                                           // (N, D) dtype, by row. Null: only the sums are wanted
+  float* grad_temperature;                                         // (), or null
   // Scratch.
   float* partial_sums;  // (n_row_blocks,), most_blocks(N) at most
 };
@@ -131,9 +131,9 @@ struct Backward : PairGradient, Classes {
 struct Panel : Pairs {
   const float* products;  // (n_panel_rows, n_panel_columns): zhat_i . zhat_j
   int64_t first_row, first_column, n_panel_rows, n_panel_columns;
-  float* statistics;          // forward, (4, N) by position: RowSums in softmax.cuh; the panel is added to it
-  bool adds_scale;            // make positive_logits the sums of S_ip itself, as a pass over pairs alone returns them
-  float* coefficients;        // backward: as in PairGradient, with n_padded
+  float* statistics;    // forward, (4, N) by position: RowSums in softmax.cuh; the panel is added to it
+  bool adds_scale;      // make positive_logits the sums of S_ip itself, as a pass over pairs alone returns them
+  float* coefficients;  // backward: as in PairGradient, with n_padded
   int64_t n_padded;
   void* pairs;  // backward, (n_panel_rows, n_panel_columns) compute_dtype: M
 };

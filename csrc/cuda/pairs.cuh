@@ -228,8 +228,8 @@ struct Memory {
 // Copies run kStages - 1 tiles ahead of the products. Each turn of the loop waits for the oldest stage, starts the copy of a new
 // tile into the stage that has just become free, multiplies, and visits.
 template <class S, bool kHold, class Visit>
-__device__ void walk(const Pairs& p, const Span<S>& span, const float* numbers, int n_numbers,
-                     int64_t stride, const Place<S>& place, Visit&& visit) {
+__device__ void walk(const Pairs& p, const Span<S>& span, const float* numbers, int n_numbers, int64_t stride,
+                     const Place<S>& place, Visit&& visit) {
   using Product = typename S::Product;
   const auto* const zhat = static_cast<const typename S::Element*>(p.zhat);
   const Memory<S> memory;

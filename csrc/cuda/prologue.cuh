@@ -141,14 +141,13 @@ __global__ void __launch_bounds__(kBlockThreads<kThreads>, 1) prologue_kernel(co
 
 #pragma unroll
   for (int h = 0; h < kHeld; ++h)
-    if (first_column + h * kStep < width)
-      load_chunk<kIsAligned>(held[h], z, p.column_stride, first_column + h * kStep, width);
+    if (first_column + h * kStep < width) load_chunk<kIsAligned>(held[h], z, p.column_stride, first_column + h * kStep, width);
 
   // The row is scaled first, so that no square overflows: any finite row has a finite direction. The scale is the power of two of
   // the largest entry, not the entry itself: the scaling is then exact, and one division serves the whole row. It is at most
   // 2^126, so that its inverse is a normal number.
   float largest = kEps<float>;
-  for_each_chunk([&](int64_t, const float(&x)[kVec]) {
+  for_each_chunk([&](int64_t, const float (&x)[kVec]) {
 #pragma unroll
     for (int v = 0; v < kVec; ++v) largest = Max()(largest, fabsf(x[v]));
   });
@@ -162,7 +161,7 @@ __global__ void __launch_bounds__(kBlockThreads<kThreads>, 1) prologue_kernel(co
     for (int v = 0; v < kVec; ++v) held[h][v] *= shrink;
 
   float squares = 0.0f;
-  for_each_chunk([&](int64_t, const float(&x)[kVec]) {
+  for_each_chunk([&](int64_t, const float (&x)[kVec]) {
 #pragma unroll
     for (int v = 0; v < kVec; ++v) squares += x[v] * x[v];
   });
@@ -175,7 +174,7 @@ __global__ void __launch_bounds__(kBlockThreads<kThreads>, 1) prologue_kernel(co
   const int64_t label = p.prototypes != nullptr ? p.labels[instance_of(p, row)] : -1;
   const float* const target = label < 0 ? nullptr : p.prototypes + (label < p.n_classes ? label : p.n_classes - 1) * p.width;
   float terms = 0.0f;
-  for_each_chunk([&](int64_t column, const float(&x)[kVec]) {
+  for_each_chunk([&](int64_t column, const float (&x)[kVec]) {
     float c[kVec] = {};
     if (target != nullptr) load_chunk<kIsAligned>(c, target, 1, column, width);
     Pack<Out, kVec> rounded;

@@ -42,7 +42,8 @@ std::string explain(cudaError_t error, int device) {
     case cudaErrorNoKernelImageForDevice:
     case cudaErrorInvalidDeviceFunction:
       return "the kernels have no code for " + device_text(device) + ": " + built +
-             "; to build for this GPU, run `CLOP_CUDA_ARCHS=<its number, 80 or above> pip install --no-build-isolation .` in the source";
+             "; to build for this GPU, run `CLOP_CUDA_ARCHS=<its number, 80 or above> pip install --no-build-isolation .` in the "
+             "source";
     case cudaErrorUnsupportedPtxVersion:
       return "the NVIDIA driver is too old to compile the kernels for " + device_text(device) + ": " + built +
              "; update the driver, or build for this GPU's own architecture (CLOP_CUDA_ARCHS)";
