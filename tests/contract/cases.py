@@ -106,7 +106,8 @@ def forms(n_rows: int) -> Cases:
     for number, (positives, n_left, negatives_only, normalize) in enumerate(crossed):
         form = {"positives": positives, "n_left": n_left, "negatives_only": negatives_only, "normalize": normalize}
         name, n_views = ", ".join(map(str, form.values())), 2 if positives == "instance" else 1
-        for turn, temperature in enumerate((WARM, COLD)):
+        # Of unnormalised rows the longest decides which softmax is taken: here it changes between 1 and 0.1.
+        for turn, temperature in enumerate((WARM, COLD) if normalize else (1.0, WARM)):
             mixed: dict[str, Any] = form | {"reduction": REDUCTIONS[number % 3], "distance": DISTANCES[(number + turn) % 3]}
             make = partial(random_problem, n_views, n_rows // n_views, 21, **mixed)
             found.append(at((temperature,), name, make, n_rows, 21, is_hard=not normalize))
