@@ -94,7 +94,7 @@ BAD_SIDES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"right": Y.to("meta")}, ValueError, "right has .*is on meta: expected those of left"),
     ({"left_labels": None}, ValueError, "left_labels=None: expected labels of both sides or of neither"),
     ({"right_labels": None}, ValueError, "right_labels=None: expected labels of both sides or of neither"),
-    ({"left_labels": None, "right_labels": None}, ValueError, "left has 3 rows and right 5: expected as many"),
+    ({"left_labels": None, "right_labels": None}, ValueError, "left has 3 rows and right 5: expected equal numbers of rows"),
     ({"left_labels": OF_Y}, ValueError, r"left_labels has shape \(5,\): expected \(3,\)"),
     ({"right_labels": OF_Y.float()}, TypeError, "right_labels has dtype torch.float32: expected an integer dtype"),
     ({"right_labels": OF_Y - 1}, ValueError, "labels contains -2: expected -1"),
