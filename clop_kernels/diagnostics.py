@@ -456,7 +456,7 @@ def _labelled(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     if labels.dtype not in INTEGER_DTYPES:
         raise TypeError(f"labels has dtype {labels.dtype}: expected an integer dtype; labels.long() converts")
     if labels.shape != zhat.shape[:1]:
-        raise ValueError(f"labels has shape {tuple(labels.shape)}: expected ({len(zhat)},), one label a row")
+        raise ValueError(f"labels has shape {tuple(labels.shape)}: expected ({len(zhat)},), one label for each row")
     if labels.device != zhat.device:
         raise ValueError(f"labels is on {labels.device}: expected the device of embeddings, {zhat.device}")
     is_labelled = labels >= 0
