@@ -92,7 +92,7 @@ class Ranks:
         everyone = self._all_gather([_GREETING, *(field.value for field in header)], device)
         failed = [rank for rank, values in enumerate(everyone) if values[0] == _FAILED]
         if failed:
-            raise RuntimeError(f"{_ranks_text(failed)} of the process group raised an error before the loss: read the error there")
+            raise RuntimeError(f"{_ranks_text(failed)} of the process group raised an error before the loss; see the error there")
         columns = [list(values) for values in zip(*everyone, strict=True)][1:]
         for field, values in zip(header, columns, strict=True):
             if field.show is not None and len(set(values) - {_UNKNOWN}) > 1:
@@ -152,7 +152,7 @@ class Ranks:
         return finish
 
     def index_of_rows(self, sizes: Sizes, with_own: bool, device: torch.device) -> Tensor:
-        """The indices, in the result of a gather, of the rows of all ranks, or of all other ranks. Sorted by rank; 1-dim int64."""
+        """The indices, in the result of a gather, of the rows of all ranks, or of all other ranks, by rank. 1-dim int64."""
         n_own, most = sizes[self.rank], max(sizes)
         if min(sizes) == most:  # the common case, in which no number has to be sent to the device
             index = torch.arange((self.size - (not with_own)) * most, device=device)
@@ -166,7 +166,7 @@ class Ranks:
         return torch.arange(n_rows, device=device) + offsets.repeat_interleave(on_device, output_size=n_rows)
 
     def ring(self, tensors: Sequence[Tensor], sizes: Sizes) -> Iterator[tuple[int, Sequence[Tensor]]]:
-        """Yields each rank and its tensors, (sizes[rank], ...): this rank first, then the previous rank, and so on round the ring.
+        """Yields each rank and its tensors, (sizes[rank], ...): this rank, then the previous one, and so on round the ring.
 
         The next tensors arrive while the caller works on the current ones. The caller must not change them.
         """
