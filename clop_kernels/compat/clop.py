@@ -53,9 +53,7 @@ class CLOPLoss(nn.Module):
     ) -> None:
         super().__init__()
         if not 1 <= num_classes <= embedding_dim:
-            raise ValueError(
-                f"num_classes={num_classes}: expected 1 to embedding_dim={embedding_dim}, one anchor for each class"
-            )
+            raise ValueError(f"num_classes={num_classes}: expected 1 to embedding_dim={embedding_dim}, one anchor for each class")
         self.num_classes = num_classes
         self.embedding_dim = embedding_dim
         self.lambda_value = lambda_value
