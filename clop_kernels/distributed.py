@@ -23,8 +23,8 @@ process divided by the world size, except that on a CPU only the tiles of o can 
 4 n N D backward. The backends compute the passes over pairs. :mod:`clop_kernels.backends.rowwise` does the row-by-row work, and
 :mod:`clop_kernels.shards` knows which rank has which rows.
 
-With two sides, a row is compared with all rows of the other side, including this rank's own. There are two one-way passes, and no
-o.
+With two sides, a row is compared with all rows of the other side, including this rank's own. There are two one-way passes,
+and no o.
 
 All ranks must issue their collectives in the same order, and an eager program does so. If one compiled graph contains several
 losses, Inductor orders them by the sizes of the tensors they keep. If ranks have different numbers of rows, ranks may therefore
@@ -155,8 +155,8 @@ def backward(
         unit = plan.ranks.largest(largest).clamp(min=torch.finfo(torch.float32).tiny)
         weights, of_prototypes = grad_loss / unit, grad_loss
     else:
-        # Every rank returned the loss of all ranks and backpropagates it, so a sum over the ranks counts the loss world-size
-        # times.
+        # Every rank returned the loss of all ranks and backpropagates it, so a sum over the
+        # ranks counts the loss once for each rank.
         upstream = grad_loss * (plan.ranks.size if sharding.grad_scale == "ddp" else 1)
         divisors = residuals.counts.clamp(min=1) if options.reduction == "mean" else torch.ones_like(residuals.counts)
         unit, of_prototypes = upstream / divisors

@@ -39,14 +39,14 @@ def clop_loss(
     r"""Contrastive loss plus a pull of each labelled row towards the prototype of its class (CLOP, arXiv 2403.18699).
 
     Let :math:`\hat z_i = z_i / \max(|z_i|, 10^{-12})` and :math:`s_{ij} = \hat z_i \cdot \hat z_j / \tau`. P(i) holds the
-    positives of row i, and :math:`n_i = |P(i)|`. A holds the anchors, the rows with :math:`n_i > 0`. S holds the labelled rows.
+    positives of row i, and :math:`n_i = |P(i)|`. A holds the anchors: the rows with :math:`n_i > 0`. S holds the labelled rows.
 
     .. math::
         L = \frac{1}{|A|} \sum_{i \in A} \Big( \log \sum_{j \ne i} e^{s_{ij}} - \frac{1}{n_i} \sum_{p \in P(i)} s_{ip} \Big)
             + \lambda \frac{1}{|S|} \sum_{i \in S} d(\hat z_i, c_{y_i})
 
-    If A or S is empty, its term is zero. With N = V * B rows, every backend except "reference" takes O(N^2 D) time and
-    O(N D) memory.
+    If A or S is empty, its term is zero. With N = V * B rows, every backend except "reference" takes O(N^2 D) time and O(N D)
+    memory. Under autocast, the matrix products run in autocast's dtype, except for float64 embeddings. The loss stays in float32.
 
     Args:
         embeddings: (V*B, D), float64, float32, float16 or bfloat16, D >= 1; need not be contiguous. Rows are view-major: row
@@ -61,8 +61,8 @@ def clop_loss(
             form with the mean over positives outside the logarithm): all other rows with the same label. The positives of an
             unlabelled row are the other views of its instance.
         temperature: tau > 0, a number, or a 0-dim floating tensor on the device of ``embeddings``. A tensor may require grad.
-        prototype_weight: lambda >= 0, a number, or a 0-dim floating tensor on the device of ``embeddings``. A tensor must not
-            require grad.
+        prototype_weight: lambda >= 0, a number, or a 0-dim floating tensor on the device of ``embeddings``. A tensor may
+            require grad only with ``backend="reference"``.
         distance: d, "cosine" (1 - zhat . c), "euclidean" (|zhat - c|_2) or "manhattan" (|zhat - c|_1).
         reduction: "mean": L above. "none": (V*B,), each row's contrastive term (0 outside A) + lambda * its prototype term
             (0 outside S). "sum": the sum of these terms.
@@ -71,8 +71,9 @@ def clop_loss(
         backend: "cuda", "triton", "cpu", "tiled" or "reference". None takes the fastest one that can run here. See
             ``python -m clop_kernels info``.
         group: the process group over which the rows are spread. The loss is then exactly the loss of all rows of all ranks, and
-            every rank returns the same number. Ranks may have different numbers of rows, or no rows. All views of an instance
-            must be on one rank. None: the loss of this process alone. See :mod:`clop_kernels.distributed`.
+            every rank returns the same number ("none": the terms of its own rows). Ranks may have different numbers of rows, or
+            no rows. All views of an instance must be on one rank. None: the loss of this process alone. See
+            :mod:`clop_kernels.distributed`.
         strategy: how this rank obtains other ranks' rows. "gather": all at once, in O(N D) memory; the backward pass only
             exchanges a few numbers for each row. "ring": one rank's rows at a time, while it computes with the previous ones, in
             O(N_local D) memory; the backward pass sends the rows again. "auto": "gather" if the gathered rows take at most one
@@ -80,9 +81,9 @@ def clop_loss(
         grad_scale: gradient scaling with a ``group``. "ddp" multiplies by the world size, so that averaging over ranks
             (DistributedDataParallel, FSDP) restores the gradient of one process with all rows. "none" does not multiply; sum the
             gradients over the ranks. In both cases the gradients of ``temperature`` and ``prototypes`` are this rank's share.
-            With ``reduction="none"`` each rank returns the terms of its own rows. Gradients are then those of the sum of what
-            all ranks compute from their terms, and ``grad_scale`` has no effect. Every rank must run the backward pass, and for a
-            scalar loss with the same upstream gradient.
+            With ``reduction="none"``, gradients are those of the sum of what all ranks compute from their terms, and
+            ``grad_scale`` has no effect. Every rank must run the backward pass, for a scalar loss with the same upstream
+            gradient.
         check_ranks: True: ranks first tell each other their sizes and options, so that a mismatch is an error on every rank
             instead of a hang. This is one small exchange. On a GPU it waits for queued work, unless the group has a CPU backend
             too, as ``init_process_group("cpu:gloo,cuda:nccl")`` gives it. A number that is a GPU tensor is not compared, since

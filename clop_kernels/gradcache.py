@@ -76,10 +76,10 @@ def encode(
     Pass all inputs of one encoder in one call. Give each of several encoders (CLIP) its own call.
 
     - *Randomness.* Both passes draw the same dropout masks. ``backward`` leaves the random state as it found it.
-    - *Buffers.* The second pass uses the buffers of the first pass and does not change them: running statistics are updated once
-      a step. BatchNorm in training mode normalises with the statistics of a sub-batch, not of the batch, as in any kind of
-      sub-batching (and on one of several GPUs). ``sub_batch`` is then part of the model. GroupNorm and LayerNorm are not
-      affected.
+    - *Buffers.* The second pass uses the buffers of the first pass and does not change them: running statistics are
+      updated once a step. BatchNorm in training mode normalises with the statistics of a sub-batch, not of the
+      batch, as in any kind of sub-batching (and on one of several GPUs). ``sub_batch`` is then part of the model.
+      GroupNorm and LayerNorm are not affected.
     - *Autocast.* The autocast that is active around this call applies to both passes. ``backward`` may stand outside, as usual.
     - *Distributed.* An encoder under DistributedDataParallel or ``fully_shard`` reduces its gradients once, in the last
       sub-batch of the second pass. FSDP's gradient synchronisation is on afterwards; until then, FSDP holds unsharded gradients.

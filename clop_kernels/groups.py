@@ -25,8 +25,8 @@ class Groups:
     """The positives of N rows, sorted by group. Position k holds row ``order[k]`` of the input.
 
     Attributes:
-        order: (N,) int64, the permutation that sorts the rows by side, then by group. The sort is stable, so every run has the
-            same order.
+        order: (N,) int64, the permutation that sorts the rows by side, then by group. The sort is stable, so equal inputs
+            give equal orders.
         starts: (N,) int64, for each position the first position of its positive run. Without sides, the run is the row's own
             group and includes the row itself.
         ends: (N,) int64, for each position one past the last position of its positive run.

@@ -1,4 +1,4 @@
-"""The losses as PyTorch operators: schemas, fakes, the autograd formula, autocast. The computing is left to the backends.
+"""The losses as PyTorch operators: schemas, fakes, the autograd formula, autocast. The backends do the computing.
 
 ``clop::loss`` and ``clop::loss_backward`` are opaque to torch.compile (no graph break) and to autograd, whose formula is
 registered here. A second derivative raises an error. :class:`Operator` makes such a pair of operators from records whose fields

@@ -83,7 +83,7 @@ def clop_loss(
     n_positives = is_positive.sum(1)
     is_anchor = ~has_none if negatives_only else n_positives > 0
 
-    # A product masks the terms, not a selection: a NaN anywhere in the matrix then reaches the loss.
+    # The mask is a factor and not a selection, so that a NaN anywhere in the matrix reaches the loss.
     if n_rows > 0:
         # A row without any pairs gets some finite number here; the mask below removes it.
         lse = similarity.masked_fill(is_excluded & ~has_none[:, None], -math.inf).logsumexp(1)

@@ -1,9 +1,9 @@
 """Which rank has which rows of a loss that is spread over a process group, and how a rank's rows meet those of the other ranks.
 
-A rank holds its own rows by position, sorted by positive group (:mod:`clop_kernels.groups`). The rows of other ranks arrive in
-blocks: one block with the rows of all ranks ("gather"), or one block for each rank ("ring"). The rows of a block are sorted by
-group too, so that the positives of a row are a run of the block. :mod:`clop_kernels.distributed` decides which kernel compares
-them.
+A rank holds its own rows by position, sorted by positive group (:mod:`clop_kernels.groups`). The rows of other
+ranks arrive in blocks: one block with the rows of all ranks ("gather"), or one block for each rank ("ring"). The
+rows of a block are sorted by group too, so that the positives of a row are a run of the block.
+:mod:`clop_kernels.distributed` decides which kernel compares them.
 """
 
 from __future__ import annotations

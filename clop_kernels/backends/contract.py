@@ -15,13 +15,13 @@ All four functions run below autograd and autocast, on validated input. They mus
 not allocate anything that grows with N^2. :mod:`clop_kernels.reference` defines what they compute. ``embeddings`` may have any
 strides. ``labels`` (int64), ``prototypes`` (any floating dtype) and ``grad_loss`` are contiguous; the operators ensure this.
 
-The two passes over pairs receive rows that are already normalised, rounded and sorted by positive group. ``zhat`` is (M, D), in
-the compute dtype and contiguous. If ``n_left`` is None, all rows are compared with each other. Otherwise the first ``n_left``
-rows are compared with the rest, and only they get results (one way). Neither side is empty. ``groups`` is
-:meth:`clop_kernels.groups.Groups.table`, (3, M) int32, contiguous. Only starts and ends are read, and only for rows that get a
-result. They are positions in ``zhat``, and both are non-decreasing. Without sides, a row's positive run contains the row itself.
-With sides, the run lies within the right side and may be empty. ``options`` has positives="label", no sides, and
-negatives_only=False.
+The two passes over pairs receive rows that are already normalised, rounded and sorted by positive group. ``zhat`` is
+(M, D), in the compute dtype and contiguous. If ``n_left`` is None, all rows are compared with each other. Otherwise the
+first ``n_left`` rows are compared with the rest, and only they get results (one way). Neither side is empty. ``groups``
+is :meth:`clop_kernels.groups.Groups.table`, (3, M) int32, contiguous. Only starts and ends are read, and only for rows
+that get a result. They are positions in ``zhat``, and both are non-decreasing. Without sides, a row's positive run
+contains the row itself. With sides, the run lies within the right side and may be empty. ``options`` has
+positives="label", no sides, and negatives_only=False.
 
     pair_softmax: the sums over the pairs of each row. If one shift fits all rows, every row gets that shift, whatever it is
         compared with; the choice depends on ``options`` alone. The caller merges the sums of several calls.

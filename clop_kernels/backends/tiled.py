@@ -29,10 +29,10 @@ temperature is a tensor on a GPU, which the host must not read. Under torch.comp
 
 Positives are subtracted inside the tiles. Group sums of zhat would need no mask, but are less accurate: a well-trained positive
 has exp(s_ij) a_i close to q_i, and only a subtraction before the product with zhat keeps the small difference. With
-near-duplicate views in float32, the gradient from group sums is 10 to 100 times less accurate at the same speed (at N = 80, D =
-64, tau = 0.1: relative error 7e-5 instead of 1e-6; plain PyTorch has 1e-6). If a row has one positive, the difference is known
-without a subtraction: exp(s_ij) a_i - q_i = -w_i negative_i / total_i. Its loss is log(1 + negative_i / exp s_ip). Both keep
-their relative accuracy down to the smallest float.
+near-duplicate views in float32, the gradient from group sums is 10 to 100 times less accurate at the same speed (at N = 80,
+D = 64, tau = 0.1: relative error 7e-5 instead of 1e-6; plain PyTorch has 1e-6). If a row has one positive, the difference is
+known without a subtraction: exp(s_ij) a_i - q_i = -w_i negative_i / total_i. Its loss is log(1 + negative_i / exp s_ip). Both
+keep their relative accuracy down to the smallest float.
 
 Products are float32 (float64 for float64 input) on operands rounded to the compute dtype. They are as accurate as a matrix unit
 that accumulates in float32, but not as fast. On a GPU this backend is the fallback.

@@ -77,7 +77,7 @@ class ClipLoss(nn.Module):
         """The loss of B images and their B texts.
 
         Args:
-            image_features: (B, D), float64, float32, float16 or bfloat16, already normalised if they should be.
+            image_features: (B, D), float64, float32, float16 or bfloat16, normalised by the caller.
             text_features: (B, D), with the same dtype and device; row i belongs to row i of ``image_features``.
             logit_scale: > 0, a number or a tensor of one element. A tensor may require grad.
             logit_bias: adds the same number to all logits. This changes neither the loss nor any gradient.

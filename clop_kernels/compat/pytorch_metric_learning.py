@@ -188,11 +188,11 @@ class NTXentLoss(_MetricLoss):
 
     The term of a positive pair (a, p) is -log(exp s_ap / (exp s_ap + sum_n exp s_an)); n runs over the negatives of a.
 
-    This loss is slower than the others. Only the sums over negatives are fused. The positives take a second pass in plain
-    PyTorch, over tiles of T rows against the whole classes of these rows, up to C rows. The backward pass computes the tiles
-    again. This takes O(N D + T C) memory and one synchronisation with a GPU. A reducer of the library takes another O(P) memory
-    for P positive pairs. If each row has exactly one positive, :class:`clop_kernels.NTXentLoss` is the same loss without these
-    costs.
+    This loss is slower than the others. Only the sums over negatives are fused. The positives take a second pass in
+    plain PyTorch, over tiles of T rows against the whole classes of these rows, up to C rows. The backward pass
+    computes the tiles again. This takes O(N D + T C) memory and one synchronisation with a GPU. A reducer of the
+    library takes another O(P) memory for P positive pairs. If each row has exactly one positive,
+    :class:`clop_kernels.NTXentLoss` is the same loss without these costs.
 
     Args:
         temperature: tau > 0.

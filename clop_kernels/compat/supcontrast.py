@@ -52,7 +52,7 @@ class SupConLoss(nn.Module):
         """The loss of B instances with V views each.
 
         Args:
-            features: (B, V, ...), float64, float32, float16 or bfloat16, already normalised. Dimensions after V are flattened.
+            features: (B, V, ...), float64, float32, float16 or bfloat16, as they are. Dimensions after V are flattened.
             labels: B integers of any shape. None: the positives of a view are the other views of its instance.
             mask: only None is supported.
 

@@ -11,9 +11,8 @@ have M_ij = 0. M is symmetric, so a program that owns rows i computes their whol
 and the same bits from run to run.
 
 coefficients_kernel computes a, b, c and the shift once, beforehand. A far tile then needs only a_i for each row and column; a
-division for each column of each tile took 190 of 674 instructions. The separate pass over pairs (pair_gradient) receives
-the coefficients, because one rank does not hold all positives of a row. With two sides it computes only the sums of the left
-rows.
+division for each column of each tile took 190 of 674 instructions. The separate pass over pairs (pair_gradient) receives the
+coefficients, because one rank does not hold all positives of a row. With two sides it computes only the sums of the left rows.
 
 Tile picture. A program owns BLOCK_M rows and walks over all columns, BLOCK_N at a time. This is attention with K = V = zhat: one
 column tile k on chip serves both products::

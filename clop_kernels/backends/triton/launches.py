@@ -153,7 +153,7 @@ class Launch:
     options: dict[str, Any]
 
     def run(self) -> Any:
-        """Launches, and returns the compiled kernel; None from the interpreter, which compiles nothing."""
+        """Launches the kernel, and returns its compiled form; the interpreter compiles nothing."""
         return self.kernel[self.grid](**self.arguments, **self.options)
 
 
@@ -464,8 +464,8 @@ def _wide_products(p: Problem, constants: Values, names: dict[str, str]) -> Plan
                 "row_end": rows.stop,
                 "first_column": j,
                 "column_end": columns.stop,
-                # A row's sums start at its first column of panels, and a column's sums at the first row of panels. Later panels
-                # add.
+                # A row's sums start at its first column of panels, and a column's sums at the first row of panels. Later
+                # panels add.
                 "adds": int(j > column_base),
                 "adds_transposed": int(i > 0),
                 "n_straight": _programs(len(rows), product_tile),

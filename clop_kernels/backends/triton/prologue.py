@@ -105,8 +105,8 @@ def prologue_kernel(
     offsets = row.to(tl.int64)[:, None] * row_stride + columns.to(tl.int64)[None, :] * column_stride
     raw = tl.load(embeddings + offsets, mask=inside, other=0.0).to(tl.float32)
 
-    # Each row is first scaled by its largest entry, so that no square overflows. Any finite row then has a finite direction and
-    # norm.
+    # Each row is first scaled by its largest entry, so that no square overflows. Any finite row then has a finite direction
+    # and norm.
     largest = tl.maximum(tl.max(tl.abs(raw), 1), EPS)
     unit = tl.div_rn(raw, largest[:, None])
     norm = tl.sqrt_rn(tl.sum(unit * unit, 1))

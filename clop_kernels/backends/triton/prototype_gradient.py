@@ -1,8 +1,8 @@
 """The gradient of trained prototypes: a segment sum over the rows of each class.
 
-Tile picture: the rows of class k are divided into n_splits parts, and program (k, s) adds the rows of part s, BLOCK_M whole rows
-at a time. PyTorch then adds the parts. The order is always the same and there are no atomics, so the bits are the same from run
-to run.
+Tile picture: the rows of class k are divided into n_splits parts, and program (k, s) adds the rows of part s,
+BLOCK_M whole rows at a time. PyTorch then adds the parts. The order is always the same and there are no atomics,
+so the bits are the same from run to run.
 Bytes: each labelled row of zhat once, and n_splits K D partial sums. Flops: O(N D).
 """
 

@@ -13,9 +13,9 @@ both operands in chunks of BLOCK_K of the width.
 processors get work this way, and tiles stay as tall as matrix units need. Each program stores its statistics, 16 bytes a row, and
 loss_kernel adds them in the order of the splits.
 
-Flops 2 N^2 D, exponentials N^2, and two float32 operations for each pair: scale and add. Bytes: each block of rows loads zhat
-once from L2, N^2 D itemsize / BLOCK_M in all for any number of splits; that is BLOCK_M flops a byte in bfloat16. Wide rows: see
-tiles.py.
+Flops 2 N^2 D, exponentials N^2, and two float32 operations for each pair: scale and add. Bytes: each block of
+rows loads zhat once from L2, N^2 D itemsize / BLOCK_M in all for any number of splits; that is BLOCK_M flops a
+byte in bfloat16. Wide rows: see tiles.py.
 
 With two sides, L + R = N: a program owns rows of one side and walks over the columns of the other, so no tile holds rows that are
 not compared. The picture is the same, with the positive runs in place of the diagonal. 4 L R D flops, 2 L R exponentials and
@@ -28,9 +28,9 @@ Negatives only: positives are left out of the sums, as a row itself is, and a ro
 The separate pass over pairs (pair_softmax) stores the sums themselves. With two sides it computes only the left rows, with half
 the programs, flops and bytes.
 
-Positives are summed apart from the rest, because near-duplicate views need log(1 + negative / positive) to the last digit. They
-are taken from these tiles and not from sums of zhat over a group, whose gradient cancels in float32 (backends/tiled.py has the
-figures).
+Positives are summed apart from the rest, because near-duplicate views need log(1 + negative / positive) to the
+last digit. They are taken from these tiles and not from sums of zhat over a group, whose gradient cancels in
+float32 (backends/tiled.py has the figures).
 """
 
 from __future__ import annotations

@@ -14,9 +14,9 @@ With two sides, the panels are those of left rows and right columns, each once. 
 never reaches from one side into the other. In a one-way pass, a panel is multiplied once, for the left rows.
 
 Flops: N^2 D + 2 N^2 D, fewer than the 4 N^2 D of the one-launch kernel; with two sides 2 L R D + 4 L R D instead of 8 L R D.
-Bytes: a panel of PANEL^2 numbers is written once and read twice, for 6 PANEL^2 D flops. That is D flops a byte in bfloat16, more
-than the operands' own 43 to 85 (tiles.py). In bfloat16, a panel of 4096 stays in an L2 of 50 MB. In float32, at 64 MB, it does
-not.
+Bytes: a panel of PANEL^2 numbers is written once and read twice, for 6 PANEL^2 D flops. That is D flops a
+byte in bfloat16, more than the operands' own 43 to 85 (tiles.py). In bfloat16, a panel of 4096 stays in an L2
+of 50 MB. In float32, at 64 MB, it does not.
 Predicted for float32 at N = 32768: the panels move 6.4 GB through device memory in 2 ms, which is little beside the products, of
 which each takes three in TF32. With panels of 2048, an H200 took 42 ms.
 Memory: 32 MB in bfloat16, 64 MB in float32; for N below PANEL, N PANEL numbers.
