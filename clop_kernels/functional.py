@@ -56,7 +56,7 @@ def clop_loss(
             instances are unlabelled.
         prototypes: (K, D), a floating dtype, on the device of ``embeddings``. They are not normalised. None: no prototype term.
             See :func:`clop_kernels.orthonormal_prototypes`.
-        n_views: V >= 1, the number of views of each instance.
+        n_views: V >= 1, the number of views of each instance. The default 2 fits pairs of augmented views.
         positives: "instance" (NT-Xent): the positives of a row are the other views of its instance. "label" (SupCon, the
             form with the mean over positives outside the logarithm): all other rows with the same label. The positives of an
             unlabelled row are the other views of its instance.
@@ -150,7 +150,7 @@ def ntxent_loss(
         embeddings: (V*B, D), float64, float32, float16 or bfloat16, D >= 1; need not be contiguous. Rows are view-major: row
             ``v * B + b`` is view v of instance b, as ``torch.cat([view_0, view_1])`` lays them out. Interleaved rows
             (a0 a1 b0 b1) give a different loss, and no check can detect them.
-        n_views: V >= 1, the number of views of each instance.
+        n_views: V >= 1, the number of views of each instance. The default 2 fits pairs of augmented views.
         temperature: tau > 0, a number, or a 0-dim floating tensor on the device of ``embeddings``. A tensor may require grad.
         reduction: "mean": over the anchors, which are all rows if V > 1. "none": (V*B,), each row's term. "sum": their sum.
         normalize: True scales each row to unit length. False takes the rows as they are (unnormalised).
