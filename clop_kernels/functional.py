@@ -328,7 +328,8 @@ def clip_loss(
             raise ValueError(f"{missing}=None: expected labels of both sides or of neither")
         if left_labels is None and left.shape[0] != right.shape[0]:
             raise ValueError(
-                f"left has {left.shape[0]} rows and right {right.shape[0]}: expected equal numbers of rows, or both labels"
+                f"left has {left.shape[0]} rows and right {right.shape[0]}: expected equal numbers of rows, "
+                f"or labels of both sides"
             )
         labels = None
         if left_labels is not None:

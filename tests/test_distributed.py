@@ -520,7 +520,7 @@ def transformed(group: distributed.ProcessGroup) -> None:
 def test_transforms_of_torch_func_take_no_group(ranks: World) -> None:
     for error in ranks.errors_of(2, transformed):
         assert isinstance(error, NotImplementedError)
-        assert "transform of torch.func" in str(error)
+        assert "torch.func transform" in str(error)
 
 
 def loss_of_a_group_of_others(group: distributed.ProcessGroup) -> None:
