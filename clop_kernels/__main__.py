@@ -110,7 +110,7 @@ def _warm_up(given: argparse.Namespace, parser: argparse.ArgumentParser) -> None
             print(f"{n_done:3}  {kernel:20} D = {training.width:<5} {seconds:5.1f} s", flush=True)
     except Exception as error:  # a compiler raises errors of many types, and has printed its own messages already
         parser.exit(1, f"Triton cannot compile for this GPU and dtype: {type(error).__name__}: {error}\n")
-    print(f"{n_done} kernels are now in Triton's cache, after {time.perf_counter() - begin:.0f} s")
+    print(f"{n_done} kernels are in Triton's cache, after {time.perf_counter() - begin:.0f} s")
 
 
 def _positive(text: str) -> int:
