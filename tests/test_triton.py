@@ -701,7 +701,7 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
         ("3.6.0", "2.5.2", gpu, None),
         ("3.10.0+git1", "2.5.2", gpu, None),
         ("3.6.0", "2.3.5", cpu, None),
-        ("3.6.0", "2.4.0", cpu, "Triton's interpreter supports NumPy 2.4 or newer only from Triton 3.7 on: `pip install 'numpy<2.4'`"),
+        ("3.6.0", "2.4.0", cpu, "Triton's interpreter needs Triton 3.7 for NumPy 2.4 or newer: `pip install 'numpy<2.4'`"),
         ("3.7.0", "2.4.0", cpu, None),
     ):
         versions |= {"triton": triton, "numpy": numpy}

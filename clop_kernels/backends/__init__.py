@@ -69,7 +69,7 @@ def _obstacle_to_triton(device: torch.device, dtype: torch.dtype) -> str | None:
         if dtype == torch.bfloat16:
             return "Triton's interpreter rounds bfloat16 towards zero"
         if _version_of("triton") < (3, 7) and _version_of("numpy") >= (2, 4):  # Triton's issue 9171
-            return "Triton's interpreter supports NumPy 2.4 or newer only from Triton 3.7 on: `pip install 'numpy<2.4'`"
+            return "Triton's interpreter needs Triton 3.7 for NumPy 2.4 or newer: `pip install 'numpy<2.4'`"
     elif device.type not in _GPUS:
         return f"Triton compiles for {' and '.join(_GPUS)} devices"
     elif device.type == "cuda" and torch.version.hip is None:
