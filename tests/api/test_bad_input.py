@@ -36,7 +36,7 @@ BAD_ARGUMENTS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"n_views": 0}, ValueError, "n_views=0: expected at least 1"),
     ({"n_views": 2.0}, TypeError, "n_views=2.0 of type float: expected an int"),
     ({"n_views": True}, TypeError, "n_views=True of type bool: expected an int"),
-    ({"labels": LABELS.repeat(2)}, ValueError, r"labels has shape \(8,\): expected \(4,\), one label an instance"),
+    ({"labels": LABELS.repeat(2)}, ValueError, r"labels has shape \(8,\): expected \(4,\), one label for each instance"),
     ({"labels": LABELS[:, None]}, ValueError, r"labels has shape \(4, 1\): expected \(4,\)"),
     ({"labels": LABELS.float()}, TypeError, "labels has dtype torch.float32: expected an integer dtype"),
     ({"labels": LABELS >= 0}, TypeError, "labels has dtype torch.bool: expected an integer dtype"),
@@ -94,7 +94,7 @@ BAD_SIDES: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"right": Y.to("meta")}, ValueError, "right has .*is on meta: expected those of left"),
     ({"left_labels": None}, ValueError, "left_labels=None: expected labels of both sides or of neither"),
     ({"right_labels": None}, ValueError, "right_labels=None: expected labels of both sides or of neither"),
-    ({"left_labels": None, "right_labels": None}, ValueError, "left has 3 rows and right 5: expected as many"),
+    ({"left_labels": None, "right_labels": None}, ValueError, "left has 3 rows and right 5: expected equal numbers of rows"),
     ({"left_labels": OF_Y}, ValueError, r"left_labels has shape \(5,\): expected \(3,\)"),
     ({"right_labels": OF_Y.float()}, TypeError, "right_labels has dtype torch.float32: expected an integer dtype"),
     ({"right_labels": OF_Y - 1}, ValueError, "labels contains -2: expected -1"),
@@ -213,7 +213,7 @@ def test_diagnostics() -> None:
             clop_kernels.class_subspace_angles(Z, torch.arange(8), **option)
     with pytest.raises(ValueError, match=r"embeddings has shape \(0, 4\)"):
         clop_kernels.collapse_report(Z[:0])
-    with pytest.raises(ValueError, match=r"labels has shape \(4,\): expected \(8,\), one label a row"):
+    with pytest.raises(ValueError, match=r"labels has shape \(4,\): expected \(8,\), one label for each row"):
         clop_kernels.collapse_report(Z, LABELS, C)
     for bad in ({"temperature": 0}, {"n_rows": -1}, {"embedding_norm": math.nan}):
         with pytest.raises(ValueError, match="expected a positive finite number"):

@@ -306,7 +306,7 @@ def test_open_clip_says_what_it_cannot_do() -> None:
             ours(z, z, torch.tensor(bad))
     with pytest.raises(ValueError, match=r"logit_scale has shape \(2,\): expected one element"):
         ours(z, z, torch.ones(2))
-    with pytest.raises(ValueError, match="left has 4 rows and right 3: expected as many"):
+    with pytest.raises(ValueError, match="left has 4 rows and right 3: expected equal numbers of rows"):
         ours(z, z[:3], 1.0)
 
 

@@ -275,13 +275,13 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "_is_installed", lambda package: False)
     assert "pip install triton" in str(TRITON.obstacle(gpu, torch.float32))
     monkeypatch.setattr(backends, "_is_installed", lambda package: True)
-    assert "takes float32, float16 and bfloat16" in str(TRITON.obstacle(gpu, torch.float64))
+    assert "supports float32, float16 and bfloat16" in str(TRITON.obstacle(gpu, torch.float64))
     assert "TRITON_INTERPRET=1" in str(TRITON.obstacle(cpu, torch.float32))
     assert "cuda and xpu" in str(TRITON.obstacle(torch.device("mps"), torch.float32))
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert "rounds bfloat16" in str(TRITON.obstacle(cpu, torch.bfloat16))
     monkeypatch.setattr(backends, "_capability", lambda index: (7, 5))
-    assert "8.0 or more, and this GPU has 7.5" in str(TRITON.obstacle(gpu, torch.float32))
+    assert "8.0 or higher, and this GPU has 7.5" in str(TRITON.obstacle(gpu, torch.float32))
     monkeypatch.setattr(backends, "_capability", lambda index: (9, 0))
     versions: dict[str, str] = {}
     monkeypatch.setattr(importlib, "import_module", lambda name: SimpleNamespace(__version__=versions[name]))
@@ -290,7 +290,7 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
         ("3.6.0", "2.5.2", gpu, None),
         ("3.10.0+git1", "2.5.2", gpu, None),
         ("3.6.0", "2.3.5", cpu, None),
-        ("3.6.0", "2.4.0", cpu, "Triton's interpreter takes NumPy 2.4 or newer from Triton 3.7 on: `pip install 'numpy<2.4'`"),
+        ("3.6.0", "2.4.0", cpu, "Triton's interpreter needs Triton 3.7 for NumPy 2.4 or newer: `pip install 'numpy<2.4'`"),
         ("3.7.0", "2.4.0", cpu, None),
     ):
         versions |= {"triton": triton, "numpy": numpy}
