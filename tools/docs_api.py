@@ -16,6 +16,8 @@ _BLOCK = re.compile(r"^ *\.\. math::(.*\n(?: {4,}.*(?:\n|\Z))*)", re.MULTILINE)
 _FORMULA = re.compile(r":math:\s*`([^`]+)`")
 _ROLE = re.compile(r":(?:class|data|func|meth|mod):`([^`]+)`")
 _EXAMPLE = re.compile(r"(?:^>>> .*(?:\n|\Z))+", re.MULTILINE)
+_ERROR = re.compile(r"^([\w.]+Error(?:, [\w.]+Error)*): ", re.MULTILINE)
+_TITLES = {"Args": "Arguments"}
 
 
 class DocstringsAsMarkdown(Extension):
@@ -34,8 +36,14 @@ def to_markdown(docstring: str) -> str:
 def _section(section: re.Match[str]) -> str:
     name, body = section[1], dedent(section[2])
     if name in ("Args", "Attributes"):
-        body = _ITEM.sub(lambda item: "- " + ", ".join(f"`{name}`" for name in item[1].split(", ")) + ": ", body)
-    return f"**{name}**\n\n{body}\n"
+        body = _ITEM.sub(_item, body)
+    elif name == "Raises":
+        body = _ERROR.sub(_item, body)
+    return f"**{_TITLES.get(name, name)}**\n\n{body}\n"
+
+
+def _item(names: re.Match[str]) -> str:
+    return "- " + ", ".join(f"`{name}`" for name in names[1].split(", ")) + ": "
 
 
 def _link(role: re.Match[str]) -> str:

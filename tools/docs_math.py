@@ -11,6 +11,7 @@ _FORMULA = re.compile(
     r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<latex>.*?)\\[)\]]</(?P=tag)>',  # what pymdownx.arithmatex leaves
     re.DOTALL,
 )
+_BAR = re.compile(r"<mo[^>]*>(&#x(?:0007C|02016|02223);)</mo>")  # a browser takes the first of |x| for a relation and adds space
 
 
 def on_page_content(content: str, **_: object) -> str:
@@ -19,4 +20,10 @@ def on_page_content(content: str, **_: object) -> str:
 
 def _to_mathml(formula: re.Match[str]) -> str:
     latex = html.unescape(formula["latex"])
-    return str(convert(latex, display="block" if formula["tag"] == "div" else "inline"))
+    if formula["tag"] == "span":
+        return _math(latex, "inline")
+    return f'<div class="formula">{_math(latex, "block")}</div>'
+
+
+def _math(latex: str, display: str) -> str:
+    return _BAR.sub(r'<mo stretchy="false" lspace="0" rspace="0">\1</mo>', convert(latex, display=display))

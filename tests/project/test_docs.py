@@ -21,10 +21,12 @@ from sybil.parsers.markdown import CodeBlockParser, PythonCodeBlockParser
 
 import clop_kernels
 from benchmarks import providers
+from clop_kernels import compat
 
 from ..support import ROOT
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
+README = ROOT / "README.md"
 FENCE = re.compile(r"^ *```+(\w*)", re.MULTILINE)
 
 
@@ -70,7 +72,7 @@ def _libraries() -> None:
         importlib.import_module("pytorch_metric_learning.losses")
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [README, *PAGES], ids=lambda page: page.stem)
 def test_every_code_block_runs(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if page.stem == "recipes" and not all(map(find_spec, ("lightning", "sentence_transformers"))):
         pytest.skip("the extra `recipes` is not installed")
@@ -84,6 +86,14 @@ def test_every_code_block_runs(page: Path, tmp_path: Path, monkeypatch: pytest.M
     with settings_restored():
         for example in examples:
             example.evaluate()
+
+
+def test_every_file_that_the_readme_links_to_is_there() -> None:
+    """Pages are checked when they are built."""
+    links = re.findall(r"\]\((?!https?:)([^)#]+)|(?:href|src)=\"(?!https?:)([^\"#]+)", README.read_text())
+    assert links
+    missing = [path for pair in links if not (ROOT / (path := "".join(pair))).exists()]
+    assert not missing
 
 
 def test_every_environment_variable_is_in_the_table() -> None:
@@ -101,8 +111,10 @@ def test_every_environment_variable_is_in_the_table() -> None:
 
 
 def test_every_public_name_is_in_the_interface() -> None:
-    documented = re.findall(r"^::: clop_kernels\.(\w+)", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
-    assert sorted(documented) == sorted(clop_kernels.__all__)
+    documented = re.findall(r"^::: clop_kernels\.(\w+)((?:\.\w+)*)", (ROOT / "docs/api.md").read_text(), re.MULTILINE)
+    assert sorted(name for name, _ in documented if name != "compat") == sorted(clop_kernels.__all__)
+    of_other_libraries = {path.split(".")[1] for name, path in documented if name == "compat"}
+    assert of_other_libraries == set(compat.__all__)
 
 
 def test_pages_build_without_a_warning_and_ask_no_other_host(tmp_path: Path) -> None:
