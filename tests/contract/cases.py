@@ -34,6 +34,11 @@ class Case:
     is_hard: bool = False
     floor: float = 1e-7
 
+    @property
+    def suits_half_precision(self) -> bool:
+        """Whether plain PyTorch in half precision is a fair rival: where logits are large, both are nothing but rounding."""
+        return self.temperature >= (1.0 if self.is_hard else WARM)
+
     def problem(self, dtype: torch.dtype) -> Problem:
         """The problem. float64 switches the softmax at a colder temperature, and gets one for COLD."""
         is_colder = self.temperature == COLD and dtype == torch.float64

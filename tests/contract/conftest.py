@@ -44,7 +44,7 @@ def _of_cases(setting: Setting) -> Iterator[Any]:
         for name, case in _cases(group, setting.rows, setting.device == GPU).items():
             if case.n_rows <= setting.most_rows and case.width in setting.widths:
                 for dtype in dtypes:
-                    if dtype not in HALF or case.temperature >= cases.WARM:
+                    if dtype not in HALF or case.suits_half_precision:
                         yield _param(setting, dtype, case, name=f"{group}, {name}, {str(dtype)[6:]}")
 
 
