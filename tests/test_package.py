@@ -37,10 +37,22 @@ def test_import_needs_nothing_but_torch() -> None:
     assert float(done.stdout) == pytest.approx(1.0986123)  # log 3
 
 
-def test_version_is_that_of_the_metadata() -> None:
-    declared = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-    assert declared is not None
-    assert declared[1] == clop_kernels.__version__
+@pytest.mark.parametrize(
+    ("file", "pattern"), [("CHANGELOG.md", r"^## (\S+)"), ("CITATION.cff", r"^version: (\S+)$")], ids=["changelog", "citation"]
+)
+def test_files_name_the_version_of_the_package(file: str, pattern: str) -> None:
+    """The version stands in clop_kernels/__init__.py; pyproject.toml reads it there. The changelog's first entry is the newest."""
+    if not (ROOT / file).exists():
+        pytest.skip(f"{file} is not beside the tests: these are tests of an installed package")
+    named = re.search(pattern, (ROOT / file).read_text(), re.MULTILINE)
+    assert named is not None
+    assert named[1] == clop_kernels.__version__
+
+
+def test_metadata_takes_its_version_from_the_package() -> None:
+    pyproject = ROOT / "pyproject.toml"
+    assert 'version = { attr = "clop_kernels.__version__" }' in pyproject.read_text()
+    assert not re.search(r"^version *=", pyproject.read_text().split("[tool.", 1)[0], re.MULTILINE)
 
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
