@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 NATIVE := $(wildcard csrc/*.cpp csrc/*/*) tools/native_build.py
 
-.PHONY: help test test-fast sanitize demo bench docs resources wheels oldest newest format lint types clean
+.PHONY: help venv test test-fast sanitize demo bench docs resources wheels oldest newest format lint types clean
 
 help: ## print this list
 	@echo "Each target installs what it needs into .venv first; the first use takes minutes, and prints its steps."
@@ -32,6 +32,8 @@ $(READY)/package: pyproject.toml setup.py constraints.txt $(NATIVE) tools/enviro
 $(call WITH,all demo dev docs bench wheels): pyproject.toml constraints.txt tools/environment.py | $(READY)/python
 	@$(BIN)/python tools/environment.py $(@F)
 	@touch $@
+
+venv: $(call WITH,package all) ## everything that development needs; then `. .venv/bin/activate`
 
 # ---- tests --------------------------------------------------------------------------------------------------------------------
 
