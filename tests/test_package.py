@@ -53,6 +53,14 @@ def test_metadata_takes_its_version_from_the_package() -> None:
     assert 'version = { attr = "clop_kernels.__version__" }' in text
 
 
+def test_hooks_use_the_versions_that_make_installs() -> None:
+    pinned = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    hooks = dict(
+        re.findall(r"additional_dependencies: \[(ruff|clang-format)==([\d.]+)\]", (ROOT / ".pre-commit-config.yaml").read_text())
+    )
+    assert hooks == {name: pinned[name] for name in ("ruff", "clang-format")}
+
+
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     __main__.main(["info"])
     text = capsys.readouterr().out

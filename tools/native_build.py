@@ -133,7 +133,7 @@ class Plan:
         n_archs = len(self.cuda.archs)
         text += f", and with {self.cuda.nvcc} (CUDA {self.cuda.version}) for {';'.join(self.cuda.archs)}"
         text += f", in about {SECONDS_CPU + n_archs * SECONDS_PER_ARCH} seconds on 2 cores"
-        if _is_cpu_build(self.torch):
+        if _is_cpu_build(self.torch) and os.environ.get("CLOP_CUDA") != "1":
             text += ". This torch is a CPU build, which cannot run CUDA kernels: CLOP_CUDA=0 leaves them out"
         return text
 
