@@ -1,4 +1,21 @@
-"""Fused contrastive losses for PyTorch: NT-Xent, SupCon and CLOP in O(N D) memory."""
+"""Fused contrastive losses for PyTorch: NT-Xent, SupCon, CLIP and CLOP in O(N D) memory.
+
+The losses are functions (:func:`ntxent_loss`, :func:`supcon_loss`, :func:`clip_loss`, :func:`clop_loss`) and modules
+(:class:`NTXentLoss`, :class:`SupConLoss`, :class:`CLOPLoss`). :mod:`clop_kernels.gradcache` encodes batches that the encoder
+cannot hold at once. :func:`collapse_report` measures embeddings. :mod:`clop_kernels.compat` has the losses of other libraries.
+
+>>> from clop_kernels import NTXentLoss
+>>> loss = NTXentLoss(temperature=0.5)(z_1, z_2)  # two views of a batch, (B, D) each
+"""
+
+try:
+    import torch as _torch  # noqa: F401
+except ModuleNotFoundError as _error:
+    if _error.name != "torch":
+        raise
+    raise ModuleNotFoundError(
+        "clop_kernels needs PyTorch 2.11 or newer, and torch is not installed: `pip install torch`", name="torch"
+    ) from None
 
 from . import gradcache
 from .backends import BackendUnavailableError

@@ -1,4 +1,4 @@
-"""``python -m clop_kernels``: ``info`` says which backends can run here, ``warm-up`` compiles Triton's kernels ahead."""
+"""``python -m clop_kernels``: ``info`` says which backends can run here; ``warm-up`` compiles Triton's kernels ahead of time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def info() -> dict[str, Any]:
-    """Versions, devices, and for each device and backend why it cannot run (None: it can)."""
+    """The versions, the devices, and for each device the reason why each backend cannot run there (None: it can)."""
     devices = {"cpu": f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads, SIMD {_simd()}"}
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
@@ -34,8 +34,12 @@ def info() -> dict[str, Any]:
     if built is None:
         versions["native extension"] = f"none: {extension.obstacle()}"
     else:
-        cuda = "no CUDA" if built["cuda"] is None else f"CUDA {built['cuda']} for {built['cuda_archs']}"
-        versions["native extension"] = f"{cuda}; SIMD {built['simd']}; {built['compiler']}"
+        cuda = (
+            "no CUDA kernels"
+            if built["cuda"] is None
+            else f"CUDA {built['cuda']} kernels for architectures {built['cuda_archs']}"
+        )
+        versions["native extension"] = f"{cuda}; CPU kernels for {built['simd']}; compiled with {built['compiler']}"
     return {"versions": versions, "devices": devices, "backends": backends}
 
 
@@ -51,7 +55,7 @@ def _simd() -> str:
 
 
 def _print(report: dict[str, Any]) -> None:
-    summaries = {b.name: b.summary for b in BACKENDS} | {REFERENCE: "the definition, N x N memory; only by name"}
+    summaries = {b.name: b.summary for b in BACKENDS} | {REFERENCE: "the definition, in N x N memory; runs only if named"}
     for name, version in report["versions"].items():
         print(f"{name:16} {version}")
     for device, description in report["devices"].items():
@@ -66,24 +70,26 @@ def _print(report: dict[str, Any]) -> None:
 
 
 _CAPABILITIES = (80, 86, 87, 89, 90, 100, 103, 120, 121)
-"""NVIDIA GPUs that Triton compiles matrix products for."""
+"""The compute capabilities of the NVIDIA GPUs that Triton compiles matrix products for."""
 
 _NAMES = {str(dtype).removeprefix("torch."): dtype for dtype in _DTYPES}
 
-WARM_UP = """Compiles the Triton kernels of a training ahead of it, several at a time, into Triton's cache, so that the first
-step does not wait for them. What is compiled depends on the width of the embeddings, their dtype, that of the products and the
-GPU alone: seven or eight kernels serve every loss, number of rows, label and schedule. Embeddings are taken to be contiguous.
+WARM_UP = """Compiles the Triton kernels of a training run ahead of time, several at once, into Triton's cache. The first
+step then does not wait for them. The kernels depend only on the width and dtype of the embeddings, the dtype of the matrix
+products, and the GPU: seven or eight kernels serve every loss, number of rows and set of labels, and temperatures or weights
+that change. The embeddings are assumed to be contiguous.
 
-example: python -m clop_kernels warm-up --dims 128 768 --dtype float32 --compute-dtype bfloat16     a training under autocast"""
+example, for training under autocast:
+  python -m clop_kernels warm-up --dims 128 768 --dtype float32 --compute-dtype bfloat16"""
 
 
 def _warm_up(given: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     try:
         from triton import knobs
     except ModuleNotFoundError:
-        parser.error("Triton is not installed: `pip install triton`, or the build of it that came with torch for this GPU")
+        parser.error("Triton is not installed: `pip install triton`, or install the Triton build that belongs to your torch")
     if knobs.runtime.interpret:
-        parser.error("TRITON_INTERPRET is set in the environment: the interpreter compiles nothing; unset it")
+        parser.error("TRITON_INTERPRET is set in the environment, and the interpreter compiles nothing: unset it")
     from .backends.triton.warm_up import Gpu, Training, warm_up
 
     if given.sm is not None:
@@ -92,7 +98,7 @@ def _warm_up(given: argparse.Namespace, parser: argparse.ArgumentParser) -> None
         try:
             gpu = Gpu.here()
         except RuntimeError as error:
-            parser.error(f"there is no GPU here ({error}): --sm 90 compiles for one of compute capability 9.0")
+            parser.error(f"there is no GPU here ({error}): name one, as in --sm 90 for compute capability 9.0")
     dtype = _NAMES[given.dtype]
     compute_dtype = dtype if given.compute_dtype is None else _NAMES[given.compute_dtype]
     trainings = [Training(width, dtype, compute_dtype, given.tf32) for width in given.dims]
@@ -102,8 +108,8 @@ def _warm_up(given: argparse.Namespace, parser: argparse.ArgumentParser) -> None
         for training, kernel, seconds in warm_up(trainings, gpu, given.jobs):
             n_done += 1
             print(f"{n_done:3}  {kernel:20} D = {training.width:<5} {seconds:5.1f} s", flush=True)
-    except Exception as error:  # of whatever kind a compiler has; its own messages came before
-        parser.exit(1, f"Triton cannot compile for this: {type(error).__name__}: {error}\n")
+    except Exception as error:  # a compiler raises errors of many types, and has printed its own messages already
+        parser.exit(1, f"Triton cannot compile for this GPU and dtype: {type(error).__name__}: {error}\n")
     print(f"{n_done} kernels are in Triton's cache, after {time.perf_counter() - begin:.0f} s")
 
 
@@ -117,19 +123,19 @@ def _positive(text: str) -> int:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m clop_kernels", description="Fused contrastive losses for PyTorch.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="command")
-    command = commands.add_parser("info", help="print versions, devices, which backends can run, and why the others cannot")
+    command = commands.add_parser("info", help="print versions, devices, the backends that can run here, and why others cannot")
     command.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     command = commands.add_parser(
-        "warm-up", help="compile what the first step of a training would compile", description=WARM_UP,
+        "warm-up", help="compile Triton's kernels before the first training step", description=WARM_UP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )  # fmt: skip
     add = command.add_argument
-    add("--dims", type=_positive, nargs="+", required=True, metavar="D", help="widths of the embeddings")
-    add("--dtype", choices=_NAMES, default="float32", help="dtype of the embeddings (%(default)s)")
-    add("--compute-dtype", choices=_NAMES, help="dtype of the products, under autocast another one (that of the embeddings)")
-    add("--tf32", action="store_true", help="products of float32 may be TF32, as torch.backends.cuda.matmul.fp32_precision says")
-    add("--sm", type=int, choices=_CAPABILITIES, help="for an NVIDIA GPU of this compute capability, 90 for 9.0 (the GPU here)")
-    add("--jobs", type=_positive, default=os.cpu_count(), metavar="N", help="compilations at a time (%(default)s)")
+    add("--dims", type=_positive, nargs="+", required=True, metavar="D", help="one or more widths of embeddings")
+    add("--dtype", choices=_NAMES, default="float32", help="dtype of the embeddings (default: %(default)s)")
+    add("--compute-dtype", choices=_NAMES, help="dtype of the matrix products, as under autocast (default: as --dtype)")
+    add("--tf32", action="store_true", help='allow TF32, as torch.backends.cuda.matmul.fp32_precision = "tf32" does')
+    add("--sm", type=int, choices=_CAPABILITIES, help="compute capability of the NVIDIA GPU, 90 for 9.0 (default: this GPU)")
+    add("--jobs", type=_positive, default=os.cpu_count(), metavar="N", help="compilations at a time (default: %(default)s)")
     given = parser.parse_args(arguments)
     if given.command == "warm-up":
         _warm_up(given, command)

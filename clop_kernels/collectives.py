@@ -1,7 +1,7 @@
-"""What the loss asks of a process group: that all ranks agree, everyone's rows at once, or everyone's rows one rank at a time.
+"""The communication of the loss: agreement of all ranks, the rows of all ranks at once, or the rows of one rank at a time.
 
-All of it is torch.distributed's own collectives, on whatever backend the group has for the tensors' device. Ranks may have
-different numbers of rows; how many each has, all of them know from the header, one small exchange before anything else.
+Everything uses the collectives of torch.distributed, on the backend that the group has for the tensors' device. Ranks may have
+different numbers of rows. They learn each other's numbers from the header, a small exchange before all others.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, distributed
 from torch.distributed import distributed_c10d
 
-# Its older name is deprecated from torch 2.13 on.
+# all_gather_into_tensor is the older name, deprecated from torch 2.13 on.
 _all_gather_single: Callable[..., Any] = getattr(distributed, "all_gather_single", None) or distributed.all_gather_into_tensor
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 Sizes = tuple[int, ...]
-"""How many rows each rank has."""
+"""The number of rows of each rank."""
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,9 @@ class Field:
     """One number of the header.
 
     Attributes:
-        name: what a person calls it.
-        value: this rank's, an int of 64 bits.
-        show: how a person would write a value; None: ranks need not agree on it.
+        name: the name in error messages.
+        value: this rank's value, a 64-bit int.
+        show: turns a value into text for error messages. None: ranks may have different values.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Field:
 
     @staticmethod
     def of_float(name: str, value: float | None) -> Field:
-        """None: a number that this rank does not know, which goes with any."""
+        """A float, by its bits. None is a number that the host does not know; it agrees with every value."""
         if value is None:
             return Field(name, _UNKNOWN, _float_text)
         (bits,) = struct.unpack("<q", struct.pack("<d", value))
@@ -60,15 +60,15 @@ def _float_text(bits: int) -> str:
     return "a tensor" if bits == _UNKNOWN else repr(struct.unpack("<d", struct.pack("<q", bits))[0])
 
 
-_GREETING = 0x636C6F70  # in front of every header; FAILED is what a rank sends that cannot take part
+_GREETING = 0x636C6F70  # the first number of every header; a rank that cannot take part sends _FAILED instead
 _FAILED = -1
 
 
 class Ranks:
-    """The ranks of a process group, as one of them sees them.
+    """The ranks of a process group, from the view of this rank.
 
     Args:
-        group_name: what torch has registered the group as.
+        group_name: the name under which torch registers the group.
     """
 
     def __init__(self, group_name: str) -> None:
@@ -80,19 +80,19 @@ class Ranks:
     # ---- agreement -----------------------------------------------------------------------------------------------------
 
     def exchange(self, header: Sequence[Field], device: torch.device) -> list[list[int]]:
-        """What every rank has in each field, which for those with a ``show`` is the same.
+        """For each field, the values of all ranks. Fields with ``show`` have equal values on all ranks.
 
-        The numbers travel through the group's CPU backend if it has one, as in ``init_process_group("cpu:gloo,cuda:nccl")``; else
-        through memory of ``device``, and reading them waits for all work that is queued there.
+        The numbers travel through the group's CPU backend if it has one, as in ``init_process_group("cpu:gloo,cuda:nccl")``.
+        Otherwise they travel through the memory of ``device``, and reading them waits for all work that is queued there.
 
         Raises:
-            ValueError: on every rank, if they disagree; it names the first field and who has what.
+            ValueError: on every rank, if ranks disagree; the message names the first such field and each rank's value.
             RuntimeError: if a rank has called :meth:`announce_failure` instead.
         """
         everyone = self._all_gather([_GREETING, *(field.value for field in header)], device)
         failed = [rank for rank, values in enumerate(everyone) if values[0] == _FAILED]
         if failed:
-            raise RuntimeError(f"{_ranks_text(failed)} of the process group raised an error before the loss; it says there what")
+            raise RuntimeError(f"{_ranks_text(failed)} of the process group raised an error before the loss; see the error there")
         columns = [list(values) for values in zip(*everyone, strict=True)][1:]
         for field, values in zip(header, columns, strict=True):
             if field.show is not None and len(set(values) - {_UNKNOWN}) > 1:
@@ -102,14 +102,14 @@ class Ranks:
         return columns
 
     def announce_failure(self, n_fields: int) -> None:
-        """Takes the place of :meth:`exchange` on a rank that has an error to raise, so that the others need not wait for it."""
+        """Takes the place of :meth:`exchange` on a rank that is about to raise an error, so that the other ranks do not wait."""
         self._all_gather([_FAILED] + [0] * n_fields, torch.device(self._device_types()[0]))
 
     def agreed_on(self, name: str, tensor: Tensor) -> Tensor:
-        """The first rank's, on every rank.
+        """The first rank's tensor, on every rank.
 
         Raises:
-            ValueError: on every rank, if they are not of one shape and dtype.
+            ValueError: on every rank, if the ranks' tensors differ in shape or dtype.
         """
         on_group = tensor if tensor.device.type in self._device_types() else tensor.to(self._device_types()[0])
         header = [Field.of_choice(f"the dtype of {name}", tensor.dtype, DTYPES), Field(f"the dimensions of {name}", tensor.dim())]
@@ -127,15 +127,16 @@ class Ranks:
         return result
 
     def _device_types(self) -> list[str]:
-        """Of which the group has a backend."""
+        """The device types for which the group has a backend."""
         return [each.split(":")[0] for each in distributed.get_backend_config(self.group).split(",")]
 
     # ---- rows ------------------------------------------------------------------------------------------------------------
 
     def start_gather(self, rows: Tensor, sizes: Sizes) -> Callable[[], Tensor]:
-        """Begins to gather rows, (sizes[rank], ...); what is returned waits, and has those of all ranks, (size * most, ...).
+        """Starts to gather ``rows``, (sizes[rank], ...), from all ranks. Returns a function that waits for the result.
 
-        Those of rank r begin at r * most, most = max(sizes); what is between is anything.
+        The result is (size * most, ...), with most = max(sizes). The rows of rank r start at r * most; the padding behind them
+        holds arbitrary numbers.
         """
         most = max(sizes)
         if len(rows) < most:
@@ -151,26 +152,26 @@ class Ranks:
         return finish
 
     def index_of_rows(self, sizes: Sizes, with_own: bool, device: torch.device) -> Tensor:
-        """Where, in what a gather gives, the rows of all ranks are, or of all others: by rank, (their number,) int64."""
+        """The indices, in the result of a gather, of the rows of all ranks, or of all other ranks, by rank. 1-dim int64."""
         n_own, most = sizes[self.rank], max(sizes)
-        if min(sizes) == most:  # as in most steps of most runs: no number goes to the device
+        if min(sizes) == most:  # the common case, in which no number has to be sent to the device
             index = torch.arange((self.size - (not with_own)) * most, device=device)
             return index if with_own else torch.where(index < self.rank * most, index, index + most)
         counts = [0 if rank == self.rank and not with_own else count for rank, count in enumerate(sizes)]
         n_rows = sum(sizes) - (0 if with_own else n_own)
         ranks = torch.arange(self.size, device=device)
         on_device = torch.tensor(counts, device=device)
-        # Row k of all is row k - (the rows of the ranks before its own) of its rank.
+        # Row k of the result is row k - (the rows of all earlier ranks) of its own rank.
         offsets = ranks * most - (on_device.cumsum(0) - on_device)
         return torch.arange(n_rows, device=device) + offsets.repeat_interleave(on_device, output_size=n_rows)
 
     def ring(self, tensors: Sequence[Tensor], sizes: Sizes) -> Iterator[tuple[int, Sequence[Tensor]]]:
-        """Each rank and its tensors, (sizes[rank], ...): this rank's own first, then those of the rank before, round the ring.
+        """Yields each rank and its tensors, (sizes[rank], ...): this rank, then the previous one, and so on round the ring.
 
-        The next ones arrive while the caller works on those that it has, which it must not change.
+        The next tensors arrive while the caller works on the current ones. The caller must not change them.
         """
-        # A rank without rows passes on one that nobody looks at: the first batch of sends and receives is for all ranks of a
-        # group, torch says, and what happens else is not defined.
+        # A rank without rows sends one dummy row: torch requires that all ranks of a group take part in the first batch of sends
+        # and receives, and leaves the behaviour undefined otherwise.
         held: Sequence[Tensor] = [x.contiguous() if len(x) else x.new_zeros((1, *x.shape[1:])) for x in tensors]
         for step in range(self.size):
             owner = (self.rank - step) % self.size
@@ -186,7 +187,7 @@ class Ranks:
             held = coming
 
     def _pass_on(self, held: Sequence[Tensor], coming: Sequence[Tensor]) -> list[distributed.Work]:
-        """Sends to the next rank and receives from the one before."""
+        """Sends to the next rank and receives from the previous one."""
         after, before = (self.rank + 1) % self.size, (self.rank - 1) % self.size
         operations = [
             distributed.P2POp(transfer, tensor, group=self.group, tag=tag, group_peer=peer)
@@ -197,12 +198,12 @@ class Ranks:
         return works
 
     def sum(self, numbers: Tensor) -> Tensor:
-        """Over the ranks, in place."""
+        """The sum over the ranks, in place."""
         distributed.all_reduce(numbers, group=self.group)
         return numbers
 
     def largest(self, number: Tensor) -> Tensor:
-        """Over the ranks, in place."""
+        """The largest over the ranks, in place."""
         distributed.all_reduce(number, op=distributed.ReduceOp.MAX, group=self.group)
         return number
 
@@ -220,7 +221,7 @@ def _who_has_what(values: Sequence[int], show: Callable[[int], str]) -> str:
 
 @functools.cache
 def memory_of(device: torch.device) -> int:
-    """Bytes of memory that a device has in all."""
+    """The total memory of a device, in bytes."""
     if device.type in ("cuda", "xpu"):
         return int(getattr(torch, device.type).get_device_properties(device).total_memory)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,8 +1,8 @@
-"""Is a representation collapsing, and how large a step can it take? Plain measurements on embeddings.
+"""Measures whether a representation collapses, and how large a gradient step it tolerates.
 
-All are of the unit rows zhat_i = z_i / max(|z_i|, 1e-12), on the device of the embeddings, in float32 (float64 for float64
-embeddings) and outside autocast. They take O(N D) or O(N D^2) time, :func:`uniformity` alone O(N^2 D), and no N x N memory. The
-host waits for each.
+All measures use the unit rows zhat_i = z_i / max(|z_i|, 1e-12). They run on the device of the embeddings, in float32 (float64 for
+float64 embeddings), outside autocast. They take O(N D) or O(N D^2) time (only :func:`uniformity` takes O(N^2 D)) and never N x N
+memory. Each call synchronises the host with the device.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from .functional import negative_logsumexp
 from .validation import INTEGER_DTYPES, check_embeddings, check_prototypes, check_rows, check_tensor
 
 _ROUNDING = 8
-"""Singular values of at most so many units of rounding count as 0. Equal rows, centred, leave 1 to 2, seen up to N = 65536."""
+"""Singular values of at most this many units of rounding count as 0. Equal rows, centred, leave 1 to 2 (up to N = 65536)."""
 
 
 # ---- all rows -------------------------------------------------------------------------------------------------------
@@ -31,43 +31,45 @@ _ROUNDING = 8
 def singular_value_spectrum(embeddings: Tensor, *, center: bool = False) -> Tensor:
     r"""The normalised singular values :math:`p_k = \sigma_k / \sum_l \sigma_l` of the unit rows, largest first.
 
-    From the (N, D) matrix itself, in O(N D min(N, D)): its Gram matrix would lose what is below the root of the rounding.
+    They are computed from the (N, D) matrix itself, in O(N D min(N, D)) time. Its Gram matrix would lose all singular values
+    below the square root of the rounding error.
 
     Args:
         embeddings: (N, D), N >= 1, float64, float32, float16 or bfloat16.
-        center: whether the mean of the unit rows is subtracted first. Without, collapse to one point is one singular value.
+        center: True subtracts the mean of the unit rows first. With False, a collapse to one point shows as a single nonzero
+            singular value.
 
     Returns:
-        (min(N, D),), from 0 to 1, of sum 1; what is not above rounding is 0, as all are if nothing is left: if every row is zero
-        or, with ``center``, all are equal.
+        (min(N, D),), float32, or float64 for float64 embeddings: values from 0 to 1 whose sum is 1. Values at the level of
+        rounding are set to 0. All values are 0 if every row is zero, or with ``center`` if all rows are equal.
 
     Raises:
-        TypeError: if embeddings is not a tensor of these dtypes.
-        ValueError: if it is not 2-dimensional, is empty, or holds values that are not finite.
+        TypeError: if embeddings is not a tensor, or not of these dtypes.
+        ValueError: if it is not 2-dimensional, is empty, or holds NaN or infinity.
     """
     zhat = _unit_rows(embeddings)
     if center:
         zhat = zhat - zhat.mean(0)
     singular = torch.linalg.svdvals(zhat)
-    rounding = _ROUNDING * torch.finfo(zhat.dtype).eps * len(zhat) ** 0.5  # as unit rows have, whose squares sum to N
+    rounding = _ROUNDING * torch.finfo(zhat.dtype).eps * len(zhat) ** 0.5  # the squares of N unit rows sum to N
     singular = singular.where(singular > rounding, 0)
     return singular / singular.sum().clamp(min=EPS)
 
 
 @torch.no_grad()
 def effective_rank(embeddings: Tensor, *, center: bool = False) -> float:
-    r""":math:`\exp(-\sum_k p_k \log p_k)`, the exponential of the entropy of the spectrum (Roy and Vetterli, EUSIPCO 2007).
+    r"""The exponential of the entropy of the spectrum, :math:`\exp(-\sum_k p_k \log p_k)` (Roy and Vetterli, EUSIPCO 2007).
 
     Args:
-        embeddings: (N, D), as for :func:`singular_value_spectrum`.
-        center: False: the number of dimensions that the rows span, 1 if they collapse to one point or line. True: the same of
-            their deviations from the mean, which a narrow cone does not hide.
+        embeddings: (N, D), N >= 1, float64, float32, float16 or bfloat16.
+        center: False: the effective number of dimensions that the rows span, 1 if all rows lie on one line through the origin.
+            True: the same for the deviations of the unit rows from their mean, which also shows structure inside a narrow cone.
 
     Returns:
-        From 1 to min(N, D), with ``center`` to min(N - 1, D); 0 if the spectrum is.
+        A float from 1 to min(N, D), with ``center`` to min(N - 1, D); 0 if the whole spectrum is 0.
 
     Raises:
-        As :func:`singular_value_spectrum`.
+        The same errors as :func:`singular_value_spectrum`.
     """
     share = singular_value_spectrum(embeddings, center=center)
     if not share.any():
@@ -77,33 +79,36 @@ def effective_rank(embeddings: Tensor, *, center: bool = False) -> float:
 
 @torch.no_grad()
 def mean_resultant_length(embeddings: Tensor) -> float:
-    r""":math:`|\frac{1}{N} \sum_i \hat z_i|` of directional statistics (Mardia and Jupp, 2000), in O(N D).
+    r"""The length of the mean of the unit rows, :math:`|\frac{1}{N} \sum_i \hat z_i|`, in O(N D) time.
+
+    It is a measure of directional statistics (Mardia and Jupp, 2000).
 
     Args:
-        embeddings: (N, D), as for :func:`singular_value_spectrum`.
+        embeddings: (N, D), N >= 1, float64, float32, float16 or bfloat16.
 
     Returns:
-        From 0 (directions cancel) to 1 (all rows point the same way).
+        A float from 0 (the directions cancel) to 1 (all rows point the same way).
 
     Raises:
-        As :func:`singular_value_spectrum`.
+        The same errors as :func:`singular_value_spectrum`.
     """
     return float(_unit_rows(embeddings).mean(0).norm())
 
 
 @torch.no_grad()
 def mean_pairwise_cosine(embeddings: Tensor) -> float:
-    r""":math:`\frac{1}{N (N - 1)} \sum_{i \ne j} \hat z_i \cdot \hat z_j`, in O(N D) as
-    :math:`(|\sum_i \hat z_i|^2 - \sum_i |\hat z_i|^2) / (N (N - 1))`.
+    r"""The mean cosine of two different rows, :math:`\frac{1}{N (N - 1)} \sum_{i \ne j} \hat z_i \cdot \hat z_j`.
+
+    It is computed as :math:`(|\sum_i \hat z_i|^2 - \sum_i |\hat z_i|^2) / (N (N - 1))`, in O(N D) time.
 
     Args:
-        embeddings: (N, D), as for :func:`singular_value_spectrum`.
+        embeddings: (N, D), N >= 1, float64, float32, float16 or bfloat16.
 
     Returns:
-        From -1 / (N - 1) (a simplex, or any rows whose sum is zero) to 1 (all rows point the same way); NaN for one row.
+        A float from -1 / (N - 1) (a simplex, or any rows whose sum is zero) to 1 (all rows point the same way). NaN for one row.
 
     Raises:
-        As :func:`singular_value_spectrum`.
+        The same errors as :func:`singular_value_spectrum`.
     """
     zhat = _unit_rows(embeddings)
     n_rows = len(zhat)
@@ -112,48 +117,52 @@ def mean_pairwise_cosine(embeddings: Tensor) -> float:
 
 @torch.no_grad()
 def alignment(embeddings: Tensor, *, n_views: int = 2, alpha: float = 2.0) -> float:
-    r"""Mean of :math:`|\hat z_i - \hat z_j|^\alpha` over the positive pairs, two views of one instance (Wang and Isola, arXiv
-    2005.10242), in O(V N D).
+    r"""The mean of :math:`|\hat z_i - \hat z_j|^\alpha` over the positive pairs (Wang and Isola, arXiv 2005.10242).
+
+    A positive pair is two views of one instance. Time is O(V N D).
 
     Args:
-        embeddings: (V*B, D), view-major as for :func:`clop_kernels.clop_loss`: row v*B + b is view v of instance b.
-        n_views: V >= 2.
-        alpha: > 0, the exponent; 2 makes it 2 - 2 cosine.
+        embeddings: (V*B, D), float64, float32, float16 or bfloat16. Rows are view-major as for :func:`clop_kernels.clop_loss`:
+            row ``v * B + b`` is view v of instance b.
+        n_views: V >= 2, the number of views of each instance.
+        alpha: the exponent, > 0. With 2, the measure is 2 - 2 cosine.
 
     Returns:
-        From 0 (views coincide) to 2^alpha.
+        A float from 0 (the views coincide) to 2^alpha.
 
     Raises:
-        As :func:`singular_value_spectrum`; ValueError also if alpha is not positive and finite, n_views < 2, or N not a multiple.
+        The same errors as :func:`singular_value_spectrum`. Also ValueError if alpha is not positive and finite, if n_views < 2,
+        or if the number of rows is not a multiple of n_views.
     """
     zhat = _unit_rows(embeddings)
     check_embeddings(embeddings, n_views)
     _check_positive("alpha", alpha)
     if n_views < 2:
-        raise ValueError(f"n_views={n_views}: expected at least 2, for a positive pair is two views of one instance")
+        raise ValueError(f"n_views={n_views}: expected at least 2, since a positive pair is two views of one instance")
     pairs = itertools.combinations(zhat.view(n_views, -1, zhat.shape[1]), 2)
     return float(torch.stack([(a - b).norm(dim=1).pow(alpha).mean() for a, b in pairs]).mean())
 
 
 @torch.no_grad()
 def uniformity(embeddings: Tensor, *, t: float = 2.0, backend: str | None = None) -> float:
-    r""":math:`\log \frac{1}{N (N - 1)} \sum_{i \ne j} e^{-t |\hat z_i - \hat z_j|^2}`, the potential of Wang and Isola, arXiv
-    2005.10242.
+    r"""The potential :math:`\log \frac{1}{N (N - 1)} \sum_{i \ne j} e^{-t |\hat z_i - \hat z_j|^2}` (Wang and Isola, arXiv
+    2005.10242): how evenly the rows cover the sphere.
 
-    Exact, over all pairs: O(N^2 D) time but O(N D) memory, for the squared distance is :math:`2 - 2 \hat z_i \cdot \hat z_j`, and
-    so this is a log-sum-exp by the kernels of the loss at temperature 1 / (2 t). A zero row counts as orthogonal to all.
+    The value is exact, over all pairs, in O(N^2 D) time and O(N D) memory. The squared distance is
+    :math:`2 - 2 \hat z_i \cdot \hat z_j`, so the sum is a log-sum-exp, which the kernels of the loss compute at the temperature
+    1 / (2 t). A zero row counts as orthogonal to all rows.
 
     Args:
-        embeddings: (N, D), as for :func:`singular_value_spectrum`.
-        t: > 0, how steep the potential is.
-        backend: as for :func:`clop_kernels.clop_loss`.
+        embeddings: (N, D), N >= 1, float64, float32, float16 or bfloat16.
+        t: the steepness of the potential, > 0.
+        backend: "cuda", "triton", "cpu", "tiled" or "reference". None takes the fastest one that can run here.
 
     Returns:
-        From -4 t (two antipodal points) to 0 (all rows point the same way); less is more uniform; NaN for one row. Many rows
-        drawn uniformly from the sphere of R^D have log 0F1(; D/2; t^2) - 2 t, which for t = 2 is about -4 + 8 / D.
+        A float from -4 t (two antipodal points) to 0 (all rows point the same way); smaller is more uniform. NaN for one row.
+        Many rows drawn uniformly from the sphere in R^D have the value log 0F1(; D/2; t^2) - 2 t, about -4 + 8 / D for t = 2.
 
     Raises:
-        As :func:`singular_value_spectrum`; ValueError also if t is not positive and finite.
+        The same errors as :func:`singular_value_spectrum`. Also ValueError if t is not positive and finite.
     """
     _check_finite("embeddings", embeddings)
     _check_positive("t", t)
@@ -171,11 +180,11 @@ def uniformity(embeddings: Tensor, *, t: float = 2.0, backend: str | None = None
 
 
 class ClassAlignment(NamedTuple):
-    """What :func:`class_alignment` measured.
+    """The result of :func:`class_alignment`.
 
     Attributes:
-        within: mean cosine of two rows of one class.
-        between: mean cosine of two rows of different classes.
+        within: the mean cosine of two rows of one class.
+        between: the mean cosine of two rows of different classes.
     """
 
     within: float
@@ -184,21 +193,22 @@ class ClassAlignment(NamedTuple):
 
 @torch.no_grad()
 def class_alignment(embeddings: Tensor, labels: Tensor) -> ClassAlignment:
-    r"""Mean cosines of the pairs i != j of labelled rows: of equal labels, and of different ones.
+    r"""The mean cosine of two labelled rows, once for pairs with equal labels and once for pairs with different labels.
 
-    In O(N D), with the class sums :math:`u_c = \sum_{y_i = c} \hat z_i`: the cosines of equal labels sum to
+    With the class sums :math:`u_c = \sum_{y_i = c} \hat z_i`, both take O(N D) time. The cosines of equal labels sum to
     :math:`\sum_c |u_c|^2 - \sum_i |\hat z_i|^2`, those of different labels to :math:`|\sum_c u_c|^2 - \sum_c |u_c|^2`.
 
     Args:
-        embeddings: (N, D), as for :func:`singular_value_spectrum`.
-        labels: (N,) integers, one a row, -1 = unlabelled: such a row is in no pair.
+        embeddings: (N, D), N >= 1, float64, float32, float16 or bfloat16.
+        labels: (N,) integers on the device of ``embeddings``, one label for each row. A row with label -1 is in no pair.
 
     Returns:
-        ``within``, from -1 to 1, is 1 where each class is one point; ``between``, from -1 to 1, is 0 for classes in orthogonal
-        subspaces, and -1 / (C - 1) for C points on the vertices of a simplex. NaN where there is no such pair.
+        A :class:`ClassAlignment` of two floats from -1 to 1. ``within`` is 1 if each class is one point. ``between`` is 0 for
+        classes in orthogonal subspaces, and -1 / (C - 1) for C points on the vertices of a simplex. Without pairs a value is NaN.
 
     Raises:
-        As :func:`singular_value_spectrum`, and for labels of another shape, dtype or device.
+        The same errors as :func:`singular_value_spectrum`. Also TypeError or ValueError for labels of another shape, dtype or
+        device.
     """
     classes = _classes(embeddings, labels)
     if not classes:
@@ -216,27 +226,30 @@ def class_alignment(embeddings: Tensor, labels: Tensor) -> ClassAlignment:
 def class_subspace_angles(
     embeddings: Tensor, labels: Tensor, *, rank: int | None = None, energy: float = 0.95, angle: str = "smallest"
 ) -> Tensor:
-    r"""Principal angles between the subspaces of the classes (Bjorck and Golub, Math. Comp. 1973), in degrees.
+    r"""The principal angles between the subspaces of the classes (Bjorck and Golub, Math. Comp. 1973), in degrees.
 
-    The subspace of a class is spanned by the leading right singular vectors of its unit rows, not centred. With orthonormal
-    bases :math:`Q_a, Q_b` (D, k) the cosines of the principal angles are the singular values of :math:`Q_a^T Q_b`, and their
-    sines those of :math:`(I - Q_a Q_a^T) Q_b`: from both, small and large angles alike are accurate to rounding.
-    O(N D^2 + C^2 k^2 D) time, O(N D + C k D) memory.
+    The leading right singular vectors of a class's unit rows, which are not centred, span its subspace. Let
+    :math:`Q_a, Q_b` (D, k) be orthonormal bases of two of them. The cosines of the principal angles are the singular values of
+    :math:`Q_a^T Q_b`, and their sines are those of :math:`(I - Q_a Q_a^T) Q_b`. Using both makes small and large angles accurate
+    to rounding. This takes O(N D^2 + C^2 k^2 D) time and O(N D + C k D) memory.
 
     Args:
-        embeddings: (N, D), as for :func:`singular_value_spectrum`.
-        labels: (N,) integers, one a row, -1 = unlabelled: such a row is left out.
-        rank: k >= 1, the dimensions of each subspace, or as many as the rows of a class span if those are fewer; None: by energy.
-        energy: from above 0 to 1: the least k whose squared singular values are this share of the sum of all.
-        angle: "smallest", 0 where two subspaces share a direction, as they must if together they have more than D dimensions; or
-            "mean", of all min(k_a, k_b) angles. Both are 90 only for orthogonal subspaces.
+        embeddings: (N, D), N >= 1, float64, float32, float16 or bfloat16.
+        labels: (N,) integers on the device of ``embeddings``, one label for each row. Rows with label -1 are left out.
+        rank: k >= 1, the dimension of each subspace; a class whose rows span fewer dimensions gets that number. None: ``energy``
+            chooses k for each class.
+        energy: a share, above 0 and at most 1. k is the smallest number of dimensions whose squared singular values sum to at
+            least this share of the total.
+        angle: "smallest": the smallest angle. It is 0 if two subspaces share a direction, which is certain if together they have
+            more than D dimensions. "mean": the mean of all min(k_a, k_b) angles. Both are 90 only for orthogonal subspaces.
 
     Returns:
-        (C, C), symmetric, from 0 to 90, for the classes that occur, by ascending label; 0 on the diagonal, NaN for a class whose
-        rows are all zero.
+        (C, C), symmetric, from 0 to 90, one row for each class that occurs, by ascending label. The diagonal is 0. A class whose
+        rows are all zero has NaN.
 
     Raises:
-        As :func:`class_alignment`; TypeError or ValueError also for a rank < 1, an energy not in (0, 1], or another angle.
+        The same errors as :func:`class_alignment`. Also TypeError or ValueError for a rank < 1, an energy not in (0, 1], or
+        another angle.
     """
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int)):
         raise TypeError(f"rank={rank!r} of type {type(rank).__name__}: expected an int, or None to choose it by energy")
@@ -252,7 +265,7 @@ def class_subspace_angles(
     if not bases:
         return embeddings.new_zeros((0, 0), dtype=accumulate_dtype(embeddings.dtype))
     ranks = torch.tensor([len(basis) for basis in bases], device=embeddings.device)
-    q = torch.nn.utils.rnn.pad_sequence(bases, batch_first=True)  # (C, most of k, D): a basis a class, zero rows below it
+    q = torch.nn.utils.rnn.pad_sequence(bases, batch_first=True)  # (C, largest k, D), padded with zero rows
     degrees = q.new_zeros(len(bases), len(bases))
     for a, basis in enumerate(bases[:-1]):
         degrees[a, a + 1 :] = _principal_angles(basis, q[a + 1 :], ranks[a + 1 :], angle)
@@ -266,18 +279,21 @@ def class_subspace_angles(
 
 @torch.no_grad()
 def prototype_alignment(embeddings: Tensor, labels: Tensor, prototypes: Tensor) -> float:
-    r"""Mean of :math:`\hat z_i \cdot \hat c_{y_i}`, the cosine of each labelled row and the prototype of its class, in O(N D).
+    r"""The mean of :math:`\hat z_i \cdot \hat c_{y_i}`: the cosine of a labelled row and the prototype of its class.
+
+    Time is O(N D).
 
     Args:
-        embeddings: (N, D), as for :func:`singular_value_spectrum`.
-        labels: (N,) integers, one a row, less than K, -1 = unlabelled.
-        prototypes: (K, D), any of the dtypes of embeddings; rows are normalised.
+        embeddings: (N, D), N >= 1, float64, float32, float16 or bfloat16.
+        labels: (N,) integers on the device of ``embeddings``, one label for each row, below K; -1 means unlabelled.
+        prototypes: (K, D), one of the dtypes of embeddings, on their device. The rows are normalised.
 
     Returns:
-        From -1 to 1, 1 where each row is on its prototype; NaN without labelled rows.
+        A float from -1 to 1; 1 if each row is on its prototype. NaN if no row is labelled.
 
     Raises:
-        As :func:`class_alignment`, and for prototypes of another width or device, or a label without one.
+        The same errors as :func:`class_alignment`. Also ValueError for prototypes of another width or device, or a label without
+        a prototype.
     """
     zhat, label = _labelled(embeddings, labels)
     return float((zhat * _unit_prototypes(embeddings, labels, prototypes)[label]).sum(1).mean())
@@ -285,18 +301,20 @@ def prototype_alignment(embeddings: Tensor, labels: Tensor, prototypes: Tensor) 
 
 @torch.no_grad()
 def nearest_prototype_accuracy(embeddings: Tensor, labels: Tensor, prototypes: Tensor) -> float:
-    r"""Share of the labelled rows with :math:`\arg\max_k \hat z_i \cdot \hat c_k = y_i`, whose closest prototype is their own.
+    r"""The share of labelled rows whose closest prototype is their own: :math:`\arg\max_k \hat z_i \cdot \hat c_k = y_i`.
 
-    O(N K D).
+    Time is O(N K D).
 
     Args:
-        embeddings, labels, prototypes: as for :func:`prototype_alignment`.
+        embeddings: (N, D), N >= 1, float64, float32, float16 or bfloat16.
+        labels: (N,) integers on the device of ``embeddings``, one label for each row, below K; -1 means unlabelled.
+        prototypes: (K, D), one of the dtypes of embeddings, on their device. The rows are normalised.
 
     Returns:
-        From 0 to 1; NaN without labelled rows.
+        A float from 0 to 1. NaN if no row is labelled.
 
     Raises:
-        As :func:`prototype_alignment`.
+        The same errors as :func:`prototype_alignment`.
     """
     zhat, label = _labelled(embeddings, labels)
     with torch.autocast(embeddings.device.type, enabled=False):
@@ -309,14 +327,15 @@ def nearest_prototype_accuracy(embeddings: Tensor, labels: Tensor, prototypes: T
 
 @dataclass(frozen=True)
 class CollapseReport:
-    """What :func:`collapse_report` measured; prints as a table, `as_dict` gives the plain numbers.
+    """The result of :func:`collapse_report`. It prints as a table; ``as_dict()`` gives the plain numbers.
 
     Attributes:
         n_rows, embedding_dim: N and D.
-        effective_rank, centered_effective_rank: see :func:`effective_rank`, without and with ``center``.
-        mean_resultant_length, mean_pairwise_cosine: see the functions.
-        within_class_cosine, between_class_cosine: see :func:`class_alignment`; None without labels.
-        prototype_alignment, nearest_prototype_accuracy: see the functions; None without labels and prototypes.
+        effective_rank, centered_effective_rank: :func:`effective_rank` without and with ``center``.
+        mean_resultant_length, mean_pairwise_cosine: the results of the functions of these names.
+        within_class_cosine, between_class_cosine: the results of :func:`class_alignment`; None without labels.
+        prototype_alignment, nearest_prototype_accuracy: the results of the functions of these names; None without labels and
+            prototypes.
     """
 
     n_rows: int
@@ -346,9 +365,9 @@ class CollapseReport:
             ),
             ("mean resultant length", self.mean_resultant_length, 4, "0 is spread out, 1 is full collapse"),
             ("mean pairwise cosine", self.mean_pairwise_cosine, 4, "0 is spread out, 1 is full collapse"),
-            ("  within classes", self.within_class_cosine, 4, "1 is a point a class"),
-            ("  between classes", self.between_class_cosine, 4, "0 is orthogonal classes, 1 is classes in one place"),
-            ("prototype alignment", self.prototype_alignment, 4, "mean cosine to the own prototype, 1 is on it"),
+            ("  within classes", self.within_class_cosine, 4, "1 is one point for each class"),
+            ("  between classes", self.between_class_cosine, 4, "0 is orthogonal classes, 1 is all classes in one place"),
+            ("prototype alignment", self.prototype_alignment, 4, "mean cosine to the own prototype; 1 is on it"),
             ("nearest-prototype accuracy", self.nearest_prototype_accuracy, 4, "share of labelled rows"),
         ):
             if value is not None:
@@ -357,15 +376,19 @@ class CollapseReport:
 
 
 def collapse_report(embeddings: Tensor, labels: Tensor | None = None, prototypes: Tensor | None = None) -> CollapseReport:
-    """Measures how far embeddings have collapsed, in O(N D min(N, D)).
+    """Measures how far embeddings have collapsed, in O(N D min(N, D)) time.
 
     Args:
-        embeddings: (N, D), as for :func:`singular_value_spectrum`.
-        labels: (N,) integers, one a row, -1 = unlabelled; for the figures about classes.
-        prototypes: (K, D); with ``labels`` for the two figures about prototypes.
+        embeddings: (N, D), N >= 1, float64, float32, float16 or bfloat16.
+        labels: (N,) integers on the device of ``embeddings``, one label for each row; -1 means unlabelled. None leaves out the
+            measures of classes and prototypes.
+        prototypes: (K, D), used together with ``labels``. None leaves out the measures of prototypes.
+
+    Returns:
+        A :class:`CollapseReport`. Print it, or take its attributes.
 
     Raises:
-        As :func:`prototype_alignment`.
+        The same errors as :func:`prototype_alignment`.
     """
     within = between = aligned = accuracy = None
     if labels is not None:
@@ -383,27 +406,33 @@ def collapse_report(embeddings: Tensor, labels: Tensor | None = None, prototypes
 
 
 def critical_learning_rate(temperature: float, n_rows: int = 1, reduction: str = "mean", embedding_norm: float = 1.0) -> float:
-    """The largest stable gradient step on embeddings, in a simplified model of the InfoNCE loss (after arXiv 2403.18699).
+    """The largest stable gradient step on the embeddings, in a simplified model of the InfoNCE loss (after arXiv 2403.18699).
 
-    Assumptions: positives are merged (zhat_i = zhat_p), the softmax is nearly uniform, and a step of size mu is taken on the
-    embeddings themselves. Then the sum-reduced loss has the gradient 2/tau * mean(zhat), the batch mean follows
-    ``mean <- (1 - 2 mu / tau) mean``, and it contracts if and only if 0 < mu < tau, fastest at tau / 2: beyond tau the
-    mean grows, which is the collapse to one direction. Reduction "mean" divides the gradient by ``n_rows`` and so
-    multiplies the bound by it; raw embeddings of norm |u| see the gradient divided by |u| and turn by the step
-    divided by |u|, which multiplies the bound by |u|^2.
+    The model assumes that positives have merged (zhat_i = zhat_p), that the softmax is nearly uniform, and that a step of size mu
+    is taken on the embeddings themselves. The sum-reduced loss then has the gradient 2/tau * mean(zhat), and a step changes the
+    batch mean to ``(1 - 2 mu / tau) * mean``. The mean contracts if and only if 0 < mu < tau, fastest at tau / 2. Beyond tau it
+    grows, which is the collapse to one direction.
 
-    It bounds the step on the embeddings, not the learning rate of the network behind them, which moves them by its own Jacobian.
-    The real loss departs from the model, as examples/learning_rate_bound.py shows: beyond the bound its mean stays, but rank does
-    not collapse; and what two views differ by contracts only up to half the bound, where the softmax is nearly uniform.
+    The reduction "mean" divides the gradient by ``n_rows``, and so multiplies the bound by ``n_rows``. Raw embeddings of norm |u|
+    receive the gradient divided by |u|, and turn by the step divided by |u|; this multiplies the bound by |u|^2.
+
+    The bound concerns the step on the embeddings. The learning rate of the network is another quantity: the network moves the
+    embeddings through its own Jacobian. The real loss departs from the model, as examples/learning_rate_bound.py shows. Beyond
+    the bound its mean stays, but the rank does not collapse. And the difference between two views contracts only up to half the
+    bound, where the softmax is nearly uniform.
 
     Args:
         temperature: tau > 0.
-        n_rows: N = V * B, used by reduction "mean".
-        reduction: "mean" or "sum", that of the loss.
-        embedding_norm: |u| > 0, the norm of the raw embeddings.
+        n_rows: N = V * B, the number of rows in a batch; used by the reduction "mean".
+        reduction: "mean" or "sum", the reduction of the loss.
+        embedding_norm: |u| > 0, the norm of the raw embeddings. The default 1 fits rows of unit length.
 
     Returns:
-        The critical step mu; half of it contracts the mean in one step.
+        A float, the critical step mu. Half of it contracts the mean in one step.
+
+    Raises:
+        TypeError: if a number is not a number.
+        ValueError: if a number is not positive and finite, or for another reduction.
     """
     for name, value in (("temperature", temperature), ("n_rows", n_rows), ("embedding_norm", embedding_norm)):
         _check_positive(name, value)
@@ -425,9 +454,9 @@ def _labelled(embeddings: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     zhat = _unit_rows(embeddings)
     check_tensor("labels", labels)
     if labels.dtype not in INTEGER_DTYPES:
-        raise TypeError(f"labels has dtype {labels.dtype}: expected an integer dtype, as of labels.long()")
+        raise TypeError(f"labels has dtype {labels.dtype}: expected an integer dtype; labels.long() converts")
     if labels.shape != zhat.shape[:1]:
-        raise ValueError(f"labels has shape {tuple(labels.shape)}: expected ({len(zhat)},), one label a row")
+        raise ValueError(f"labels has shape {tuple(labels.shape)}: expected ({len(zhat)},), one label for each row")
     if labels.device != zhat.device:
         raise ValueError(f"labels is on {labels.device}: expected the device of embeddings, {zhat.device}")
     is_labelled = labels >= 0
@@ -451,7 +480,7 @@ def _unit_prototypes(embeddings: Tensor, labels: Tensor, prototypes: Tensor) -> 
 def _leading_directions(zhat: Tensor, rank: int | None, energy: float) -> Tensor:
     """(k, D): the leading right singular vectors of unit rows."""
     _, singular, directions = torch.linalg.svd(zhat, full_matrices=False)
-    rounding = _ROUNDING * torch.finfo(zhat.dtype).eps * max(zhat.shape) ** 0.5  # relative, as that of the SVD of tall matrices
+    rounding = _ROUNDING * torch.finfo(zhat.dtype).eps * max(zhat.shape) ** 0.5  # relative error of the SVD of a tall matrix
     most = int((singular > rounding * singular[0]).sum())
     if rank is None:
         cumulative = singular.square().cumsum(0)
@@ -460,11 +489,11 @@ def _leading_directions(zhat: Tensor, rank: int | None, energy: float) -> Tensor
 
 
 def _principal_angles(basis: Tensor, others: Tensor, ranks: Tensor, angle: str) -> Tensor:
-    """(M,) degrees from one basis (k, D) to each of M, (M, most of k, D) with zero rows from ``ranks`` on."""
+    """(M,) degrees between one basis (k, D) and each of M bases, (M, largest k, D), whose rows from ``ranks`` on are zero."""
     with torch.autocast(basis.device.type, enabled=False):
         products = others @ basis.T
         cosines = torch.linalg.svdvals(products)  # (M, ...) descending
-        sines = torch.linalg.svdvals(others - products @ basis)  # descending; those of the zero rows are last
+        sines = torch.linalg.svdvals(others - products @ basis)  # descending; those of the zero rows come last
     n_angles = cosines.shape[1]
     order = torch.arange(n_angles, device=ranks.device)
     ascending = sines.gather(1, (ranks[:, None] - 1 - order).clamp(min=0))

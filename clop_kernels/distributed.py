@@ -1,32 +1,36 @@
-"""The loss of rows that are spread over the ranks of a process group: exact, without a matrix of all, and no gradient is sent.
+"""The loss of rows that are spread over the ranks of a process group: exact, without an N x N matrix, and no gradients are sent.
 
-Every rank computes the terms of its own rows, against the rows of all. With M_ij the pairwise matrix of the gradient
-(:class:`clop_kernels.backends.contract.Coefficients`), dL/dzhat_i = 1/tau sum_j M_ij zhat_j needs of row j no more than zhat_j
-and its coefficients, four numbers that come of its own softmax: so each rank has the exact gradient of the global loss for its
-own rows when it has seen the rows, and later the coefficients, of the others.
+Every rank computes the terms of its own rows against the rows of all ranks. Let M be the pairwise matrix of the gradient
+(:class:`clop_kernels.backends.contract.Coefficients`), so that dL/dzhat_i = 1/tau sum_j M_ij zhat_j. From row j this needs only
+zhat_j and its coefficients, four numbers that come from row j's own softmax. A rank that has received the other ranks' rows, and
+later their coefficients, can therefore compute the exact gradient of the global loss for its own rows.
 
-Tile picture, of rank 1 in a world of 4; o: within the rank, the pass of one process; x: one way, its rows against others'::
+Tile picture for rank 1 in a world of 4. o: pairs within the rank, computed as in one process. x: one way, the rank's rows against
+the rows of another rank::
 
             j: rank 0  rank 1  rank 2  rank 3
     i: rank 1 [  x       o       x       x  ]
 
-"gather" holds all others' rows at once, sorted by group, and takes all x in one pass: O(N D) memory. "ring" takes one x at a
-time, while the rows of the next rank arrive: O(N_local D). With n = N / world rows a rank, itemsize that of zhat, both receive
+"gather" holds the rows of all other ranks at once, sorted by group, and computes all x in one pass: O(N D) memory. "ring"
+computes one x at a time while the rows of the next rank arrive: O(N_local D) memory. With n = N / world rows on each rank, and
+itemsize that of zhat, a rank receives this many bytes in each step, plus four sums::
 
     forward    (N - n) (D itemsize + 8 if positives are found by label)
     backward   gather: (N - n) (8, or by label 16);  ring: (N - n) (D itemsize + 8, or by label 24)
 
-bytes a rank and step, and four sums; "gather" moves and, until they are sorted, holds the rows of all ranks as if each had as
-many as the largest. Flops: as of one process over the world, but that only o's tiles can serve both of their sides on a CPU,
-2 n N D forward and 4 n N D backward. The passes over pairs are the backends' own; what is done row by row is
-:mod:`clop_kernels.backends.rowwise`; who has which rows is :mod:`clop_kernels.shards`.
+"gather" pads every rank to the largest: it receives the padded rows and holds them until they are sorted. Flops are those of one
+process divided by the world size, except that on a CPU only the tiles of o can serve both of their sides: 2 n N D forward and
+4 n N D backward. The backends compute the passes over pairs. :mod:`clop_kernels.backends.rowwise` does the row-by-row work, and
+:mod:`clop_kernels.shards` knows which rank has which rows.
 
-Rows of two sides meet all rows of the other side, this rank's too: two passes one way, and no o.
+With two sides, a row is compared with all rows of the other side, including this rank's own. There are two one-way passes,
+and no o.
 
-All ranks must issue their collectives in one order, and an eager program does. Of several losses in one compiled graph Inductor
-chooses the order, by the sizes of what they keep: where ranks have different numbers of rows that may be another one on each, and
-only ``torch._inductor.config.reorder_for_peak_memory = False`` keeps the program's. (Operators with the effect ORDERED would, but
-as of torch 2.13 Inductor fails on one whose results have sizes that only running it shows.)
+All ranks must issue their collectives in the same order, and an eager program does so. If one compiled graph contains several
+losses, Inductor orders them by the sizes of the tensors they keep. If ranks have different numbers of rows, ranks may therefore
+order communication differently. ``torch._inductor.config.reorder_for_peak_memory = False`` keeps the program's order. (Operators
+with the effect ORDERED would keep it too, but as of torch 2.13 Inductor fails on such an operator if the sizes of its results are
+known only at run time.)
 """
 
 from __future__ import annotations
@@ -47,19 +51,20 @@ from .shards import N_FIELDS, Plan, Rows
 
 
 class _Residuals(NamedTuple):
-    """What the forward pass leaves: O(N_local D), and where rows are gathered O(N D). n local rows, by position.
+    """The tensors that the forward pass keeps: O(N_local D), with "gather" O(N D). A rank has n local rows, by position.
 
     Attributes:
         zhat: (n, D) in the compute dtype.
         norms: (n,).
-        softmax: (3, n): shift, inverse_total, negative; over the rows of all ranks.
-        n_positives: (n,) int64, on all ranks.
+        softmax: (3, n): shift, inverse_total and negative, over the rows of all ranks.
+        n_positives: (n,) int64, the positives of each row on all ranks.
         groups: (3, n) int32, Groups.table of this rank's rows alone.
-        keys: (n,) int64, what positives on other ranks are found by; (0,) where there can be none.
-        counts: (2,), how many rows of all ranks are in A and in S.
-        gathered_0, gathered_1: for each side (its rows and, behind them, its columns, D); (0, D) without one, and in a ring.
-        crossing_0, crossing_1: (3, rows and columns) int32, Groups.table of those; a column's order is its place in a gather.
-        plan: (3, world) int64 on the CPU, :class:`Plan` as numbers.
+        keys: (n,) int64, equal for rows that are positives of each other on different ranks; (0,) if no such rows can exist.
+        counts: (2,), the numbers of rows of all ranks in A and in S.
+        gathered_0, gathered_1: for each side (rows + columns, D): its rows, then its columns. (0, D) without a side, or in a
+            ring.
+        crossing_0, crossing_1: (3, rows + columns) int32, Groups.table of these. The order of a column is its place in a gather.
+        plan: (3, world) int64 on the CPU, the :class:`Plan` as numbers.
     """
 
     zhat: Tensor
@@ -87,7 +92,7 @@ def forward(
     sharding: Sharding,
     backend: Backend,
 ) -> tuple[Tensor, _Residuals]:
-    """This rank's (n, D) embeddings and (B,) labels -> the loss of all ranks, and what the backward pass needs."""
+    """This rank's (n, D) embeddings and (B,) labels -> the loss of all ranks, and the residuals."""
     plan = Plan.agreed(embeddings, prototypes, options, sharding, backend)
     groups = rowwise.groups_of(embeddings.shape[0], labels, options, embeddings.device)
     zhat, norms = rowwise.normalized_rows(embeddings, groups.order, options)
@@ -138,19 +143,20 @@ def backward(
     backend: Backend,
     needs: Needs,
 ) -> Gradients:
-    """The upstream gradient of what this rank returned, () or (n,), to the gradients of what it was given."""
+    """The upstream gradient of this rank's result, () or (n,) -> the gradients of this rank's inputs."""
     plan = Plan.of_table(residuals.plan, options, sharding)
     order = residuals.groups[0].to(torch.int64)
     precise = residuals.zhat.to(options.accumulate_dtype)
     grad_loss = grad_loss.to(precise.dtype)
-    # Weights of at most 1, as matrices of half precision want them, in a unit that all ranks share.
+    # The row weights are at most 1, because M may be rounded to half precision. All ranks share one unit.
     if options.reduction == "none":
         grad_loss = grad_loss.index_select(0, order)
         largest = torch.cat([grad_loss.abs(), grad_loss.new_zeros(1)]).amax()
         unit = plan.ranks.largest(largest).clamp(min=torch.finfo(torch.float32).tiny)
         weights, of_prototypes = grad_loss / unit, grad_loss
     else:
-        # Every rank returned the loss of all, and backpropagates it: in the sum over ranks it is as often as there are ranks.
+        # Every rank returned the loss of all ranks and backpropagates it, so a sum over the
+        # ranks counts the loss once for each rank.
         upstream = grad_loss * (plan.ranks.size if sharding.grad_scale == "ddp" else 1)
         divisors = residuals.counts.clamp(min=1) if options.reduction == "mean" else torch.ones_like(residuals.counts)
         unit, of_prototypes = upstream / divisors
@@ -177,7 +183,7 @@ def backward(
 
 
 class FailuresAnnounced(AbstractContextManager["FailuresAnnounced"]):
-    """Where this rank may raise an error before its loss: the other ranks raise too, and do not wait for it in vain."""
+    """A context around checks: if this rank raises an error before its loss, the other ranks raise one too instead of waiting."""
 
     def __init__(self, sharding: Sharding) -> None:
         self.sharding = sharding

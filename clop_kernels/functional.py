@@ -1,7 +1,7 @@
-"""The losses as functions: they check what they are given (:mod:`clop_kernels.validation`), and call the operator.
+"""The losses as functions. Each one checks its arguments (:mod:`clop_kernels.validation`) and calls the operator.
 
-Nothing here reads a tensor's values. What only the values show (a label without a prototype, a temperature tensor that is not
-positive) is checked in :func:`clop_kernels.ops.check_values`, which raises on a CPU and never synchronises on a GPU.
+Nothing here reads the values of a tensor. :func:`clop_kernels.ops.check_values` checks them: labels without a prototype, and
+temperatures or weights out of range. It raises on a CPU and never synchronises on a GPU.
 """
 
 from __future__ import annotations
@@ -36,63 +36,69 @@ def clop_loss(
     grad_scale: str = "ddp",
     check_ranks: bool = True,
 ) -> Tensor:
-    r"""Contrastive loss plus a pull of each labelled row to the prototype of its class (CLOP, arXiv 2403.18699).
+    r"""Contrastive loss plus a pull of each labelled row towards the prototype of its class (CLOP, arXiv 2403.18699).
 
-    With :math:`\hat z_i = z_i / \max(|z_i|, 10^{-12})`, :math:`s_{ij} = \hat z_i \cdot \hat z_j / \tau`, P(i) the other rows of
-    row i's positive group, :math:`n_i = |P(i)|`, A the rows with :math:`n_i > 0` and S the rows whose label is not -1:
+    Let :math:`\hat z_i = z_i / \max(|z_i|, 10^{-12})` and :math:`s_{ij} = \hat z_i \cdot \hat z_j / \tau`. P(i) holds the
+    positives of row i, and :math:`n_i = |P(i)|`. A holds the anchors: the rows with :math:`n_i > 0`. S holds the labelled rows.
 
     .. math::
         L = \frac{1}{|A|} \sum_{i \in A} \Big( \log \sum_{j \ne i} e^{s_{ij}} - \frac{1}{n_i} \sum_{p \in P(i)} s_{ip} \Big)
             + \lambda \frac{1}{|S|} \sum_{i \in S} d(\hat z_i, c_{y_i})
 
-    An empty A or S contributes zero. Time is O(N^2 D) and memory O(N D) for N = V * B, on every backend but "reference".
+    If A or S is empty, its term is zero. With N = V * B rows, every backend except "reference" takes O(N^2 D) time and O(N D)
+    memory. Under autocast, the matrix products run in autocast's dtype, except for float64 embeddings. The loss stays in float32.
 
     Args:
         embeddings: (V*B, D), float64, float32, float16 or bfloat16, D >= 1; need not be contiguous. Rows are view-major: row
             ``v * B + b`` is view v of instance b, as ``torch.cat([view_0, view_1])`` lays them out. Interleaved rows
-            (a0 a1 b0 b1) give another loss, which nothing can detect.
-        labels: (B,) integers, one an instance, on the device of ``embeddings``; -1 means unlabelled. None: all unlabelled.
-        prototypes: (K, D), any floating dtype, used as they are; see :func:`clop_kernels.orthonormal_prototypes`. None: no
-            prototype term.
-        n_views: V >= 1.
-        positives: "instance" (NT-Xent): the other views of the same instance. "label" (SupCon, logs averaged outside the sum):
-            all rows of the same label; an unlabelled instance has its own other views only.
-        temperature: tau > 0, a number, or a 0-dim floating tensor on the device of ``embeddings``, which may require grad.
-        prototype_weight: lambda >= 0, a number, or a 0-dim floating tensor as of ``temperature``, which must not require grad.
+            (a0 a1 b0 b1) give a different loss, and no check can detect them.
+        labels: (B,) integers on the device of ``embeddings``, one label for each instance; -1 means unlabelled. None: all
+            instances are unlabelled.
+        prototypes: (K, D), a floating dtype, on the device of ``embeddings``. They are not normalised. None: no prototype term.
+            See :func:`clop_kernels.orthonormal_prototypes`.
+        n_views: V >= 1, the number of views of each instance. The default 2 fits pairs of augmented views.
+        positives: "instance" (NT-Xent): the positives of a row are the other views of its instance. "label" (SupCon, the
+            form with the mean over positives outside the logarithm): all other rows with the same label. The positives of an
+            unlabelled row are the other views of its instance.
+        temperature: tau > 0, a number, or a 0-dim floating tensor on the device of ``embeddings``. A tensor may require grad.
+        prototype_weight: lambda >= 0, a number, or a 0-dim floating tensor on the device of ``embeddings``. A tensor may
+            require grad only with ``backend="reference"``.
         distance: d, "cosine" (1 - zhat . c), "euclidean" (|zhat - c|_2) or "manhattan" (|zhat - c|_1).
-        reduction: "mean", L above; "none", (V*B,): each row's contrastive term (0 outside A) + lambda * its prototype term
-            (0 outside S); "sum", the sum of those.
-        normalize: False takes z itself for zhat. For rows that have unit length already that is the same loss, whose gradient
-            keeps its part along the row.
-        backend: None takes the fastest that can run; or "cuda", "triton", "cpu", "tiled", "reference". See
+        reduction: "mean": L above. "none": (V*B,), each row's contrastive term (0 outside A) + lambda * its prototype term
+            (0 outside S). "sum": the sum of these terms.
+        normalize: True scales each row to unit length. False takes the rows as they are (unnormalised): zhat is z. If the rows
+            have unit length already, the loss is the same, but the gradient keeps its component along the row.
+        backend: "cuda", "triton", "cpu", "tiled" or "reference". None takes the fastest one that can run here. See
             ``python -m clop_kernels info``.
-        group: where the rows are spread over processes, their process group: the loss is that of all rows of all ranks, exactly,
-            and the same number on every rank. Ranks may have different numbers of rows, or none; an instance has all of its
-            views on one rank. None: of this process alone. See :mod:`clop_kernels.distributed`.
-        strategy: how rows of other ranks come here. "gather": all at once, O(N D) memory, and backward only the numbers of their
-            softmax; "ring": a rank at a time while those before are worked on, O(N_local D) memory, and rows again in the
-            backward pass; "auto": gather while that takes no more than a sixteenth of the device's memory.
-        grad_scale: what gradients are of. "ddp": of the sum of what all ranks return, each its loss: world size times that of the
-            loss, which averaging over ranks, as DistributedDataParallel and FSDP average the gradients of parameters, makes that
-            of one process with all rows. "none": of the loss itself, for gradients that are summed over ranks. The gradients of
-            ``temperature`` and ``prototypes`` are this rank's share, likewise. With ``reduction="none"`` a rank returns the terms
-            of its own rows, and gradients are of the sum of what all ranks make of theirs, either way. All ranks are to
-            backpropagate, a scalar with the same upstream gradient.
-        check_ranks: tell each other sizes and options first, so that what does not fit together is an error on every rank and not
-            a hang. That is one small exchange, which on a GPU waits for queued work, unless the group has a CPU backend too, as
-            of ``init_process_group("cpu:gloo,cuda:nccl")``. False: all ranks have as many rows and, for ``strategy="auto"``,
-            devices with as much memory, and nothing is checked. A number that is a tensor on a GPU, as under torch.compile all
-            are, is not compared: no host reads it.
+        group: the process group over which the rows are spread. The loss is then exactly the loss of all rows of all ranks, and
+            every rank returns the same number ("none": the terms of its own rows). Ranks may have different numbers of rows, or
+            no rows. All views of an instance must be on one rank. None: the loss of this process alone. See
+            :mod:`clop_kernels.distributed`.
+        strategy: how this rank obtains other ranks' rows. "gather": all at once, in O(N D) memory; the backward pass only
+            exchanges a few numbers for each row. "ring": one rank's rows at a time, while it computes with the previous ones, in
+            O(N_local D) memory; the backward pass sends the rows again. "auto": "gather" if the gathered rows take at most one
+            sixteenth of the device's memory, else "ring".
+        grad_scale: gradient scaling with a ``group``. "ddp" multiplies by the world size, so that averaging over ranks
+            (DistributedDataParallel, FSDP) restores the gradient of one process with all rows. "none" does not multiply; sum the
+            gradients over the ranks. In both cases the gradients of ``temperature`` and ``prototypes`` are this rank's share.
+            With ``reduction="none"``, gradients are those of the sum of what all ranks compute from their terms, and
+            ``grad_scale`` has no effect. Every rank must run the backward pass, for a scalar loss with the same upstream
+            gradient.
+        check_ranks: True: ranks first tell each other their sizes and options, so that a mismatch is an error on every rank
+            instead of a hang. This is one small exchange. On a GPU it waits for queued work, unless the group has a CPU backend
+            too, as ``init_process_group("cpu:gloo,cuda:nccl")`` gives it. A number that is a GPU tensor is not compared, since
+            the host does not read it; under torch.compile on a GPU, all numbers are GPU tensors. False: nothing is checked. All
+            ranks must then have equal numbers of rows and, for ``strategy="auto"``, devices with equal memory.
 
     Returns:
-        () or, for ``reduction="none"``, (V*B,); float32, or float64 for float64 embeddings. Gradients are exact for
-        ``embeddings``, ``temperature`` and ``prototypes``. A second derivative takes ``backend="reference"``; elsewhere it raises
-        NotImplementedError.
+        A tensor of shape (), or (V*B,) for ``reduction="none"``; float32, or float64 for float64 embeddings. Gradients are exact
+        for ``embeddings``, ``temperature`` and ``prototypes``. Only ``backend="reference"`` has second derivatives; the others
+        raise NotImplementedError.
 
     Raises:
-        TypeError, ValueError: naming the argument, its value and what was expected. Values on a GPU are checked by a
-            device-side assertion, without a synchronisation.
-        clop_kernels.BackendUnavailableError: if ``backend`` cannot run here, with the reason.
+        TypeError, ValueError: the message names the argument, its value and what was expected. Values on a GPU are checked by
+        a device-side assertion, without a synchronisation.
+        clop_kernels.BackendUnavailableError: if ``backend`` cannot run here; the message says why.
 
     Example:
         >>> loss = clop_loss(torch.cat([encoder(view_1), encoder(view_2)]), labels, prototypes)
@@ -106,9 +112,7 @@ def clop_loss(
         validation.check_choice("positives", positives, POSITIVES)
         validation.check_choice("distance", distance, DISTANCES)
         if positives == "label" and labels is None:
-            raise ValueError(
-                'labels=None with positives="label": expected (B,) integers, -1 for unlabelled, to find positives by'
-            )
+            raise ValueError('labels=None with positives="label": expected (B,) integers, with -1 for an unlabelled instance')
         if prototypes is not None:
             validation.check_prototypes(prototypes, embeddings)
         prototype_weight = validation.checked_prototype_weight(prototype_weight, embeddings.device)
@@ -138,7 +142,40 @@ def ntxent_loss(
     grad_scale: str = "ddp",
     check_ranks: bool = True,
 ) -> Tensor:
-    """NT-Xent (SimCLR, arXiv 2002.05709): :func:`clop_loss` without labels and prototypes. (V*B, D), view-major rows."""
+    """NT-Xent, the loss of SimCLR (arXiv 2002.05709): each row against all others, with its instance's other views as positives.
+
+    This is :func:`clop_loss` without labels and prototypes.
+
+    Args:
+        embeddings: (V*B, D), float64, float32, float16 or bfloat16, D >= 1; need not be contiguous. Rows are view-major: row
+            ``v * B + b`` is view v of instance b, as ``torch.cat([view_0, view_1])`` lays them out. Interleaved rows
+            (a0 a1 b0 b1) give a different loss, and no check can detect them.
+        n_views: V >= 1, the number of views of each instance. The default 2 fits pairs of augmented views.
+        temperature: tau > 0, a number, or a 0-dim floating tensor on the device of ``embeddings``. A tensor may require grad.
+        reduction: "mean": over the anchors, which are all rows if V > 1. "none": (V*B,), each row's term. "sum": their sum.
+        normalize: True scales each row to unit length. False takes the rows as they are (unnormalised).
+        backend: "cuda", "triton", "cpu", "tiled" or "reference". None takes the fastest one that can run here. See
+            ``python -m clop_kernels info``.
+        group: the process group over which the rows are spread; the loss is then that of all rows of all ranks. All views of an
+            instance must be on one rank. None: the loss of this process alone.
+        strategy: how this rank obtains other ranks' rows: "gather" (all at once), "ring" (one rank's rows at a time, in less
+            memory), or "auto". Details are under :func:`clop_loss`.
+        grad_scale: gradient scaling with a ``group``. "ddp" multiplies by the world size, so that averaging over ranks
+            (DistributedDataParallel, FSDP) restores the gradient of one process with all rows. "none" does not multiply; sum the
+            gradients over the ranks.
+        check_ranks: True: ranks first compare their sizes and options, so that a mismatch is an error and not a hang. False:
+            nothing is checked, and all ranks must have equal numbers of rows. Details are under :func:`clop_loss`.
+
+    Returns:
+        A tensor of shape (), or (V*B,) for ``reduction="none"``; float32, or float64 for float64 embeddings. Gradients are exact
+        for ``embeddings`` and ``temperature``.
+
+    Raises:
+        The same errors as :func:`clop_loss`: TypeError, ValueError or BackendUnavailableError.
+
+    Example:
+        >>> loss = ntxent_loss(torch.cat([encoder(view_1), encoder(view_2)]), temperature=0.5)
+    """
     return clop_loss(
         embeddings,
         n_views=n_views,
@@ -167,9 +204,42 @@ def supcon_loss(
     grad_scale: str = "ddp",
     check_ranks: bool = True,
 ) -> Tensor:
-    """SupCon (arXiv 2004.11362, eq. 2): :func:`clop_loss` with ``positives="label"`` and no prototypes. (V*B, D) and (B,).
+    """SupCon (arXiv 2004.11362, eq. 2): each row against all others, with the rows of its label as positives.
 
-    Against the authors' code: no factor temperature / base_temperature, and rows without positives are not in the mean.
+    This is :func:`clop_loss` with ``positives="label"`` and without prototypes. It differs from the authors' code in two ways:
+    there is no factor temperature / base_temperature, and rows without positives are not in the mean.
+
+    Args:
+        embeddings: (V*B, D), float64, float32, float16 or bfloat16, D >= 1; need not be contiguous. Rows are view-major: row
+            ``v * B + b`` is view v of instance b, as ``torch.cat([view_0, view_1])`` lays them out.
+        labels: (B,) integers on the device of ``embeddings``, one label for each instance. -1 means unlabelled: the only
+            positives of the instance are its own other views.
+        n_views: V >= 1, the number of views of each instance. The default 1 means one row and one label for each instance.
+        temperature: tau > 0, a number, or a 0-dim floating tensor on the device of ``embeddings``. A tensor may require grad.
+        reduction: "mean": over the anchors, the rows that have a positive. "none": (V*B,), each row's term, 0 for a row without
+            positives. "sum": their sum.
+        normalize: True scales each row to unit length. False takes the rows as they are (unnormalised).
+        backend: "cuda", "triton", "cpu", "tiled" or "reference". None takes the fastest one that can run here. See
+            ``python -m clop_kernels info``.
+        group: the process group over which the rows are spread; the loss is then that of all rows of all ranks. A row's
+            positives may be on any rank. All views of an instance must be on one rank. None: the loss of this process alone.
+        strategy: how this rank obtains other ranks' rows: "gather" (all at once), "ring" (one rank's rows at a time, in less
+            memory), or "auto". Details are under :func:`clop_loss`.
+        grad_scale: gradient scaling with a ``group``. "ddp" multiplies by the world size, so that averaging over ranks
+            (DistributedDataParallel, FSDP) restores the gradient of one process with all rows. "none" does not multiply; sum the
+            gradients over the ranks.
+        check_ranks: True: ranks first compare their sizes and options, so that a mismatch is an error and not a hang. False:
+            nothing is checked, and all ranks must have equal numbers of rows. Details are under :func:`clop_loss`.
+
+    Returns:
+        A tensor of shape (), or (V*B,) for ``reduction="none"``; float32, or float64 for float64 embeddings. Gradients are exact
+        for ``embeddings`` and ``temperature``. A batch without any positive pair has the loss 0.
+
+    Raises:
+        The same errors as :func:`clop_loss`: TypeError, ValueError or BackendUnavailableError.
+
+    Example:
+        >>> loss = supcon_loss(encoder(images), labels)
     """
     return clop_loss(
         embeddings,
@@ -202,36 +272,52 @@ def clip_loss(
     grad_scale: str = "ddp",
     check_ranks: bool = True,
 ) -> Tensor:
-    r"""Two-sided contrastive loss (CLIP, arXiv 2103.00020): left rows against right ones, and the other way, in one pass.
+    r"""Two-sided contrastive loss (CLIP, arXiv 2103.00020): left rows against right rows and the reverse, in one pass.
 
-    With :math:`\hat x_i`, :math:`\hat y_j` the rows of length 1, :math:`s_{ij} = \hat x_i \cdot \hat y_j / \tau`, P(i) the rows
-    of the other side that row i belongs to, A the rows of both sides that have such, and
-    :math:`\ell(x_i) = \log \sum_j e^{s_{ij}} - \frac{1}{|P(i)|} \sum_{p \in P(i)} s_{ip}`, which for :math:`y_j` sums over i:
+    :math:`\hat x_i` and :math:`\hat y_j` are the left and right rows at unit length, and
+    :math:`s_{ij} = \hat x_i \cdot \hat y_j / \tau`. P(i) holds the positives of row i, all of them on the other side. A holds the
+    anchors: the rows of both sides that have a positive. A left row has the term
+    :math:`\ell(x_i) = \log \sum_j e^{s_{ij}} - \frac{1}{|P(i)|} \sum_{p \in P(i)} s_{ip}`; for a right row
+    :math:`y_j`, the sum runs over the left rows i.
 
     .. math:: L = \frac{1}{|A|} \Big( \sum_{x_i \in A} \ell(x_i) + \sum_{y_j \in A} \ell(y_j) \Big)
 
-    Without labels that is the mean of the cross entropies of both directions. Time is O(M N D) and memory O((M + N) D), on every
-    backend but "reference".
+    Without labels, L is the mean of the cross entropies of both directions. Every backend except "reference" takes O(M N D) time
+    and O((M + N) D) memory.
 
     Args:
-        left: (M, D), float64, float32, float16 or bfloat16, D >= 1: images, say; need not be contiguous.
-        right: (N, D), of the dtype and device of ``left``: texts, say.
-        left_labels: (M,) integers; a row belongs to the rows of the other side that have the same label, -1 to none. None for
-            both sides: M = N, and row i of one belongs to row i of the other.
-        right_labels: (N,) integers.
-        temperature: tau > 0, a number, or a 0-dim floating tensor on the device of ``left``, which may require grad; the inverse
-            of CLIP's logit scale.
-        reduction: "mean", L above; "none", (M + N,): the left rows' terms, then the right ones', 0 outside A; "sum", their sum.
-        normalize: False takes the rows as they are.
-        backend, group, strategy, grad_scale, check_ranks: as for :func:`clop_loss`. A row meets the other side of all ranks, and
-            without labels as many rows are on both sides of each.
+        left: (M, D), float64, float32, float16 or bfloat16, D >= 1; need not be contiguous. For example, image embeddings.
+        right: (N, D), with the dtype and device of ``left``. For example, text embeddings.
+        left_labels: (M,) integers on the device of ``left``. The positives of a row are the rows of the other side with the same
+            label; a row with label -1 has no positives. If both label arguments are None, then M = N, and row i of one side is
+            the positive of row i of the other.
+        right_labels: (N,) integers on the device of ``left``. Give the labels of both sides, or of neither.
+        temperature: tau > 0, a number, or a 0-dim floating tensor on the device of ``left``. A tensor may require grad. It is the
+            inverse of CLIP's logit scale.
+        reduction: "mean": L above. "none": (M + N,), the terms of the left rows, then those of the right rows, 0 outside A.
+            "sum": the sum of these terms.
+        normalize: True scales each row to unit length. False takes the rows as they are (unnormalised).
+        backend: "cuda", "triton", "cpu", "tiled" or "reference". None takes the fastest one that can run here. See
+            ``python -m clop_kernels info``.
+        group: the process group over which the rows are spread. A row is then compared with the other side's rows of all ranks.
+            Without labels, each rank needs equally many left and right rows. None: the loss of this process alone.
+        strategy: how this rank obtains other ranks' rows: "gather" (all at once), "ring" (one rank's rows at a time, in less
+            memory), or "auto". Details are under :func:`clop_loss`.
+        grad_scale: gradient scaling with a ``group``. "ddp" multiplies by the world size, so that averaging over ranks
+            (DistributedDataParallel, FSDP) restores the gradient of one process with all rows. "none" does not multiply; sum the
+            gradients over the ranks.
+        check_ranks: True: ranks first compare their sizes and options, so that a mismatch is an error and not a hang. False:
+            nothing is checked, and all ranks must have equal numbers of rows. Details are under :func:`clop_loss`.
 
     Returns:
-        () or, for ``reduction="none"``, (M + N,); float32, or float64 for float64 rows. Gradients are exact for ``left``,
-        ``right`` and ``temperature``.
+        A tensor of shape (), or (M + N,) for ``reduction="none"``; float32, or float64 for float64 rows. Gradients are exact for
+        ``left``, ``right`` and ``temperature``.
 
     Raises:
-        As :func:`clop_loss`.
+        The same errors as :func:`clop_loss`: TypeError, ValueError or BackendUnavailableError.
+
+    Example:
+        >>> loss = clip_loss(image_encoder(images), text_encoder(texts), temperature=0.07)
     """
     sharding = validation.sharding(group, strategy, grad_scale, check_ranks)
     with validation.failures_announced(sharding):
@@ -242,7 +328,8 @@ def clip_loss(
             raise ValueError(f"{missing}=None: expected labels of both sides or of neither")
         if left_labels is None and left.shape[0] != right.shape[0]:
             raise ValueError(
-                f"left has {left.shape[0]} rows and right {right.shape[0]}: expected as many, row by row, or labels of both sides"
+                f"left has {left.shape[0]} rows and right {right.shape[0]}: expected equal numbers of rows, "
+                f"or labels of both sides"
             )
         labels = None
         if left_labels is not None:
@@ -270,21 +357,29 @@ def negative_logsumexp(
     normalize: bool = True,
     backend: str | None = None,
 ) -> Tensor:
-    r"""Of each row :math:`\log \sum_{j : y_j \ne y_i} e^{s_{ij}}`, over rows of other labels: for losses whose denominators leave
-    positives out.
+    r"""For each row, :math:`\log \sum_{j : y_j \ne y_i} e^{s_{ij}}` over its negatives, the rows with other labels.
+
+    It is a building block for losses whose denominators exclude positives. :math:`s_{ij}` is the cosine of rows i and j divided
+    by the temperature, as in :func:`clop_loss`.
 
     Args:
-        embeddings: (N, D), as for :func:`clop_loss`.
-        labels: (N,) integers; a row with label -1 is a negative of every other row.
-        others: (M, D), the rows j to compare with; None: ``embeddings`` themselves.
-        other_labels: (M,) integers, if ``others`` are given.
-        temperature, normalize, backend: as for :func:`clop_loss`.
+        embeddings: (N, D), float64, float32, float16 or bfloat16, D >= 1; need not be contiguous.
+        labels: (N,) integers on the device of ``embeddings``. A row with label -1 is a negative of every other row.
+        others: (M, D), the rows j to compare with; the dtype and device of ``embeddings``. None: the rows of ``embeddings``, each
+            compared with the others.
+        other_labels: (M,) integers; required with ``others``.
+        temperature: tau > 0, a number, or a 0-dim floating tensor on the device of ``embeddings``. A tensor may require grad.
+        normalize: True scales each row to unit length. False takes the rows as they are (unnormalised): s is the plain product of
+            the rows over the temperature.
+        backend: "cuda", "triton", "cpu", "tiled" or "reference". None takes the fastest one that can run here. See
+            ``python -m clop_kernels info``.
 
     Returns:
-        (N,), 0 for a row without negatives; float32, or float64 for float64 embeddings. Exact gradients, O((N + M) D) memory.
+        (N,), 0 for a row without negatives; float32, or float64 for float64 embeddings. Gradients are exact, and memory is
+        O((N + M) D).
 
     Raises:
-        As :func:`clop_loss`.
+        The same errors as :func:`clop_loss`: TypeError, ValueError or BackendUnavailableError.
     """
     validation.check_rows("embeddings", embeddings)
     n_rows = embeddings.shape[0]
@@ -313,7 +408,7 @@ def _loss(
     backend: str | None,
     sharding: Sharding | None,
 ) -> Tensor:
-    """Checks what all losses have in common, and calls the operator, or the reference."""
+    """Checks the arguments that all losses share, then calls the operator or the reference."""
     with validation.failures_announced(sharding):
         validation.check_choice("reduction", options.reduction, REDUCTIONS)
         if backend is not None:
@@ -323,7 +418,7 @@ def _loss(
         if not isinstance(options.normalize, bool):
             raise TypeError(f"normalize={options.normalize!r} of type {type(options.normalize).__name__}: expected a bool")
         temperature = validation.checked_temperature(options.temperature, embeddings.device)
-        if temperature is not options.temperature:  # an int, say
+        if temperature is not options.temperature:  # an int became a float
             options = options._replace(temperature=temperature)
         if backend != backends.REFERENCE:
             validation.check_weight_is_not_learned(options.prototype_weight)
@@ -332,5 +427,5 @@ def _loss(
     if not torch.compiler.is_compiling():
         ops.check_values(labels, prototypes, options)
     definition = options._asdict()
-    del definition["compute_dtype"]  # its products are plain PyTorch's
+    del definition["compute_dtype"]  # the reference multiplies in the dtype that plain PyTorch would take
     return reference.clop_loss(embeddings, labels, prototypes, **definition)

@@ -1,14 +1,15 @@
-"""Gradient caching: embeddings of a batch that the encoder cannot hold at once (GradCache, arXiv 2101.06983).
+"""Gradient caching: encodes a batch that is too large for the encoder's memory (GradCache, arXiv 2101.06983).
 
-A contrastive loss needs the embeddings of the whole batch, but of the encoder's activations only those of the rows that
-are being backpropagated. So the encoder runs twice: first over all sub-batches without a graph, for the embeddings; then,
-once the loss has given their gradients, over each sub-batch again, this time with a graph that is used and dropped at once::
+A contrastive loss needs the embeddings of the whole batch. It does not need all activations of the encoder at once: the backward
+pass of a sub-batch needs only the activations of that sub-batch. So the encoder runs twice. The first pass visits all sub-batches
+without a graph and gives the embeddings. Once the loss has their gradients, the second pass visits each sub-batch again, with a
+graph that is used and dropped at once::
 
     x ---- sub-batches, no graph ----> z ---> loss        forward
     x ---- sub-batches, each: forward, backward of dL/dz  backward
 
-It is all one autograd function, so it goes wherever an encoder goes: any loss, labels, a learned temperature, a gradient
-scaler, Lightning or accelerate. Time: one more forward pass of the encoder. Memory: the activations of one sub-batch.
+Both passes form one autograd function. It therefore works with any loss, labels, a learned temperature, a gradient scaler,
+Lightning or accelerate. It costs one more forward pass of the encoder. It keeps the activations of one sub-batch.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 from .ops import DEVICES_WITH_AUTOCAST
 
 Inputs: TypeAlias = Tensor | Sequence[Any] | Mapping[str, Any]
-"""What an encoder is called with: ``encoder(x)``, ``encoder(*x)`` for a sequence, ``encoder(**x)`` for a mapping."""
+"""The input of an encoder: ``encoder(x)`` for a tensor, ``encoder(*x)`` for a sequence, ``encoder(**x)`` for a mapping."""
 
 _Item = TypeVar("_Item")
 
@@ -66,42 +67,44 @@ def encode(
     module: nn.Module | None = None,
     progress: bool = False,
 ) -> Tensor | tuple[Tensor, ...]:
-    """``encoder(x)`` for each of ``inputs``, in the memory of one sub-batch: gradients are equal, activations are not kept.
+    """Computes ``encoder(x)`` for each input in the memory of one sub-batch, with the same gradients as one large batch.
 
     >>> z_1, z_2 = encode(encoder, view_1, view_2, sub_batch=256)
     >>> loss = criterion(z_1, z_2, labels=labels)
     >>> loss.backward()  # or scaler.scale(loss).backward(): runs the encoder again, sub-batch by sub-batch
 
-    Pass all inputs of one encoder in one call, and each encoder of several (CLIP) in its own.
+    Pass all inputs of one encoder in one call. Give each of several encoders (CLIP) its own call.
 
-    - *Randomness.* Both passes draw the same dropout masks. The random state after ``backward`` is that before it.
-    - *Buffers.* The second pass sees those that the first saw, and leaves no trace in them: running statistics move once a
-      step. BatchNorm in training mode normalises by the statistics of a sub-batch, not of the batch, as it does in any kind
-      of sub-batching (and on one of several GPUs): ``sub_batch`` is then part of the model. GroupNorm and LayerNorm do not care.
-    - *Autocast.* What is active around this call holds for both passes; ``backward`` may stand outside, as usual.
+    - *Randomness.* Both passes draw the same dropout masks. ``backward`` leaves the random state as it found it.
+    - *Buffers.* The second pass uses the buffers of the first pass and does not change them: running statistics are
+      updated once a step. BatchNorm in training mode normalises with the statistics of a sub-batch, not of the
+      batch, as in any kind of sub-batching (and on one of several GPUs). ``sub_batch`` is then part of the model.
+      GroupNorm and LayerNorm are not affected.
+    - *Autocast.* The autocast that is active around this call applies to both passes. ``backward`` may stand outside, as usual.
     - *Distributed.* An encoder under DistributedDataParallel or ``fully_shard`` reduces its gradients once, in the last
-      sub-batch of the second pass, after which FSDP's gradient synchronisation is on. Until then FSDP holds gradients
-      unsharded. With FSDP all ranks need the same number of sub-batches.
-    - *torch.compile* the encoder, or the loss; compiling the step around this call works, but breaks the graph many times.
-    - *Without gradients*, when ``torch.no_grad()`` is active or nothing requires grad (a frozen encoder), there is one pass.
-    - *Not possible*: ``torch.autograd.grad`` with respect to parameters, second derivatives, and weights that change, or
-      inputs overwritten in place, between this call and ``backward``.
+      sub-batch of the second pass. FSDP's gradient synchronisation is on afterwards; until then, FSDP holds unsharded gradients.
+      With FSDP, all ranks need the same number of sub-batches.
+    - *torch.compile.* Compile the encoder, or the loss. Compiling the step around this call works, but breaks the graph many
+      times.
+    - *Without gradients.* If ``torch.no_grad()`` is active, or nothing requires grad (a frozen encoder), there is only one pass.
+    - *Not possible.* ``torch.autograd.grad`` with respect to parameters, and second derivatives. Weights must not change, and
+      inputs must not be overwritten in place, between this call and ``backward``.
 
     Args:
-        encoder: a module, or a method of one (``model.encode_image``), or another callable with ``module=``. Called with
-            ``sub_batch`` rows, returns their (rows, D) embeddings. A row's embedding may not depend on the other rows.
-        inputs: one or more, each a tensor, a sequence of positional arguments, or a mapping of keyword arguments. Tensors are
-            cut along dimension 0, where those of one input must agree; 0-dim tensors and everything else are passed along.
-            Inputs may differ in their number of rows, and may require grad.
-        sub_batch: how many rows the encoder sees at a time, at least 1. The last sub-batch of an input may be smaller.
-        module: what holds the parameters that ``encoder`` uses, where ``encoder`` is neither a module nor a method of one.
-        progress: show a bar over the sub-batches of each pass; needs tqdm.
+        encoder: a module, a method of a module (``model.encode_image``), or another callable together with ``module``. Called
+            with up to ``sub_batch`` rows, it returns their (rows, D) embeddings. A row's embedding must not depend on other rows.
+        inputs: one or more inputs. Each is a tensor, a sequence of positional arguments, or a mapping of keyword arguments.
+            Tensors are cut along dimension 0, which must be equal within one input. 0-dim tensors and other objects are passed
+            on unchanged. Inputs may have different numbers of rows, and may require grad.
+        sub_batch: the number of rows that the encoder sees at a time, at least 1. The last sub-batch of an input may be smaller.
+        module: the module that holds the parameters used by ``encoder``. None: ``encoder`` is a module, or a method of one.
+        progress: True shows a progress bar over the sub-batches of each pass; this needs tqdm.
 
     Returns:
-        (N, D), in the encoder's dtype, for one input; a tuple of them for several, in order.
+        For one input, its embeddings, (N, D) in the encoder's dtype. For several inputs, a tuple of them, in order.
 
     Raises:
-        TypeError, ValueError: naming the argument, its value and what was expected.
+        TypeError, ValueError: the message names the argument, its value and what was expected.
         RuntimeError: in ``backward``, if the embeddings depend on nothing that requires grad.
         ModuleNotFoundError: for ``progress=True`` without tqdm.
     """
@@ -123,24 +126,26 @@ def encode(
     if learns and any(isinstance(part, DistributedDataParallel) and part.static_graph for part in owner.modules()):
         raise ValueError(
             "encoder is DistributedDataParallel with static_graph=True, whose no_sync() fails (PyTorch's issue 143580): expected "
-            "static_graph=False, which serves here: each sub-batch is a forward and a backward pass of its own"
+            "static_graph=False, which is enough here, since each sub-batch is a forward and a backward pass of its own"
         )
     plan = _Plan(encoder, owner, calls, sub_batch, {x.device for x in (*tensors, *parameters)}, progress)
-    # Parameters get their gradients inside the backward pass, but only what goes into the function makes its outputs require
-    # grad: this stands for all of them.
+    # The outputs of an autograd function require grad only if one of its inputs does. The parameters are no inputs; they get
+    # their gradients inside the backward pass. This empty tensor stands for all of them.
     trainable = torch.empty(0, requires_grad=learns)
     embeddings: tuple[Tensor, ...] = _Encode.apply(plan, trainable, *tensors)  # type: ignore[no-untyped-call]
     return embeddings if len(inputs) > 1 else embeddings[0]
 
 
 def _owner(encoder: Callable[..., Tensor], module: nn.Module | None) -> nn.Module:
-    """The module whose parameters, buffers and wrappers are meant."""
+    """The module that owns the encoder's parameters, buffers and wrappers."""
     if not callable(encoder):
         raise TypeError(f"encoder is a {type(encoder).__name__}: expected a module, or another callable with module=")
     owner = module if module is not None else encoder if isinstance(encoder, nn.Module) else getattr(encoder, "__self__", None)
     if not isinstance(owner, nn.Module):
         what = f"encoder={encoder!r} with module=None" if module is None else f"module is a {type(module).__name__}"
-        raise TypeError(f"{what}: expected an nn.Module or a method of one; for a function, module=what holds its parameters")
+        raise TypeError(
+            f"{what}: expected an nn.Module or a method of one; for a function, pass module=, which holds its parameters"
+        )
     return owner
 
 
@@ -148,13 +153,13 @@ def _owner(encoder: Callable[..., Tensor], module: nn.Module | None) -> nn.Modul
 
 
 class _Encode(torch.autograd.Function):
-    """(plan, trainable, *tensors) -> the embeddings of each input; the second pass is its backward."""
+    """(plan, trainable, *tensors) -> the embeddings of each input. Its backward is the second pass."""
 
     @staticmethod
     def forward(ctx: Any, plan: _Plan, trainable: Tensor, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.plan = plan
-        ctx.save_for_backward(*tensors)  # and so an input that is overwritten before the second pass is an error
-        ctx.set_materialize_grads(False)  # the loss may leave an input out
+        ctx.save_for_backward(*tensors)  # also makes an input that is overwritten before the second pass an error
+        ctx.set_materialize_grads(False)  # the loss may not use every input
         ctx.buffers = _buffers(plan.owner)
         ctx.random_states = []
         embeddings: dict[_Call, list[Tensor]] = {call: [] for call in plan.calls}
@@ -195,7 +200,7 @@ class _Encode(torch.autograd.Function):
                     if not z.requires_grad:
                         raise RuntimeError(
                             f"the embeddings of {call.name} depend on no parameter and no input that requires grad: expected an "
-                            "encoder that does not detach them. What is frozen on purpose: encode it under torch.no_grad()"
+                            "encoder that does not detach them. If it is frozen on purpose, encode under torch.no_grad()"
                         )
                     torch.autograd.backward(z, gradient)
         finally:
@@ -209,12 +214,12 @@ def _cut(tensors: Sequence[Tensor], rows: slice) -> list[Tensor]:
 
 
 def _no_sync(owner: nn.Module) -> list[Callable[[], AbstractContextManager[None]]]:
-    """In these contexts DDP and FSDP leave gradients on their rank, to reduce them in a backward pass that follows."""
+    """Contexts in which DDP and FSDP keep gradients on their rank, and reduce them in a later backward pass."""
     contexts: list[Callable[[], AbstractContextManager[None]]] = []
     for module in owner.modules():
         if isinstance(module, DistributedDataParallel):
             contexts.append(module.no_sync)
-        elif hasattr(module, "set_requires_gradient_sync"):  # fully_shard gives it
+        elif hasattr(module, "set_requires_gradient_sync"):  # a module under fully_shard
             contexts.append(partial(_no_fsdp_sync, module))
     return contexts
 
@@ -232,19 +237,19 @@ _Buffers: TypeAlias = list[tuple[nn.Module, str, Tensor, Tensor]]
 
 
 def _buffers(owner: nn.Module) -> _Buffers:
-    """Every buffer that can change, by module and name, and a copy of its values."""
+    """Every buffer that can change: its module, its name, the tensor, and a copy of its values."""
     named = ((module, name, x) for module in owner.modules() for name, x in module.named_buffers(recurse=False))
     return [(module, name, x, x.detach().clone()) for module, name, x in named if not _is_expanded(x)]
 
 
 def _is_expanded(x: Tensor) -> bool:
-    """Whether elements share memory: torch refuses to write into such a tensor."""
+    """Whether elements share memory. Torch refuses to write into expanded tensors."""
     return any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True))
 
 
 def _set_buffers(buffers: _Buffers) -> None:
     for module, name, x, values in buffers:
-        x.data.copy_(values)  # by .data, or a graph elsewhere that has saved the buffer could not run backward any more
+        x.data.copy_(values)  # .data, because another graph may have saved this buffer and must still run backward
         module._buffers[name] = x
 
 
@@ -258,13 +263,13 @@ class _Call:
     name: str
     n_rows: int
     own: slice
-    """Its tensors among those of all inputs."""
+    """The position of its tensors among the tensors of all inputs."""
     keywords: tuple[str, ...] | None
-    """Names of the arguments; None if they are positional."""
+    """The names of the arguments; None if they are positional."""
     arguments: tuple[Any, ...]
-    """None in the place of a tensor."""
+    """The arguments, with None in the place of each tensor."""
     places: tuple[int, ...]
-    """Those places."""
+    """The places of the tensors among the arguments."""
 
     def embed(self, encoder: Callable[..., Tensor], tensors: Sequence[Tensor], rows: slice) -> Tensor:
         arguments = list(self.arguments)
@@ -277,13 +282,13 @@ class _Call:
         if z.dim() != 2 or len(z) != n_rows or not z.is_floating_point():
             raise ValueError(
                 f"encoder returned shape {tuple(z.shape)} and dtype {z.dtype} for {n_rows} rows of {self.name}: "
-                f"expected a floating tensor of shape ({n_rows}, D), one embedding a row"
+                f"expected a floating tensor of shape ({n_rows}, D), one embedding for each row"
             )
         return z
 
 
 def _parse(name: str, inputs: Inputs, n_tensors_before: int) -> tuple[_Call, list[Tensor]]:
-    """One input as a call and its tensors."""
+    """Splits one input into a call and its tensors."""
     keywords = tuple(inputs) if isinstance(inputs, Mapping) else None
     if isinstance(inputs, Tensor):
         arguments: list[Any] = [inputs]
@@ -309,7 +314,7 @@ def _parse(name: str, inputs: Inputs, n_tensors_before: int) -> tuple[_Call, lis
 
 
 class _Plan:
-    """What is the same in both passes."""
+    """The state that both passes share."""
 
     def __init__(
         self,
@@ -334,15 +339,15 @@ class _Plan:
         ]
 
     def sub_batches(self) -> list[tuple[_Call, slice]]:
-        """In the order of both passes."""
+        """The sub-batches, in the order of both passes."""
         starts = ((call, start) for call in self.calls for start in range(0, call.n_rows, self.sub_batch))
         return [(call, slice(start, min(start + self.sub_batch, call.n_rows))) for call, start in starts]
 
     def precision(self) -> ExitStack:
-        """Autocast as it was when the plan was made.
+        """Autocast as it was when the plan was made, without its cache.
 
-        Its cache stays empty: not every torch keeps weights cast in a pass without a graph from passes that need one (its issue
-        158232).
+        With the cache, some versions of torch reuse weights that were cast in a pass without a graph in a pass that needs a graph
+        (PyTorch's issue 158232).
         """
         stack = ExitStack()
         for kind, dtype, enabled in self._autocast:
@@ -350,7 +355,7 @@ class _Plan:
         return stack
 
     def random_state(self) -> list[Tensor]:
-        """The state of the CPU's generator, and of the accelerators'."""
+        """The states of the random generators of the CPU and of the accelerators."""
         states = (torch.get_device_module(device).get_rng_state(*_index(device)) for device in self._accelerators)
         return [torch.get_rng_state(), *states]
 
@@ -360,7 +365,7 @@ class _Plan:
             torch.get_device_module(device).set_rng_state(state, *_index(device))
 
     def track(self, items: list[_Item], label: str) -> Iterable[_Item]:
-        """The items, under a bar if one is wanted."""
+        """The items, with a progress bar if the caller wants one."""
         if not self.progress:
             return items
         from tqdm.auto import tqdm
@@ -369,4 +374,4 @@ class _Plan:
 
 
 def _index(device: torch.device) -> tuple[torch.device, ...]:
-    return () if device.type == "mps" else (device,)  # there is one, and torch.mps takes no argument for it
+    return () if device.type == "mps" else (device,)  # there is one device, and torch.mps takes no argument for it

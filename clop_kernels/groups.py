@@ -1,15 +1,15 @@
 """Positive groups: from labels and views to runs of rows, without a host synchronisation.
 
-The positives of a row are the other rows of its group (:mod:`clop_kernels.reference`). With ``positives="instance"`` the
-V views of one instance are a group; with ``positives="label"`` all views of all instances of one label are, and each
-unlabelled instance is a group of its own.
+The positives of a row are the other rows of its group (:mod:`clop_kernels.reference`). With ``positives="instance"`` a group is
+the V views of one instance. With ``positives="label"`` a group is all views of all instances with one label; each unlabelled
+instance is a group of its own.
 
-Rows are put into the order of their groups, so that a group is a contiguous run and the positives of a row lie next to
-it: in the matrix of similarities they are blocks along the diagonal, and a tile off the diagonal holds none of them
-unless a group reaches from its rows to its columns.
+Rows are sorted by group, so that a group is a contiguous run, and a row's positives are next to it. In the similarity matrix the
+positives are blocks along the diagonal. A tile off the diagonal holds positives only if a group reaches from the tile's rows to
+its columns.
 
-Rows of two sides keep them apart: the left side's positions come first, and each side is sorted by group, so that the positives
-of a row are a run of the other side's positions.
+With two sides, the left side's positions come first, and each side is sorted by group. A row's positives are then a run of
+positions on the other side.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Groups:
-    """The positives of N rows, sorted by group. Position k is row ``order[k]`` of the input.
+    """The positives of N rows, sorted by group. Position k holds row ``order[k]`` of the input.
 
     Attributes:
-        order: (N,) int64, a permutation of the rows that sorts them by group, and before that by side; stable, so the same from
-            run to run.
-        starts: (N,) int64, the first position of the run that holds the positives of each position. Without sides that is its
-            own group, itself included.
-        ends: (N,) int64, one past the last position of that run.
-        size: the number of rows in every run where the host knows it, else None.
-        n_left: how many rows are on the left side; None without sides.
+        order: (N,) int64, the permutation that sorts the rows by side, then by group. The sort is stable, so equal inputs
+            give equal orders.
+        starts: (N,) int64, for each position the first position of its positive run. Without sides, the run is the row's own
+            group and includes the row itself.
+        ends: (N,) int64, for each position one past the last position of its positive run.
+        size: the number of rows in every run, if all runs have one length that the host knows, else None.
+        n_left: the number of rows on the left side; None without sides.
     """
 
     order: Tensor
@@ -42,11 +42,11 @@ class Groups:
 
     @property
     def n_positives(self) -> Tensor:
-        """(N,) int64, n_i of each position: the rows of its run less itself."""
+        """(N,) int64, n_i of each position: the length of its run, without the row itself."""
         return self.ends - self.starts - (1 if self.n_left is None else 0)
 
     def table(self) -> Tensor:
-        """(3, N) int32: order, starts, ends."""
+        """(3, N) int32: order, starts and ends."""
         return torch.stack([self.order, self.starts, self.ends]).to(torch.int32)
 
     @staticmethod
@@ -57,9 +57,9 @@ class Groups:
 
 
 def instance_groups(n_instances: int, n_views: int, device: torch.device, n_left: int | None = None) -> Groups:
-    """``positives="instance"``: the V views of one instance are each other's positives.
+    """The groups of ``positives="instance"``: the V views of one instance are each other's positives.
 
-    With ``n_left`` = ``n_instances``, of two views: each is on a side of its own.
+    With sides, ``n_left`` is ``n_instances`` and there are two views: one on each side.
     """
     rows = torch.arange(n_views * n_instances, device=device)
     if n_left is not None:
@@ -71,13 +71,13 @@ def instance_groups(n_instances: int, n_views: int, device: torch.device, n_left
 
 
 def label_groups(labels: Tensor, n_views: int, n_left: int | None = None) -> Groups:
-    """``positives="label"``: (B,) int64 labels, of any value from 0 up; negative means unlabelled.
+    """The groups of ``positives="label"``, from (B,) int64 labels; a negative label means unlabelled.
 
-    With ``n_left`` of one view: the first labels are those of the left side.
+    With sides, ``n_views`` is 1, and the first ``n_left`` labels are those of the left side.
     """
     n_instances = labels.shape[0]
     instance = torch.arange(n_instances, device=labels.device)
-    key = torch.where(labels >= 0, labels, -1 - instance)  # unlabelled: a key that no other instance has
+    key = torch.where(labels >= 0, labels, -1 - instance)  # an unlabelled instance gets a key that no other instance has
     if n_left is not None:
         return _two_sided_groups(key, n_left)
     key, order = torch.sort(key, stable=True)

@@ -1,4 +1,4 @@
-"""The losses as modules: prototypes as a buffer, the temperature as a number or a parameter, views as arguments."""
+"""The losses as modules. The prototypes are a buffer, the temperature is a number or a parameter, and views are arguments."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _PROTOTYPES = {"orthonormal": orthonormal_prototypes, "simplex": simplex_prototy
 
 
 class _Arguments(TypedDict):
-    """What the losses pass on to their functions."""
+    """The keyword arguments that all modules pass on to the loss functions."""
 
     n_views: int
     temperature: float | Tensor
@@ -45,7 +45,7 @@ def _checked_float(temperature: float) -> float:
 
 
 class _ContrastiveLoss(nn.Module):
-    """What the three losses share: options checked once, the temperature, and how views are passed."""
+    """The shared part of the three losses: checked options, the temperature, and the stacking of views."""
 
     log_temperature: nn.Parameter | None
 
@@ -78,12 +78,12 @@ class _ContrastiveLoss(nn.Module):
         self.grad_scale = grad_scale
         self.check_ranks = check_ranks
         self._temperature = _checked_float(temperature)
-        # The logarithm is what is learned, so that no step of an optimiser can make the temperature negative.
+        # The logarithm is learned, so that no optimiser step can make the temperature negative.
         self.log_temperature = nn.Parameter(torch.tensor(math.log(self._temperature))) if learnable_temperature else None
 
     @property
     def temperature(self) -> float | Tensor:
-        """tau: a float, or with ``learnable_temperature`` a 0-dim tensor, exp of the parameter ``log_temperature``."""
+        """tau, a float. With ``learnable_temperature``: a 0-dim tensor, exp of ``log_temperature``. Assign a float to set it."""
         return self._temperature if self.log_temperature is None else self.log_temperature.exp()
 
     @temperature.setter
@@ -94,7 +94,7 @@ class _ContrastiveLoss(nn.Module):
                 self.log_temperature.fill_(math.log(self._temperature))
 
     def _stack(self, views: tuple[Tensor, ...], labels: Tensor | None, n_views: int | None) -> tuple[Tensor, Tensor | None, int]:
-        """The views as one view-major tensor; a last positional tensor of integers is the labels."""
+        """Stacks the views into one view-major tensor. A last positional tensor of integers is taken as the labels."""
         for position, view in enumerate(views):
             validation.check_tensor(f"view {position}", view)
         if labels is None and len(views) > 1 and not views[-1].dtype.is_floating_point:
@@ -111,7 +111,7 @@ class _ContrastiveLoss(nn.Module):
         if len(views) == 1:
             return views[0], labels, self.n_views if n_views is None else n_views
         if n_views not in (None, len(views)):
-            raise ValueError(f"n_views={n_views} with {len(views)} views: expected None, or one stacked tensor")
+            raise ValueError(f"n_views={n_views} with {len(views)} views: expected n_views=None, or one stacked tensor")
         return torch.cat(views), labels, len(views)
 
     def _arguments(self, n_views: int) -> _Arguments:
@@ -130,7 +130,7 @@ class _ContrastiveLoss(nn.Module):
         return validation.failures_announced(validation.sharding(self.group, self.strategy, self.grad_scale, self.check_ranks))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        memo[id(self.group)] = self.group  # the copy shares it: a process group cannot be copied
+        memo[id(self.group)] = self.group  # a process group cannot be copied, so the copy shares it
         result = self.__class__.__new__(self.__class__)
         memo[id(self)] = result
         result.__dict__.update(copy.deepcopy(self.__dict__, memo))
@@ -143,19 +143,40 @@ class _ContrastiveLoss(nn.Module):
 
 
 class NTXentLoss(_ContrastiveLoss):
-    """NT-Xent (SimCLR, arXiv 2002.05709) as a module; see :func:`clop_kernels.ntxent_loss`.
+    """NT-Xent, the loss of SimCLR (arXiv 2002.05709), as a module; the function is :func:`clop_kernels.ntxent_loss`.
+
+    >>> criterion = NTXentLoss(temperature=0.5)
+    >>> loss = criterion(z_1, z_2)  # two views, (B, D) each
 
     Args:
-        temperature: tau > 0, the initial value where it is learned.
-        n_views: V of a stacked tensor; several tensors are counted.
-        reduction: "mean", "sum" or "none".
-        learnable_temperature: make ``log_temperature`` a parameter.
-        backend: None is the fastest that can run.
-        group, strategy, grad_scale, check_ranks: as for :func:`clop_kernels.clop_loss`.
+        temperature: tau > 0. With ``learnable_temperature`` it is the initial value.
+        n_views: V, the number of views in one stacked (V*B, D) tensor. If views are separate arguments, they are counted.
+        reduction: "mean" over the anchors, "sum", or "none" for one term for each row, (V*B,).
+        learnable_temperature: True makes ``log_temperature``, the logarithm of tau, a parameter.
+        backend: "cuda", "triton", "cpu", "tiled" or "reference". None takes the fastest one that can run here.
+        group: the process group over which the rows are spread. Initialise the group first, then build the module. None: the
+            loss of this process alone.
+        strategy, grad_scale, check_ranks: how the ranks of ``group`` work together, as for :func:`clop_kernels.clop_loss`.
+
+    Raises:
+        TypeError, ValueError: the message names the argument, its value and what was expected.
     """
 
     def forward(self, *views: Tensor, n_views: int | None = None) -> Tensor:
-        """Any number of (B, D) views, or one view-major (V*B, D) tensor -> the loss."""
+        """The loss of some views, each a tensor or all stacked in one.
+
+        Args:
+            views: two or more (B, D) tensors of one dtype, one tensor for each view; or one view-major (V*B, D) tensor, whose
+                row ``v * B + b`` is view v of instance b.
+            n_views: V of one stacked tensor. None: the constructor's ``n_views``. Leave it out if views are separate arguments.
+
+        Returns:
+            A tensor of shape (), or (V*B,) for ``reduction="none"``; float32, or float64 for float64 views.
+
+        Raises:
+            TypeError, ValueError: the message names the argument, its value and what was expected.
+            clop_kernels.BackendUnavailableError: if ``backend`` cannot run here.
+        """
         with self._failures_announced():
             embeddings, labels, n_views = self._stack(views, None, n_views)
             if labels is not None:
@@ -164,7 +185,24 @@ class NTXentLoss(_ContrastiveLoss):
 
 
 class SupConLoss(_ContrastiveLoss):
-    """SupCon (arXiv 2004.11362) as a module; see :func:`clop_kernels.supcon_loss`. Arguments as of :class:`NTXentLoss`."""
+    """SupCon (arXiv 2004.11362, eq. 2) as a module; the function is :func:`clop_kernels.supcon_loss`.
+
+    >>> criterion = SupConLoss(temperature=0.1)
+    >>> loss = criterion(z_1, z_2, labels=labels)  # two views, (B, D) each, and (B,) labels, -1 for unlabelled
+
+    Args:
+        temperature: tau > 0. With ``learnable_temperature`` it is the initial value.
+        n_views: V, the number of views in one stacked (V*B, D) tensor. If views are separate arguments, they are counted.
+        reduction: "mean" over the anchors, "sum", or "none" for one term for each row, (V*B,).
+        learnable_temperature: True makes ``log_temperature``, the logarithm of tau, a parameter.
+        backend: "cuda", "triton", "cpu", "tiled" or "reference". None takes the fastest one that can run here.
+        group: the process group over which the rows are spread. Initialise the group first, then build the module. None: the
+            loss of this process alone.
+        strategy, grad_scale, check_ranks: how the ranks of ``group`` work together, as for :func:`clop_kernels.clop_loss`.
+
+    Raises:
+        TypeError, ValueError: the message names the argument, its value and what was expected.
+    """
 
     def __init__(
         self,
@@ -192,37 +230,58 @@ class SupConLoss(_ContrastiveLoss):
         )
 
     def forward(self, *views: Tensor, labels: Tensor | None = None, n_views: int | None = None) -> Tensor:
-        """Any number of (B, D) views, or one view-major (V*B, D) tensor, and (B,) labels -> the loss."""
+        """The loss of some views, each a tensor or all stacked in one, and the labels of their instances.
+
+        Args:
+            views: one or more (B, D) tensors of one dtype, one tensor for each view; or one view-major (V*B, D) tensor, whose
+                row ``v * B + b`` is view v of instance b. The labels may also be the last positional argument.
+            labels: (B,) integers on the device of the views, one label for each instance; -1 means unlabelled.
+            n_views: V of one stacked tensor. None: the constructor's ``n_views``. Leave it out if views are separate arguments.
+
+        Returns:
+            A tensor of shape (), or (V*B,) for ``reduction="none"``; float32, or float64 for float64 views.
+
+        Raises:
+            TypeError, ValueError: the message names the argument, its value and what was expected.
+            clop_kernels.BackendUnavailableError: if ``backend`` cannot run here.
+        """
         with self._failures_announced():
             embeddings, labels, n_views = self._stack(views, labels, n_views)
         return functional.clop_loss(embeddings, labels, positives="label", **self._arguments(n_views))
 
 
 class CLOPLoss(_ContrastiveLoss):
-    """Contrastive loss with frozen orthonormal prototypes (CLOP, arXiv 2403.18699); see :func:`clop_kernels.clop_loss`.
+    """Contrastive loss with frozen prototypes (CLOP, arXiv 2403.18699) as a module; see :func:`clop_kernels.clop_loss`.
 
     >>> criterion = CLOPLoss(num_classes=10, embedding_dim=128)
-    >>> loss = criterion(z_1, z_2, labels=labels)  # (B, D), (B, D), (B,), -1 for unlabelled
+    >>> loss = criterion(z_1, z_2, labels=labels)  # two views, (B, D) each, and (B,) labels, -1 for unlabelled
 
     Args:
         num_classes: K, the number of prototypes.
-        embedding_dim: D, the width of the embeddings; K <= D for orthonormal prototypes, K <= D + 1 for a simplex.
-        temperature: tau > 0, the initial value where it is learned.
-        prototype_weight: lambda >= 0, the factor of the prototype term.
-        distance: "cosine", "euclidean" or "manhattan", from a unit row to its prototype.
-        positives: "instance" (NT-Xent, the paper's default) or "label" (SupCon).
-        n_views: V of a stacked tensor; several tensors are counted.
-        reduction: "mean", "sum" or "none".
-        learnable_temperature: make ``log_temperature`` a parameter.
-        prototypes: "orthonormal", "simplex", or a (K, D) tensor of your own.
-        generator: a CPU generator for a reproducible draw of the prototypes.
-        backend: None is the fastest that can run.
-        group, strategy, grad_scale, check_ranks: as for :func:`clop_kernels.clop_loss`. All ranks of the group get the prototypes
-            of its first one, and must make this loss together.
-        device, dtype: of the prototypes and the temperature.
+        embedding_dim: D, the width of the embeddings. Orthonormal prototypes need K <= D, a simplex needs K <= D + 1.
+        temperature: tau > 0. With ``learnable_temperature`` it is the initial value.
+        prototype_weight: lambda >= 0, the factor of the prototype term, a number.
+        distance: "cosine", "euclidean" or "manhattan", from a row to the prototype of its class.
+        positives: "instance" (NT-Xent, the paper's default): the other views of an instance. "label" (SupCon): all rows of the
+            same label.
+        n_views: V, the number of views in one stacked (V*B, D) tensor. If views are separate arguments, they are counted.
+        reduction: "mean", "sum", or "none" for one term for each row, (V*B,).
+        learnable_temperature: True makes ``log_temperature``, the logarithm of tau, a parameter.
+        prototypes: "orthonormal" or "simplex", drawn at random, or your own (K, D) floating tensor, which is copied.
+        generator: a CPU generator, for a reproducible draw of the prototypes. None takes torch's global generator.
+        backend: "cuda", "triton", "cpu", "tiled" or "reference". None takes the fastest one that can run here.
+        group: the process group over which the rows are spread. Initialise the group first, then build the module on all of its
+            ranks together: every rank gets the prototypes of the first one. None: the loss of this process alone.
+        strategy, grad_scale, check_ranks: how the ranks of ``group`` work together, as for :func:`clop_kernels.clop_loss`.
+        device: where the prototypes and the learned temperature are made. None is torch's default device, or that of your own
+            tensor.
+        dtype: the dtype of the prototypes. None is torch's default dtype, or that of your own tensor.
 
     Attributes:
-        prototypes: (K, D) buffer, in the state_dict.
+        prototypes: (K, D), a buffer, part of the state_dict. It is not trained.
+
+    Raises:
+        TypeError, ValueError: the message names the argument, its value and what was expected.
     """
 
     prototypes: Tensor
@@ -285,7 +344,22 @@ class CLOPLoss(_ContrastiveLoss):
             self.log_temperature.data = self.log_temperature.data.to(device=device)
 
     def forward(self, *views: Tensor, labels: Tensor | None = None, n_views: int | None = None) -> Tensor:
-        """Any number of (B, D) views, or one view-major (V*B, D) tensor, and (B,) labels (None: all unlabelled) -> the loss."""
+        """The loss of some views, each a tensor or all stacked in one, and the labels of their instances.
+
+        Args:
+            views: one or more (B, D) tensors of one dtype, one tensor for each view; or one view-major (V*B, D) tensor, whose
+                row ``v * B + b`` is view v of instance b. The labels may also be the last positional argument.
+            labels: (B,) integers on the device of the views, one label for each instance; -1 means unlabelled. None: all
+                instances are unlabelled, and there is no prototype term.
+            n_views: V of one stacked tensor. None: the constructor's ``n_views``. Leave it out if views are separate arguments.
+
+        Returns:
+            A tensor of shape (), or (V*B,) for ``reduction="none"``; float32, or float64 for float64 views.
+
+        Raises:
+            TypeError, ValueError: the message names the argument, its value and what was expected.
+            clop_kernels.BackendUnavailableError: if ``backend`` cannot run here.
+        """
         with self._failures_announced():
             embeddings, labels, n_views = self._stack(views, labels, n_views)
         return functional.clop_loss(

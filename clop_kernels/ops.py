@@ -1,11 +1,11 @@
-"""The losses as PyTorch operators: schemas, fakes, autograd formula, autocast. A backend computes, nothing here does.
+"""The losses as PyTorch operators: schemas, fakes, the autograd formula, autocast. The backends do the computing.
 
 ``clop::loss`` and ``clop::loss_backward`` are opaque to torch.compile (no graph break) and to autograd, whose formula is
-registered here; a second derivative raises. :class:`Operator` makes such a pair from records whose fields are declared once, in
-:mod:`clop_kernels.backends.contract`.
+registered here. A second derivative raises an error. :class:`Operator` makes such a pair of operators from records whose fields
+are declared once, in :mod:`clop_kernels.backends.contract`.
 
-:func:`loss` is the entrance. Where nothing but autograd looks on, it does without the operator: the dispatcher and a registered
-formula cost a small call more than the loss itself.
+:func:`loss` is the entry point. If only autograd watches the call, it bypasses the operator: for a small batch, the dispatcher
+and a registered formula cost more time than the loss itself.
 """
 
 from __future__ import annotations
@@ -25,14 +25,15 @@ from .backends.contract import Gradients, LossOptions, Needs, Number, Residuals,
 
 
 class Call(NamedTuple):
-    """A loss that is asked for, with validated arguments.
+    """One call of a loss, with validated arguments.
 
     Attributes:
         embeddings: (N, D).
         labels: (B,) int64, or None.
         prototypes: (K, D), or None.
+        options: the options of the loss.
         backend: its name, or None for the fastest that can run.
-        sharding: of rows that are spread over processes.
+        sharding: how rows are spread over processes; None for one process.
     """
 
     embeddings: Tensor
@@ -43,11 +44,11 @@ class Call(NamedTuple):
     sharding: Sharding | None = None
 
     def packed(self) -> tuple[Any, ...]:
-        """The arguments of an operator. Its numbers are tensors: torch.compile makes one graph for all their values."""
+        """The arguments of an operator. Numbers become tensors, so that torch.compile makes one graph for all their values."""
         return self._replace(options=self.options.with_numbers(self._as_tensor)).flat()
 
     def flat(self) -> tuple[Any, ...]:
-        """All fields, in the order of an operator's arguments."""
+        """All fields, in the order of the arguments of an operator."""
         return self.embeddings, self.labels, self.prototypes, *self.options, self.backend, *(self.sharding or ())
 
     def _as_tensor(self, number: Number) -> Tensor:
@@ -55,8 +56,8 @@ class Call(NamedTuple):
             return number
         if not torch.compiler.is_compiling():
             return torch.tensor(number, dtype=torch.float64, device="cpu")
-        # A product with a float is what torch.compile can turn into one with a tensor, once the float has changed. It stands on
-        # the device of the embeddings, for a CUDA graph holds nothing of a CPU.
+        # torch.compile can turn a product with a float into a product with a tensor, once the float has changed. The result is
+        # on the device of the embeddings, because a CUDA graph cannot hold CPU tensors.
         is_cpu = self.embeddings.device.type == "cpu"
         return self.embeddings.new_ones((), dtype=torch.float64 if is_cpu else self.options.accumulate_dtype) * number
 
@@ -70,7 +71,7 @@ class Call(NamedTuple):
 
 
 def loss(call: Call) -> Tensor:
-    """() or, for ``reduction="none"``, (N,)."""
+    """The loss, () or, for ``reduction="none"``, (N,)."""
     embeddings, labels, prototypes, options, _, sharding = call
     if options.has_tensors:
         precise = options.accumulate_dtype
@@ -100,7 +101,7 @@ def _refuse_tangents(*inputs: Any) -> None:
         if isinstance(x, Tensor) and forward_ad.unpack_dual(x).tangent is not None:
             raise NotImplementedError(
                 "clop_kernels' loss has no forward-mode derivative: its kernels would drop the tangent. "
-                'Take backend="reference", at N x N memory'
+                'Use backend="reference", in N x N memory'
             )
 
 
@@ -110,9 +111,9 @@ def _first(results: Any) -> Tensor:
 
 
 def compute_dtype(embeddings: Tensor) -> torch.dtype:
-    """What the operands of the matrix products are rounded to: the dtype of the embeddings, or autocast's.
+    """The dtype to which the operands of the matrix products are rounded: that of the embeddings, or of autocast.
 
-    All else, the loss included, stays in float32. Autocast leaves float64 alone.
+    Everything else, including the loss, stays in float32. Autocast does not affect float64.
     """
     if embeddings.dtype != torch.float64 and _is_autocast_on(embeddings.device.type):
         return torch.get_autocast_dtype(embeddings.device.type)
@@ -121,7 +122,7 @@ def compute_dtype(embeddings: Tensor) -> torch.dtype:
 
 _DEVICES = ("cpu", "cuda", "xpu", "mps", "hpu", "xla", "mtia", "maia", "ipu", torch._C._get_privateuse1_backend_name())
 DEVICES_WITH_AUTOCAST = frozenset(device_type for device_type in _DEVICES if torch.amp.is_autocast_available(device_type))
-"""Types of device; "meta" has none. Asked here and not at each call, which torch.compile of torch 2.11 cannot trace."""
+"""The device types that have autocast ("meta" has none). Computed once, because torch.compile of torch 2.11 cannot trace it."""
 
 
 def _is_autocast_on(device_type: str) -> bool:
@@ -136,11 +137,11 @@ def without_autocast(device_type: str) -> AbstractContextManager[Any]:
 
 
 def check_values(labels: Tensor | None, prototypes: Tensor | None, options: LossOptions) -> None:
-    """Checks what only the values show: raises on a CPU, asserts on the device without a synchronisation elsewhere.
+    """Checks the values of tensors. Raises on a CPU; on other devices asserts on the device, without a synchronisation.
 
     Raises:
-        ValueError: if a label is below -1 or names a prototype that does not exist, if a temperature is not positive and finite,
-            or a prototype weight is negative or not finite.
+        ValueError: if a label is below -1 or has no prototype, if a temperature is not positive and finite, or if a prototype
+            weight is negative or not finite.
     """
     if labels is not None and labels.numel() > 0:
         n_classes = None if prototypes is None else prototypes.shape[0]
@@ -175,9 +176,10 @@ def _check_value(name: str, value: Tensor, is_in_range: Tensor, expected: str) -
 
 
 def _runs_directly(*inputs: Any) -> bool:
-    """Whether nothing but autograd looks at operators: no tracer, mode, or transform, and no tensor of a kind of its own.
+    """Whether only autograd watches the operators: no tracer, mode or transform is active, and all tensors are plain.
 
-    A plain type may still hold what only the dispatcher makes plain: a negation that is put off, one row of a batch.
+    A tensor of a plain type may still be lazy (a pending negation) or batched. Its dispatch keys show this, and only the
+    dispatcher can make it plain.
     """
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
@@ -196,14 +198,14 @@ _PLAIN = frozenset({Tensor, torch.nn.Parameter, torch.nn.Buffer, float, type(Non
 
 @functools.cache
 def _plain_keys(device_type: str) -> int:
-    """What the dispatcher knows of a tensor that holds nothing but numbers."""
+    """The dispatch keys of an ordinary tensor."""
     with torch.inference_mode(False):
         keys: int = torch._C._dispatch_keys(torch.empty(0, device=device_type)).raw_repr()
     return keys
 
 
 def _backend_of(call: Call) -> ModuleType:
-    """The module that computes the loss, after the checks of what only the values show."""
+    """The module that computes the loss. Checks the values of tensors first, if the module does not do so itself."""
     embeddings, labels, prototypes, options, *_ = call
     module = backends.select(call.backend, embeddings.device, options.compute_dtype).load()
     if embeddings.device.type == "cpu" or not module.CHECKS_VALUES:
@@ -212,7 +214,7 @@ def _backend_of(call: Call) -> ModuleType:
 
 
 def _arguments_of(call: Call) -> tuple[Tensor, Tensor | None, Tensor | None, LossOptions]:
-    """What :mod:`clop_kernels.backends.contract` promises to a backend."""
+    """The arguments in the form that :mod:`clop_kernels.backends.contract` promises to a backend."""
     return call.embeddings, _contiguous(call.labels), _contiguous(call.prototypes), known_numbers(call.options)
 
 
@@ -221,7 +223,7 @@ def _contiguous(x: Tensor | None) -> Tensor | None:
 
 
 def known_numbers(options: LossOptions) -> LossOptions:
-    """With what the host may read as floats, and other numbers in the accumulate dtype."""
+    """The options with CPU numbers as floats, and with numbers on other devices in the accumulate dtype."""
 
     def known(number: Number) -> Number:
         if not isinstance(number, Tensor):
@@ -232,7 +234,10 @@ def known_numbers(options: LossOptions) -> LossOptions:
 
 
 class _DirectLoss(torch.autograd.Function):
-    """``clop::loss`` of a :class:`Call`. What may need a gradient comes once more by itself, for autograd to see it."""
+    """``clop::loss`` as an autograd function of a :class:`Call`.
+
+    The arguments that may need a gradient are passed a second time on their own, because autograd cannot see them in ``call``.
+    """
 
     @staticmethod
     def forward(ctx: Any, embeddings: Tensor, prototypes: Tensor | None, temperature: Number, call: Call) -> Tensor:
@@ -257,7 +262,7 @@ class _DirectLoss(torch.autograd.Function):
 
 
 def _save(ctx: Any, call: Call, residuals: tuple[Tensor, ...]) -> None:
-    """A tensor is saved as one, where hooks and autograd's checks see it, and nowhere else."""
+    """Saves a call and its residuals. All tensors go through save_for_backward, where hooks and autograd's checks see them."""
     embeddings, labels, prototypes, options, ctx.backend, ctx.sharding = call
     numbers: list[Tensor] = []
     if options.has_tensors:
@@ -294,7 +299,7 @@ def _backward(grad_loss: Tensor, residuals: Residuals, call: Call, needs: Needs)
 
 
 def _as_needed(grads: Gradients, call: Call, needs: Needs) -> Gradients:
-    """Those that autograd asks for, in the dtypes of what they are of."""
+    """The gradients that autograd needs, each in the dtype of its input."""
     inputs: tuple[Any, ...] = call.embeddings, call.options.temperature, call.prototypes
     return Gradients(
         *(
@@ -318,22 +323,25 @@ _SCHEMA_TYPES = {
 
 
 def _declared(record: Any) -> str:
-    """The fields of a record as a schema has them."""
+    """The fields of a record, as text for a schema."""
     return ", ".join(f"{_SCHEMA_TYPES[kind]} {name}" for name, kind in get_type_hints(record).items())
 
 
 class Operator:
-    """``clop::NAME`` and ``clop::NAME_backward``.
+    """A pair of operators, ``clop::NAME`` and ``clop::NAME_backward``.
 
-    The first takes what :meth:`Call.packed` says, and returns the loss and its residuals. The second takes the upstream gradient,
-    the residuals, the same again and which gradients are needed, and returns those; one that is not needed has no elements.
+    The first takes the arguments of :meth:`Call.packed`, and returns the loss and its residuals. The second takes the upstream
+    gradient, the residuals, the arguments again, and flags for the gradients that are needed. It returns the gradients; one that
+    is not needed has no elements.
 
     Args:
-        residuals: the NamedTuple of tensors that the first leaves for the second.
-        forward: (call) -> the loss and its residuals; ``fake`` the same for tensors that have shapes alone.
+        name: NAME.
+        residuals: the NamedTuple of tensors that the first operator leaves for the second.
+        forward: (call) -> the loss and its residuals.
         backward: (grad_loss, residuals, call, needs) -> :class:`.contract.Gradients`.
+        fake: the same as ``forward``, for tensors without data.
         is_sharded: whether a call has a :class:`.contract.Sharding`.
-        entrance: the operator to differentiate with; None: ``clop::NAME_backward``.
+        entrance: gives the operator that computes gradients; None: ``clop::NAME_backward``.
     """
 
     def __init__(
@@ -398,7 +406,7 @@ class Operator:
         ctx.mark_non_differentiable(*output[1:])
 
     def formula(self, ctx: Any, grad_loss: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        """The gradients of a call's arguments."""
+        """The autograd formula: the gradients of all arguments of a call."""
         nothing: Any = Call.of((None,) * len(ctx.needs_input_grad))
         if grad_loss is None:
             return nothing.flat()
@@ -414,7 +422,7 @@ class Operator:
 def _no_second_derivative(ctx: Any, *grads: Tensor) -> None:
     raise NotImplementedError(
         "clop_kernels' loss cannot be differentiated twice: its backward pass is a fused kernel without a derivative of its own. "
-        'Take backend="reference", which autograd differentiates any number of times, at N x N memory'
+        'Use backend="reference", which autograd can differentiate any number of times, in N x N memory'
     )
 
 
@@ -443,12 +451,12 @@ LOSS = Operator(
 
 def _no_vmap(*_: Any) -> None:
     raise NotImplementedError(
-        'clop_kernels\' loss has no vmap: it is one batch already. Loop over the batches, or take backend="reference"'
+        'clop_kernels\' loss has no vmap: it takes one whole batch. Loop over the batches, or use backend="reference"'
     )
 
 
 class _FunctorchLoss(torch.autograd.Function):
-    """The same formula for torch.func.grad, which takes an autograd.Function and not (yet) an operator's registered one."""
+    """The same formula for torch.func.grad, which needs an autograd.Function and does not (yet) take a registered formula."""
 
     forward = staticmethod(torch.ops.clop.loss)
     setup_context = staticmethod(LOSS.setup_context)
@@ -457,7 +465,7 @@ class _FunctorchLoss(torch.autograd.Function):
 
 
 class _FunctorchLossBackward(torch.autograd.Function):
-    """As :class:`_FunctorchLoss`, of the backward operator."""
+    """The counterpart of :class:`_FunctorchLoss` for the backward operator."""
 
     forward = staticmethod(torch.ops.clop.loss_backward)
     setup_context = staticmethod(lambda ctx, inputs, output: None)
@@ -466,7 +474,7 @@ class _FunctorchLossBackward(torch.autograd.Function):
 
 
 def _entrance(backward: bool = False) -> Any:
-    """What to call for the loss, or its backward pass: the operator, or inside torch.func's transforms its twin."""
+    """The function to call for the loss or its backward pass: the operator, or its twin inside torch.func's transforms."""
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         return _FunctorchLossBackward.apply if backward else _FunctorchLoss.apply
     return torch.ops.clop.loss_backward if backward else torch.ops.clop.loss

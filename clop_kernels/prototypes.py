@@ -1,4 +1,4 @@
-"""Frozen class prototypes: orthonormal rows (CLOP) and the simplex equiangular tight frame (neural collapse)."""
+"""Frozen class prototypes: orthonormal rows (CLOP), or the simplex equiangular tight frame of neural collapse."""
 
 from __future__ import annotations
 
@@ -14,23 +14,24 @@ def orthonormal_prototypes(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """Draws ``num_classes`` orthonormal vectors uniformly (Haar measure): the prototypes of CLOP, arXiv 2403.18699.
+    """Draws ``num_classes`` orthonormal vectors uniformly (Haar measure), the prototypes of CLOP (arXiv 2403.18699).
 
-    QR of a Gaussian matrix in float64 on the CPU, with the signs fixed so that the draw is uniform and the same on every
-    device (Mezzadri, arXiv math-ph/0609050).
+    They come from the QR decomposition of a Gaussian matrix, in float64 on the CPU. The signs are fixed so that the draw is
+    uniform and the same for every target device (Mezzadri, arXiv math-ph/0609050).
 
     Args:
         num_classes: K, the number of prototypes, 1 <= K <= embedding_dim.
         embedding_dim: D, the width of the embeddings.
-        generator: a CPU generator for a reproducible draw; None takes torch's global one.
-        device: where the result lives; None is torch's default device.
-        dtype: a floating dtype; None is torch's default dtype.
+        generator: a CPU generator, for a reproducible draw. None takes torch's global generator.
+        device: where the result is placed. None is torch's default device.
+        dtype: a floating dtype. None is torch's default dtype.
 
     Returns:
         (K, D), rows of unit norm, mutually orthogonal to the accuracy of ``dtype``.
 
     Raises:
         ValueError: if K < 1 or K > D.
+        TypeError: if a size is not an int, or ``dtype`` is not floating.
     """
     _check_sizes(num_classes, embedding_dim)
     if num_classes > embedding_dim:
@@ -50,23 +51,24 @@ def simplex_prototypes(
     device: torch.device | str | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """The vertices of a regular simplex, randomly rotated: unit rows whose pairwise cosine is exactly -1/(K-1).
+    """The vertices of a randomly rotated regular simplex: unit rows whose pairwise cosine is exactly -1/(K-1).
 
-    The simplex equiangular tight frame of neural collapse (Papyan, Han, Donoho, arXiv 2008.08186): the K unit vectors
-    that are as far apart as K vectors can be. It spans K - 1 dimensions.
+    This is the simplex equiangular tight frame of neural collapse (Papyan, Han, Donoho, arXiv 2008.08186): K unit vectors as far
+    apart as K vectors can be. It spans K - 1 dimensions.
 
     Args:
-        num_classes: K, 2 <= K <= embedding_dim + 1.
+        num_classes: K, the number of prototypes, 2 <= K <= embedding_dim + 1.
         embedding_dim: D, the width of the embeddings.
-        generator: a CPU generator for a reproducible rotation; None takes torch's global one.
-        device: where the result lives; None is torch's default device.
-        dtype: a floating dtype; None is torch's default dtype.
+        generator: a CPU generator, for a reproducible rotation. None takes torch's global generator.
+        device: where the result is placed. None is torch's default device.
+        dtype: a floating dtype. None is torch's default dtype.
 
     Returns:
         (K, D), rows of unit norm that sum to zero.
 
     Raises:
         ValueError: if K < 2 or K > D + 1.
+        TypeError: if a size is not an int, or ``dtype`` is not floating.
     """
     _check_sizes(num_classes, embedding_dim)
     if num_classes < 2:
@@ -76,8 +78,8 @@ def simplex_prototypes(
             f"num_classes={num_classes} vertices of a regular simplex do not fit into embedding_dim={embedding_dim} "
             f"dimensions: expected num_classes <= embedding_dim + 1 = {embedding_dim + 1}"
         )
-    # The centred standard basis of R^K is a simplex in the K - 1 dimensions orthogonal to the vector of ones. The
-    # right singular vectors of the centring matrix are coordinates of that space.
+    # The centred standard basis of R^K is a simplex in the K - 1 dimensions orthogonal to the vector of ones. The left singular
+    # vectors of the centring matrix, times the singular values, are coordinates in that space.
     centring = torch.eye(num_classes, dtype=torch.float64) - 1.0 / num_classes
     left, singular, _ = torch.linalg.svd(centring)
     vertices = left[:, :-1] * singular[:-1]

@@ -1,11 +1,11 @@
-"""The definition of the loss, written plainly: the oracle that every test and every backend is held to.
+"""The definition of the loss in plain PyTorch. Every test and every backend is compared with it.
 
-It materialises the full N x N similarity matrix, so time and memory grow with N^2, and it leaves every gradient
-to autograd, so it can be differentiated any number of times. It imports nothing else of this package.
+It builds the full N x N similarity matrix, so time and memory grow with N^2. Autograd computes every gradient, so the loss can
+be differentiated any number of times. This module imports nothing else from the package.
 
-Notation (CLOP: Li, Nguyen, Pimentel-Alarcon, arXiv 2403.18699; NT-Xent: Chen et al., arXiv 2002.05709; SupCon, logs
-averaged outside the sum: Khosla et al., arXiv 2004.11362, eq. 2). Rows are view-major: row ``v * B + b`` is view ``v``
-of instance ``b``::
+Notation. Sources: CLOP is Li, Nguyen, Pimentel-Alarcon, arXiv 2403.18699; NT-Xent is Chen et al., arXiv 2002.05709; SupCon is
+Khosla et al., arXiv 2004.11362, eq. 2, with the mean over positives outside the logarithm. Rows are view-major: row
+``v * B + b`` is view ``v`` of instance ``b``::
 
     zhat_i = z_i / max(|z_i|, 1e-12)            s_ij = zhat_i . zhat_j / tau
     P(i)   = the other rows of the positive group of row i,  n_i = |P(i)|
@@ -14,8 +14,8 @@ of instance ``b``::
     L_pro  = 1/|S| sum_{i in S} d(zhat_i, c_{y_i})        S = the rows whose label is >= 0
     L      = L_con + prototype_weight * L_pro
 
-Rows of two sides (CLIP: Radford et al., arXiv 2103.00020) are compared with the other side's only, and have their positives
-there. Pairs that are not compared, such as a row and itself, are *excluded*: neither in lse_i nor in P(i).
+With two sides (CLIP: Radford et al., arXiv 2103.00020), a row is compared only with rows of the other side, and its positives
+are on that side. Pairs that are not compared, such as a row and itself, are *excluded*: they are neither in lse_i nor in P(i).
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 EPS = 1e-12
-"""Smallest norm that a row is divided by, as in ``torch.nn.functional.normalize``."""
+"""The smallest norm by which a row is divided, as in ``torch.nn.functional.normalize``."""
 
 
 def clop_loss(
@@ -44,12 +44,13 @@ def clop_loss(
     n_left: int | None = None,
     negatives_only: bool = False,
 ) -> Tensor:
-    """The CLOP loss by its definition; see :func:`clop_kernels.clop_loss` for the arguments.
+    """The CLOP loss by its definition.
 
-    And for the last two :class:`clop_kernels.backends.contract.LossOptions`.
+    The arguments are those of :func:`clop_kernels.clop_loss`. The last two, ``n_left`` and ``negatives_only``, are explained in
+    :class:`clop_kernels.backends.contract.LossOptions`.
 
-    Normalisation and the softmax run in float32 (float64 for float64 input); the matrix product runs in the dtype of
-    ``embeddings``, or in autocast's, as plain PyTorch code would have it.
+    Normalisation and the softmax run in float32 (float64 for float64 input). The matrix product runs in the dtype of
+    ``embeddings``, or in that of autocast, as in plain PyTorch code.
 
     Returns:
         ``()`` for ``reduction`` "mean" and "sum", ``(V*B,)`` for "none"; float32, or float64 for float64 input.
@@ -82,9 +83,9 @@ def clop_loss(
     n_positives = is_positive.sum(1)
     is_anchor = ~has_none if negatives_only else n_positives > 0
 
-    # Terms are masked by a product, not by a selection, so that a NaN shows up in the loss wherever it stands.
+    # The mask is a factor and not a selection, so that a NaN anywhere in the matrix reaches the loss.
     if n_rows > 0:
-        # A row that is compared with nothing gets any finite number.
+        # A row without any pairs gets some finite number here; the mask below removes it.
         lse = similarity.masked_fill(is_excluded & ~has_none[:, None], -math.inf).logsumexp(1)
         contrastive = (lse - (similarity * is_positive).sum(1) / n_positives.clamp(min=1)) * is_anchor
     else:
@@ -104,7 +105,7 @@ def clop_loss(
 
 
 def _distance(zhat: Tensor, target: Tensor, distance: str) -> Tensor:
-    """Distance of each unit row to its own prototype: (N, D), (N, D) -> (N,)."""
+    """The distance of each unit row to its own prototype: (N, D), (N, D) -> (N,)."""
     if distance == "cosine":
         return 1 - (zhat * target).sum(1)
     if distance == "euclidean":

@@ -1,8 +1,9 @@
-"""Who has which rows of a loss that is spread over a process group, and how the rows of one rank meet those of all others.
+"""Which rank has which rows of a loss that is spread over a process group, and how a rank's rows meet those of the other ranks.
 
-A rank's own rows are by position, that is in the order of their positive groups (:mod:`clop_kernels.groups`). Others' come to it
-in blocks, all ranks' in one or each rank's in its own, whose rows are in such an order too, so that the positives of a row are a
-run of each block. What is compared, by which kernel and for what, is :mod:`clop_kernels.distributed`'s affair.
+A rank holds its own rows by position, sorted by positive group (:mod:`clop_kernels.groups`). The rows of other
+ranks arrive in blocks: one block with the rows of all ranks ("gather"), or one block for each rank ("ring"). The
+rows of a block are sorted by group too, so that the positives of a row are a run of the block.
+:mod:`clop_kernels.distributed` decides which kernel compares them.
 """
 
 from __future__ import annotations
@@ -20,16 +21,16 @@ from .backends.contract import CHOICES, GRADIENT_SCALES, NUMBERS, STRATEGIES, Lo
 from .collectives import DTYPES, Field, Ranks, Sizes, memory_of
 
 GATHERED_SHARE = 1 / 16
-"""strategy="auto" gathers while the rows of all ranks, and their sorted copy, take no more than this of a device's memory."""
+"""strategy="auto" gathers if the rows of all ranks and their sorted copy take at most this share of a device's memory."""
 
 
 class Side(NamedTuple):
-    """Rows of this rank, and those of the world that they are compared with: of all ranks the same side of theirs."""
+    """Rows of this rank, and the columns that they are compared with: rows of one side, of every rank."""
 
-    rows: slice  # of local positions, and so is `columns`
-    columns: slice
-    n_columns: Sizes  # of every rank
-    with_own: bool  # whether this rank's columns are among them; without sides its rows meet each other in a pass of their own
+    rows: slice  # of local positions
+    columns: slice  # of local positions: this rank's share of the columns
+    n_columns: Sizes  # the share of every rank
+    with_own: bool  # whether this rank's own columns are included; without sides, they have a pass of their own
 
     @property
     def n_rows(self) -> int:
@@ -38,11 +39,11 @@ class Side(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What all ranks know after the header: how many rows of each side all of them have, and how to go about it.
+    """The knowledge that all ranks share after the header: how many rows each rank has on each side, and the strategy.
 
     Attributes:
-        n_left: of every rank, the rows of the left side, or of the only one.
-        n_right: of every rank; () without sides.
+        n_left: for every rank, the number of rows on the left side, or on the only one.
+        n_right: for every rank, the number of rows on the right side; () without sides.
     """
 
     ranks: Ranks
@@ -63,13 +64,13 @@ class Plan:
             assert len(header) == N_FIELDS
             of_left, of_right, of_memory, *_ = ranks.exchange(header, embeddings.device)
             sizes, memory = [tuple(of_left), tuple(of_right)], min(of_memory)
-        n_gathered = sum(ranks.size * max(side) + sum(side) for side in sizes)  # as they come, and by group
+        n_gathered = sum(ranks.size * max(side) + sum(side) for side in sizes)  # the padded rows, and the sorted copy
         n_bytes = n_gathered * width * options.compute_dtype.itemsize
         is_ring = sharding.strategy == "ring" or (sharding.strategy == "auto" and n_bytes > GATHERED_SHARE * memory)
         return Plan(ranks, options, sizes[0], () if options.n_left is None else sizes[1], is_ring)
 
     def table(self) -> Tensor:
-        """(3, world) int64 on the CPU: both sizes, and whether it is a ring."""
+        """(3, world) int64 on the CPU: both sizes of each rank, and whether the strategy is "ring"."""
         return torch.tensor([self.n_left, self.n_right or (0,) * self.ranks.size, (int(self.is_ring),) * self.ranks.size])
 
     @staticmethod
@@ -80,7 +81,7 @@ class Plan:
 
     @property
     def sides(self) -> tuple[Side, ...]:
-        """Those with anything to compare."""
+        """The sides that have pairs."""
         n_left = self.n_left[self.ranks.rank]
         left = slice(0, n_left)
         if not self.options.has_pairs:
@@ -92,22 +93,25 @@ class Plan:
 
     @property
     def has_keys(self) -> bool:
-        """Whether a row can have positives on other ranks, or on the other side."""
+        """Whether a row can have positives on other ranks or on the other side."""
         return self.options.positives == "label" or bool(self.n_right)
 
     def keys(self, labels: Tensor | None, order: Tensor) -> Tensor:
-        """By position what rows have in common with their positives, ascending, -1 for none; empty without ``has_keys``."""
+        """A key for each position, equal for rows that are positives of each other, ascending; -1: no positives elsewhere.
+
+        Empty without ``has_keys``.
+        """
         if not self.has_keys:
             return order[:0].clone()
         if self.options.positives == "label":
             assert labels is not None
             return labels.repeat(self.options.n_views).index_select(0, order).clamp(min=-1)
-        first = sum(self.n_left[: self.ranks.rank])  # of this rank's pairs in the world
+        first = sum(self.n_left[: self.ranks.rank])  # the index of this rank's first pair in the world
         return first + order % max(self.n_left[self.ranks.rank], 1)
 
 
 class Block(NamedTuple):
-    """What one pass over pairs takes, :mod:`clop_kernels.backends.contract`; in the backward pass with coefficients."""
+    """The arguments of one pass over pairs (:mod:`clop_kernels.backends.contract`); the backward pass adds the coefficients."""
 
     zhat: Tensor
     groups: Tensor
@@ -117,9 +121,10 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of this rank by position, and in the backward pass their coefficients, (4, n); and how they meet all others.
+    """This rank's rows by position, in the backward pass also their coefficients, (4, n), and the blocks that they meet.
 
-    Each method yields the passes of a side: without sides first that of this rank alone, which overlaps with what others send.
+    Each method yields the passes of one side. Without sides, the first pass compares this rank's rows with each other, while the
+    rows of other ranks arrive.
     """
 
     plan: Plan
@@ -133,7 +138,7 @@ class Rows:
 
     def ring(self, side: Side) -> Iterator[Block]:
         rank, has_keys = self.plan.ranks.rank, self.plan.has_keys
-        both = self.zhat.new_empty((side.n_rows + max(side.n_columns), self.zhat.shape[1]))  # one for all steps
+        both = self.zhat.new_empty((side.n_rows + max(side.n_columns), self.zhat.shape[1]))  # reused by all steps
         both[: side.n_rows] = self.zhat[side.rows]
         tensors = [self.zhat[side.columns]]
         if has_keys:
@@ -157,7 +162,7 @@ class Rows:
         yield from self._alone(side)
         places = ranks.index_of_rows(side.n_columns, side.with_own, self.zhat.device)
         keys = None
-        if finish_keys is not None:  # by group, so that the positives of a row are a run
+        if finish_keys is not None:  # sorted by group, so that the positives of a row are a run
             keys, order = torch.sort(finish_keys().index_select(0, places), stable=True)
             places = places.index_select(0, order)
         everyone = finish()
@@ -165,13 +170,13 @@ class Rows:
         zhat = everyone.new_empty((n_rows + n_columns, everyone.shape[1]))
         zhat[:n_rows] = self.zhat[side.rows]
         torch.index_select(everyone, 0, places, out=zhat[n_rows:])
-        del everyone, finish  # which holds it too: while others work on the copy, N D numbers less
+        del everyone, finish  # finish refers to it too; this frees N D numbers while the caller works on the sorted copy
         table = self._crossing(side, n_columns, keys)
         table[0, n_rows:] = places
         yield from self._across(side, zhat, table, None)
 
     def gather_coefficients(self, side: Side, zhat: Tensor, table: Tensor) -> Iterator[Block]:
-        """As :meth:`gather`, whose last block these are of."""
+        """The passes of :meth:`gather` again, for the backward pass; ``zhat`` and ``table`` are those of its last block."""
         finish = self.plan.ranks.start_gather(self._sent(side), side.n_columns)
         yield from self._alone(side)
         received = finish().index_select(0, table[0, side.n_rows :].to(torch.int64)).T
@@ -189,7 +194,7 @@ class Rows:
             yield Block(zhat, table, side.n_rows, both)
 
     def _crossing(self, side: Side, n_columns: int, keys: Tensor | None) -> Tensor:
-        """(3, rows and columns): where the positives of each row are behind the rows, among columns of such keys, ascending."""
+        """(3, rows + columns): the positive run of each row among the columns, which follow the rows. ``keys`` ascend."""
         n_rows = side.n_rows
         table = self.groups.new_full((3, n_rows + n_columns), n_rows)
         if keys is not None:
@@ -201,13 +206,13 @@ class Rows:
         return table
 
     def _sent(self, side: Side) -> Tensor:
-        """The coefficients that other ranks need of columns, (columns, 2 or 4): b and c are of positives alone."""
+        """The coefficients that other ranks need from this rank's columns, (columns, 2 or 4). Only positives need b and c."""
         assert self.coefficients is not None
         a, _, _, shift = of_columns = self.coefficients[:, side.columns]
         return (of_columns if self.plan.has_keys else torch.stack([a, shift])).T.contiguous()
 
     def _received(self, sent: Tensor) -> Tensor:
-        """(4, columns) from (4 or 2, columns)."""
+        """(2 or 4, columns), as received, to (4, columns)."""
         if self.plan.has_keys:
             return sent
         a, shift = sent
@@ -235,7 +240,7 @@ def _header(
 
 
 _AGREED_OPTIONS = tuple(name for name in LossOptions._fields if name != "n_left")
-"""Of the rows on either side a rank has its own number."""
+"""``n_left`` is left out, since ranks may have different numbers of left rows."""
 
 N_FIELDS = 11 + len(_AGREED_OPTIONS)
 

@@ -1,6 +1,6 @@
-"""The checks of what users pass: each raises an error that names the argument, its value, what was expected and the remedy.
+"""Checks of the users' arguments. Each error names the argument, its value, what was expected, and the remedy.
 
-Nothing here reads a tensor's values; :func:`clop_kernels.ops.check_values` does.
+Nothing here reads the values of a tensor; :func:`clop_kernels.ops.check_values` does.
 """
 
 from __future__ import annotations
@@ -27,14 +27,17 @@ _EMBEDDING_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16
 
 
 def sharding(group: ProcessGroup | None, strategy: str, grad_scale: str, check_ranks: bool) -> Sharding | None:
-    """None for a loss of this process alone. The choices are left to :func:`check_strategies`, whose errors can be announced."""
+    """The arguments about processes as one record; None without a group.
+
+    :func:`check_strategies` checks the choices later, where an error can be announced to the other ranks.
+    """
     if group is None:
         return None
     if not torch.distributed.is_available():
-        raise RuntimeError("group: this build of torch has no torch.distributed")
+        raise RuntimeError("group is given, but this build of torch has no torch.distributed: expected group=None")
     non_member: Any = torch.distributed.GroupMember.NON_GROUP_MEMBER
     if group is non_member:
-        raise ValueError("group: this process is not a member of it; only those that are may call the loss")
+        raise ValueError("group: this process is not a member of the group; expected only its members to call the loss")
     if not isinstance(group, torch.distributed.ProcessGroup):
         raise TypeError(
             f"group is a {type(group).__name__}: expected a torch.distributed.ProcessGroup, such as torch.distributed.group.WORLD"
@@ -43,8 +46,10 @@ def sharding(group: ProcessGroup | None, strategy: str, grad_scale: str, check_r
 
 
 def failures_announced(sharding: Sharding | None) -> AbstractContextManager[Any]:
-    """Where an error within must not leave other ranks waiting. In a compiled graph nothing but the operator itself can fail; an
-    error while it is traced is this rank's alone, unless torch.compile then runs the function as it is.
+    """A context in which an error of this rank becomes an error on every rank, so that no rank waits in vain.
+
+    In a compiled graph, only the operator itself can fail. An error during tracing is not announced, unless torch.compile then
+    falls back to running the function uncompiled.
     """
     if sharding is None or torch.compiler.is_compiling():
         return _NOTHING
@@ -55,11 +60,11 @@ _NOTHING = nullcontext()
 
 
 def check_spread(backend: str | None) -> None:
-    """Whether rows can be spread over processes here."""
+    """Raises an error if this call cannot have a group."""
     if backend == REFERENCE:
         raise ValueError('backend="reference" with a group: expected another backend, or all rows in one process')
     if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        raise NotImplementedError("a group inside a transform of torch.func: expected torch.autograd, or all rows in one process")
+        raise NotImplementedError("group inside a torch.func transform: expected torch.autograd, or all rows in one process")
 
 
 def check_strategies(strategy: str, grad_scale: str) -> None:
@@ -111,10 +116,10 @@ def checked_labels(name: str, labels: object, n_instances: int, device: torch.de
     check_tensor(name, labels)
     assert isinstance(labels, Tensor)
     if labels.dtype not in INTEGER_DTYPES:
-        raise TypeError(f"{name} has dtype {labels.dtype}: expected an integer dtype, as of labels.long()")
+        raise TypeError(f"{name} has dtype {labels.dtype}: expected an integer dtype; {name}.long() converts")
     if labels.dim() != 1 or labels.shape[0] != n_instances:
         raise ValueError(
-            f"{name} has shape {tuple(labels.shape)}: expected ({n_instances},), one label an instance and not one a row "
+            f"{name} has shape {tuple(labels.shape)}: expected ({n_instances},), one label for each instance, not for each row "
             f"(the views of an instance share its label)"
         )
     if labels.device != device:
@@ -127,7 +132,7 @@ def check_prototypes(prototypes: Tensor, embeddings: Tensor) -> None:
     width = embeddings.shape[1]
     if prototypes.dim() != 2 or prototypes.shape[1] != width or prototypes.shape[0] < 1:
         raise ValueError(
-            f"prototypes has shape {tuple(prototypes.shape)}: expected (K, {width}), K >= 1 rows of the width of embeddings"
+            f"prototypes has shape {tuple(prototypes.shape)}: expected (K, {width}), K >= 1 rows as wide as embeddings"
         )
     if prototypes.dtype not in _EMBEDDING_DTYPES:
         raise TypeError(f"prototypes has dtype {prototypes.dtype}: expected one of {', '.join(map(str, _EMBEDDING_DTYPES))}")
@@ -136,7 +141,7 @@ def check_prototypes(prototypes: Tensor, embeddings: Tensor) -> None:
 
 
 def checked_temperature(temperature: Number, device: torch.device) -> Number:
-    if type(temperature) is float and 0 < temperature < math.inf:  # as nearly always: a call of few rows is mostly checks
+    if type(temperature) is float and 0 < temperature < math.inf:  # the fast path: with few rows, checks dominate a call
         return temperature
     value = _checked_number("temperature", temperature, device)
     if not isinstance(value, Tensor) and value <= 0:
@@ -156,16 +161,16 @@ def checked_prototype_weight(weight: Number, device: torch.device) -> Number:
 def check_weight_is_not_learned(weight: Number) -> None:
     if isinstance(weight, Tensor) and weight.requires_grad and torch.is_grad_enabled():
         raise ValueError(
-            "prototype_weight requires grad: expected a number that is not learned, as of prototype_weight.detach(); "
-            'backend="reference" has its gradient'
+            "prototype_weight requires grad: expected a number that is not learned, such as prototype_weight.detach(); "
+            'only backend="reference" computes its gradient'
         )
 
 
 def _checked_number(name: str, value: Number, device: torch.device) -> Number:
-    """A finite float, or a 0-dim tensor on the device, whose value is not read."""
+    """``value`` as a finite float, or as a 0-dim tensor on the device, whose value is not read."""
     if isinstance(value, Tensor):
         if value.dim() != 0:
-            raise ValueError(f"{name} has shape {tuple(value.shape)}: expected a 0-dim tensor, as of {name}.squeeze()")
+            raise ValueError(f"{name} has shape {tuple(value.shape)}: expected a 0-dim tensor, such as {name}.squeeze()")
         if not value.dtype.is_floating_point:
             raise TypeError(f"{name} has dtype {value.dtype}: expected a floating dtype")
         if value.device != device:
@@ -173,7 +178,7 @@ def _checked_number(name: str, value: Number, device: torch.device) -> Number:
         return value
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(f"{name}={value!r} of type {type(value).__name__}: expected a number")
-    if not -math.inf < value < math.inf:  # and not isfinite(), which torch.compile does not trace
+    if not -math.inf < value < math.inf:  # torch.compile does not trace isfinite()
         raise ValueError(f"{name}={value}: expected a finite number")
     return float(value)
 

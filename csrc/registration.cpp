@@ -1,8 +1,8 @@
-// The only file that registers: the operators clop_native::*, and the Python module whose import loads them.
+// Registers the operators clop_native::* and the Python module whose import loads them. No other file registers anything.
 //
-// Everything here is torch's stable ABI and Python's limited API, so that one build serves every Python >= 3.10 and every
-// torch >= 2.11. Operators are called by clop_kernels/backends/, below autograd and autocast.
-// Each is a line of CLOP_CPU_OPERATORS or CLOP_CUDA_OPERATORS, in the bindings.
+// This file uses only torch's stable ABI and Python's limited API, so that one build serves every Python >= 3.10 and every
+// torch >= 2.11. clop_kernels/backends/ calls the operators, where autograd and autocast no longer look on. Each operator is
+// one line of CLOP_CPU_OPERATORS or CLOP_CUDA_OPERATORS in the bindings.
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
@@ -35,13 +35,13 @@ constexpr const char* kCompiler = "clang " __clang_version__;
 constexpr const char* kCompiler = "gcc " __VERSION__;
 #endif
 
-// How the extension was built, and the SIMD level that it takes on this CPU, as JSON.
+// How the extension was built, and which SIMD level it uses on this CPU, as JSON.
 std::string build_info() {
   return std::string("{\"cuda\": ") + kCudaVersion + ", \"cuda_archs\": " + kCudaArchs + ", \"simd\": \"" +
          clop::cpu::simd_level() + "\", \"compiler\": \"" + kCompiler + "\"}";
 }
 
-// What C++ and Python both know, by its name in Python, as JSON.
+// The constants that C++ and Python share, under their Python names, as JSON.
 std::string constants() {
 #define CLOP_NAME(name) "\"" #name "\", "
   const auto listed = [](std::string names) { return "[" + names.substr(0, names.size() - 2) + "]"; };
@@ -74,7 +74,7 @@ STABLE_TORCH_LIBRARY(clop_native, m) {
 #endif
 }
 
-// Operators without tensor arguments, on any device.
+// These operators have no tensor arguments, so they run on any device.
 STABLE_TORCH_LIBRARY_IMPL(clop_native, CompositeExplicitAutograd, m) {
   m.impl("build_info", TORCH_BOX(&build_info));
   m.impl("constants", TORCH_BOX(&constants));
@@ -89,8 +89,8 @@ STABLE_TORCH_LIBRARY_IMPL(clop_native, CPU, m) { CLOP_CPU_OPERATORS(CLOP_IMPLEME
 STABLE_TORCH_LIBRARY_IMPL(clop_native, CUDA, m) { CLOP_CUDA_OPERATORS(CLOP_IMPLEMENT_CUDA) }
 #endif
 
-// An empty module: that it is imported is what registers the operators. PyMODINIT_FUNC exports it from a library that
-// otherwise exports nothing.
+// The module is empty: importing it registers the operators. PyMODINIT_FUNC exports this function; the library exports nothing
+// else.
 PyMODINIT_FUNC PyInit__native(void) {
   static PyModuleDef definition = {
       PyModuleDef_HEAD_INIT, "_native", "The operators of clop_kernels.", 0, nullptr, nullptr, nullptr, nullptr, nullptr};

@@ -15,9 +15,9 @@ if not torch.cuda.is_available():
 
 import clop_kernels
 
-from . import world
-from .oracle import RUNNABLE
-from .world import World
+from .support import world
+from .support.oracle import RUNNABLE
+from .support.world import World
 
 
 @pytest.fixture(autouse=True, scope="session")

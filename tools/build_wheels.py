@@ -34,7 +34,7 @@ OF_TORCH = ("libtorch.so", "libtorch_cpu.so")
 OF_EVERY_LINUX = ("ld-linux", "libc.so", "libdl.so", "libgcc_s.so", "libm.so", "libpthread.so", "librt.so", "libstdc++.so")
 """The only libraries that the extension may need. None of CUDA's libraries is among them."""
 
-TESTS = ("test_losses.py", "test_native.py", "test_native_cuda.py")
+TESTS = ("api/test_losses.py", "cpu/test_extension.py", "project/test_binary.py")
 
 BUILD = "import sys; from setuptools import build_meta; build_meta.{}(sys.argv[1], {{'--global-option': ['--quiet']}})"
 BUILD_INFO = "import torch, clop_kernels._native; print(torch.ops.clop_native.build_info())"

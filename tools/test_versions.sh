@@ -23,7 +23,7 @@ find_python312() {
     return 1
 }
 
-common=(tests/test_ops.py tests/test_losses.py tests/test_properties.py)
+common=(tests/api/test_ops.py tests/api/test_losses.py tests/api/test_properties.py)
 what=${1:-}
 case "$what" in
 oldest | kernels)
@@ -39,7 +39,7 @@ newest)
     python=${PYTHON:-python3}
     versions=(torch==2.14.1 triton==3.8.0)
     extras=(lightly matplotlib pytorch-metric-learning scikit-learn tqdm)
-    tests=("${common[@]}" tests/test_backends.py tests/test_training.py tests/test_gradcache.py tests/test_compat.py)
+    tests=("${common[@]}" tests/contract tests/api/test_training.py tests/api/test_gradcache.py tests/api/test_compat.py)
     kernels=(--targets 90 --dtypes bfloat16 --dims 128) # there is no committed table for this version
     ;;
 *)

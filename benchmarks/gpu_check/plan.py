@@ -180,8 +180,8 @@ def _tiles(machine: Machine) -> list[Job]:
 
 # ---- tests -----------------------------------------------------------------------------------------------------------
 
-_TESTS = ("tests/test_gpu.py", "tests/test_native_cuda.py", "tests/test_training_recipes.py")
-_OF_A_STAND_IN = ("tests/test_prototypes.py", "tests/test_gpu.py::test_at_most_six_launches")
+_TESTS = ("tests/contract", "tests/gpu/test_losses.py", "tests/gpu/test_operators.py", "tests/examples/test_training_recipes.py")
+_OF_A_STAND_IN = ("tests/api/test_prototypes.py", "tests/gpu/test_losses.py::test_at_most_six_launches")
 
 
 def _pytest(name: str, limit: float, *arguments: str) -> Job:
@@ -196,16 +196,16 @@ def _pytest(name: str, limit: float, *arguments: str) -> Job:
 def _tests(machine: Machine) -> list[Job]:
     """Many at a time, where pytest-xdist is installed: each worker compiles what its tests need, into one cache for all."""
     workers = ("-n", str(machine.at_once)) if find_spec("xdist") else ()
-    chosen = (*_TESTS, "-m", "not alone") if machine.on_gpu else _OF_A_STAND_IN
+    chosen = (*_TESTS, "-m", "gpu and not alone") if machine.on_gpu else _OF_A_STAND_IN
     return [_pytest("numbers", 240, *workers, *chosen)]
 
 
 def _serial(machine: Machine) -> list[Job]:
-    return [_pytest("alone", 150, *((*_TESTS, "-m", "alone and not sanitizer") if machine.on_gpu else _OF_A_STAND_IN))]
+    return [_pytest("alone", 150, *((*_TESTS, "-m", "gpu and alone and not sanitizer") if machine.on_gpu else _OF_A_STAND_IN))]
 
 
 def _distributed(machine: Machine) -> list[Job]:
-    return [_pytest("one rank a GPU", 120, *(("tests/test_distributed_gpu.py",) if machine.on_gpu else _OF_A_STAND_IN))]
+    return [_pytest("one rank a GPU", 120, *(("tests/gpu/test_distributed.py",) if machine.on_gpu else _OF_A_STAND_IN))]
 
 
 # ---- tools -----------------------------------------------------------------------------------------------------------

@@ -1,32 +1,33 @@
-"""What every backend is given and what it gives back. A backend is a module with these two functions::
+"""The contract of a backend: its inputs and its results. A backend is a module with these two functions and one constant::
 
     forward(embeddings, labels, prototypes, options) -> (loss, Residuals)
     backward(grad_loss, embeddings, residuals, labels, prototypes, options, needs) -> Gradients
 
-    CHECKS_VALUES: bool    # whether forward asserts on a GPU what ops.check_values checks, which is then not called there
+    CHECKS_VALUES: bool    # True: on a GPU, forward itself asserts what ops.check_values checks, which is then not called
 
-and, for a loss whose rows are spread over processes (:mod:`clop_kernels.distributed`), with its two passes over pairs alone, by
-the same kernels::
+For a loss whose rows are spread over processes (:mod:`clop_kernels.distributed`), the module also exports its two passes over
+pairs, which use the same kernels::
 
     pair_softmax(zhat, groups, n_left, options) -> Softmax
     pair_gradient(zhat, groups, n_left, coefficients, options) -> Tensor
 
-All run below autograd and autocast, on validated input, and must neither synchronise with the host on a GPU nor
-allocate anything that grows with N^2. The definition they compute is :mod:`clop_kernels.reference`. ``embeddings`` have any
-strides; ``labels``, int64, ``prototypes``, of any floating dtype, and ``grad_loss`` are contiguous, which the operators see to.
+All four functions run below autograd and autocast, on validated input. They must not synchronise with the host on a GPU, and must
+not allocate anything that grows with N^2. :mod:`clop_kernels.reference` defines what they compute. ``embeddings`` may have any
+strides. ``labels`` (int64), ``prototypes`` (any floating dtype) and ``grad_loss`` are contiguous; the operators ensure this.
 
-The passes over pairs take rows that are normalised, rounded and in the order of their positive groups already. They compare
-``zhat``, (M, D) contiguous in the compute dtype, with itself if ``n_left`` is None; else its first ``n_left`` rows with the other
-ones, and give results for those ``n_left`` only: one way. Neither side is empty. ``groups``, (3, M) int32 contiguous, is
-:meth:`clop_kernels.groups.Groups.table`, of which only the runs of rows that get a result are read: where their positives begin
-and end, as positions in ``zhat``, neither of which goes down from row to row; without sides a run holds the row itself, with
-sides it may be empty, but lies within the right one. ``options`` have positives="label", and no sides or negatives of their own.
+The two passes over pairs receive rows that are already normalised, rounded and sorted by positive group. ``zhat`` is
+(M, D), in the compute dtype and contiguous. If ``n_left`` is None, all rows are compared with each other. Otherwise the
+first ``n_left`` rows are compared with the rest, and only they get results (one way). Neither side is empty. ``groups``
+is :meth:`clop_kernels.groups.Groups.table`, (3, M) int32, contiguous. Only starts and ends are read, and only for rows
+that get a result. They are positions in ``zhat``, and both are non-decreasing. Without sides, a row's positive run
+contains the row itself. With sides, the run lies within the right side and may be empty. ``options`` has
+positives="label", no sides, and negatives_only=False.
 
-    pair_softmax: the sums over the pairs of each row. Where one shift fits all rows, they have that one, whatever they are
-        compared with; it depends on ``options`` alone. The caller merges the sums of several calls.
-    pair_gradient: sum_j M_ij zhat_j, (M, D) or (n_left, D) in the accumulate dtype, of :class:`Coefficients`, (4, M) float32 or
-        float64, contiguous, whose shifts are as pair_softmax gives them. Their weights w_i are at most 1: M may be rounded to
-        float16.
+    pair_softmax: the sums over the pairs of each row. If one shift fits all rows, every row gets that shift, whatever it is
+        compared with; the choice depends on ``options`` alone. The caller merges the sums of several calls.
+    pair_gradient: sum_j M_ij zhat_j, (M, D) or (n_left, D) in the accumulate dtype. ``coefficients`` holds the rows of
+        :class:`Coefficients`, (4, M) float32 or float64, contiguous. Its shifts are those that pair_softmax returns. The row
+        weights w_i behind it are at most 1, so M may be rounded to float16.
 """
 
 from __future__ import annotations
@@ -44,35 +45,37 @@ REDUCTIONS = ("mean", "sum", "none")
 STRATEGIES = ("auto", "gather", "ring")
 GRADIENT_SCALES = ("ddp", "none")
 
-# Constants of all backends. csrc/common/constants.h has those of the compiled ones, and tests hold them equal.
+# Constants that all backends share. csrc/common/constants.h repeats them for the compiled backends; tests compare the two.
 
 EPS = 1e-12
-"""Smallest norm that a row is divided by; the same constant as in :mod:`clop_kernels.reference`."""
+"""The smallest norm by which a row is divided; equal to the constant in :mod:`clop_kernels.reference`."""
 
 LOG2_E = math.log2(math.e)
 
 LARGEST_UNSHIFTED_LOGIT = {torch.float32: 60.0, torch.float64: 600.0}
-"""Up to it exp s needs no shift: sums over 2^38 rows stay below exp(88), the end of float32; float64 ends at exp(709)."""
+"""The largest logit s for which exp s needs no shift. Sums over 2^38 rows then stay below exp(88), where float32 overflows;
+float64 overflows at exp(709)."""
 
 FLOAT16_SCALE = 2.0**14
-"""What M is multiplied by before it is rounded to float16, which ends at 65504 and 6e-8; M <= 2."""
+"""The factor of M before it is rounded to float16. M is at most 2, and float16 ranges from 6e-8 to 65504."""
 
 RANKED_INSTANCES = 4096
-"""On a GPU so many labels at most are put in order by counting: B^2 comparisons in one launch, against the several of a sort."""
+"""The largest number of labels that a GPU sorts by counting: B^2 comparisons in one launch instead of the several of a sort."""
 
 
 Number = float | Tensor
 """A number that changes during training: a float, or a 0-dim tensor on the device of the embeddings.
 
-A GPU's is never read on the host. Where the host is to know the number it is a float: of a tensor on a CPU its value.
+The host never reads a number that is on a GPU. A number on a CPU reaches the backends as a float.
 """
 
 
 class LossOptions(NamedTuple):
-    """The loss that is asked for, apart from its tensors: an option is declared here, in csrc/common/options.h, and nowhere else.
+    """The options of a loss, without its tensors. An option is declared here and in csrc/common/options.h, and nowhere else.
 
-    From this table come the schemas of all operators and how they pack and read their arguments (:mod:`clop_kernels.ops`), what
-    ranks compare before a loss over a process group, and what the compiled extension is told.
+    Three things are generated from this table: the schemas of all operators and the packing of their arguments
+    (:mod:`clop_kernels.ops`), the list of options that ranks compare before a loss over a process group, and the arguments of the
+    compiled extension.
 
     Attributes:
         temperature: tau > 0.
@@ -81,12 +84,12 @@ class LossOptions(NamedTuple):
         positives: one of :data:`POSITIVES`.
         distance: one of :data:`DISTANCES`, from a unit row to its prototype.
         reduction: one of :data:`REDUCTIONS`.
-        compute_dtype: the operands of the N x N matrix products are rounded to it: that of the embeddings, or autocast's.
-        normalize: whether zhat_i is z_i / max(|z_i|, EPS), or z_i itself.
-        n_left: where the rows have two sides, how many are on the left, the first ones: a row is compared with those of the other
-            side only, and its positives are there. None: with all other rows.
-        negatives_only: positives are no pairs at all, and the term of each row is log sum exp s_ij over its negatives, 0 if it
-            has none; A is the rows that have some.
+        compute_dtype: the dtype of the operands of the N x N matrix products: that of the embeddings, or of autocast.
+        normalize: True: zhat_i is z_i / max(|z_i|, EPS). False: unnormalised, zhat_i is z_i.
+        n_left: the number of rows on the left side, which come first. A row is then compared only with the rows of the other
+            side, and its positives are there. None: there are no sides, and a row is compared with all other rows.
+        negatives_only: True: positives are excluded from the pairs. The term of a row is then log sum exp s_ij over its
+            negatives, 0 without negatives, and A holds the rows that have negatives.
     """
 
     temperature: Number = 0.1
@@ -102,45 +105,45 @@ class LossOptions(NamedTuple):
 
     @property
     def has_pairs(self) -> bool:
-        """False where no row can have a positive, so that there is nothing to compare: the prototype term stands alone."""
+        """False if no row can have a positive. No pairs are then computed, and the loss is the prototype term alone."""
         return self.positives == "label" or self.n_views > 1 or self.negatives_only
 
     @property
     def accumulate_dtype(self) -> torch.dtype:
-        """The dtype of sums, losses, lse and norms: float32, or float64 where the products are float64."""
+        """The dtype of sums, losses, lse and norms: float32, or float64 if the products are float64."""
         return accumulate_dtype(self.compute_dtype)
 
     @property
     def numbers(self) -> tuple[Number, ...]:
-        """Those of :data:`NUMBERS`."""
+        """The values of the options in :data:`NUMBERS`."""
         numbers: tuple[Any, ...] = self[: len(NUMBERS)]
         return numbers
 
     @property
     def has_tensors(self) -> bool:
-        """Whether a number is a tensor."""
+        """Whether at least one number is a tensor."""
         return not _FLOAT.issuperset(map(type, self.numbers))
 
     def with_numbers(self, new: Callable[[Any], Any]) -> LossOptions:
-        """With ``new`` of each of :data:`NUMBERS`."""
+        """A copy in which each number x is replaced by ``new(x)``."""
         return LossOptions(*map(new, self.numbers), *self[len(NUMBERS) :])
 
     def without_numbers(self) -> LossOptions:
-        """What stays the same while a training changes its numbers."""
+        """A copy with all numbers 0: the part that does not change during training."""
         return self.with_numbers(lambda _: 0.0)
 
     def of_pairs(self, n_left: int | None = None) -> LossOptions:
-        """The options of a pass over pairs alone, of rows in the order of their positive groups."""
+        """The options of pair_softmax and pair_gradient, whose rows are sorted by positive group."""
         return self._replace(n_views=1, positives="label", n_left=n_left, negatives_only=False)
 
 
 _FLOAT = frozenset({float})
 
 CHOICES: dict[str, tuple[str, ...]] = {"positives": POSITIVES, "distance": DISTANCES, "reduction": REDUCTIONS}
-"""What an option that is a string can be."""
+"""The allowed values of each option that is a string."""
 
 NUMBERS = tuple(name for name, kind in get_type_hints(LossOptions).items() if kind == Number)
-"""The options that change during training. They come first."""
+"""The names of the options that may change during training. They are the first fields of LossOptions."""
 assert LossOptions._fields[: len(NUMBERS)] == NUMBERS
 
 
@@ -148,11 +151,11 @@ class Sharding(NamedTuple):
     """How the rows of a loss are spread over processes.
 
     Attributes:
-        group_name: of the process group, as torch registers it: an operator takes no group.
+        group_name: the name under which torch registers the process group; an operator cannot take the group itself.
         strategy: one of STRATEGIES.
         grad_scale: one of GRADIENT_SCALES.
-        check_ranks: whether ranks tell each other their sizes and options first. If not, all must have the same.
-        has_backward: whether there will be a backward pass, in which all ranks must take part.
+        check_ranks: True: ranks first compare their sizes and options. False: nothing is compared, and all must be equal.
+        has_backward: whether a backward pass will follow. All ranks must take part in it.
     """
 
     group_name: str
@@ -163,51 +166,52 @@ class Sharding(NamedTuple):
 
 
 DENSE_DEVICES = ("cpu",)
-"""Where rows of zhat lie side by side. Elsewhere each begins at a multiple of 16 bytes, which is what a GPU copies at a time."""
+"""Devices where the rows of zhat have no gaps between them. Elsewhere each row starts at a multiple of 16 bytes, the unit in
+which a GPU copies."""
 
 
 def unit_rows(embeddings: Tensor, dtype: torch.dtype) -> Tensor:
-    """Memory for zhat, (N, D) like the embeddings, as every backend lays it out on their device.
+    """Uninitialised memory for zhat, (N, D) like the embeddings, in the layout that every backend uses on their device.
 
-    What lies between two rows is written and read by no one.
+    Nothing reads or writes the gaps between rows.
     """
     return embeddings.new_empty_strided(embeddings.shape, (_pitch(embeddings, dtype), 1), dtype=dtype)
 
 
 def as_unit_rows(zhat: Tensor) -> Tensor:
-    """``zhat`` as :func:`unit_rows` lays it out, itself or a copy: rows that were saved or sent may come otherwise."""
+    """``zhat`` in the layout of :func:`unit_rows`, copied if necessary: saved or received rows may have another layout."""
     if zhat.stride() == (_pitch(zhat, zhat.dtype), 1) and zhat.data_ptr() % 16 == 0:
         return zhat
     return unit_rows(zhat, zhat.dtype).copy_(zhat)
 
 
 def _pitch(rows: Tensor, dtype: torch.dtype) -> int:
-    """How many numbers a row of zhat is from the next."""
+    """The distance from one row of zhat to the next, in numbers."""
     numbers = 1 if rows.device.type in DENSE_DEVICES else 16 // dtype.itemsize
     return (rows.shape[1] + numbers - 1) // numbers * numbers
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for float64, float32 for everything narrower."""
+    """float64 for float64, float32 for narrower dtypes."""
     return torch.promote_types(dtype, torch.float32)
 
 
 class Residuals(NamedTuple):
-    """What the forward pass leaves for the backward pass of the same backend: O(N D). The order of the rows is its own affair.
+    """The O(N D) tensors that the forward pass keeps for the backward pass of the same backend, which also chooses the row order.
 
-    The softmax is kept as a shift and two sums, not as their logarithm, so that a row with one dominating positive keeps
-    its small numbers: sum_{j != i} exp s_ij = 2^shift_i * total_i, and the same over the pairs that are not positives is
-    2^shift_i * negative_i. Of the total the backward pass needs only the inverse, so no pass divides by it for every pair.
+    The softmax is kept as a shift and two sums, not as a logarithm, so that a row with one dominating positive keeps its small
+    numbers. sum_{j != i} exp s_ij is 2^shift_i * total_i; the same sum without the positives is 2^shift_i * negative_i. The total
+    is stored as its inverse, so that the backward pass does not divide for every pair.
 
     Attributes:
-        zhat: (N, D) in the compute dtype, the rows as all products see them, z itself without ``options.normalize``;
-            laid out as :func:`unit_rows` says.
+        zhat: (N, D) in the compute dtype, the operands of all products, in the layout of :func:`unit_rows`. Without
+            ``options.normalize`` it is z itself.
         norms: (N,) in the accumulate dtype, the norms |z_i| of the raw rows, not clamped.
         shift: (N,) in the accumulate dtype.
-        inverse_total: (N,) in the accumulate dtype, 1 / total; 0 of a row that is no anchor.
+        inverse_total: (N,) in the accumulate dtype, 1 / total; 0 for a row that is no anchor.
         negative: (N,) in the accumulate dtype.
-        groups: (3, N) int32, :meth:`clop_kernels.groups.Groups.table`, where positives are found by label; else (3, 0).
-        counts: (2,) in the accumulate dtype, how many rows are in A and in S: what a mean divides by.
+        groups: (3, N) int32, :meth:`clop_kernels.groups.Groups.table`, if positives="label"; else (3, 0).
+        counts: (2,) in the accumulate dtype, the numbers of rows in A and in S, the divisors of the two means.
     """
 
     zhat: Tensor
@@ -220,13 +224,13 @@ class Residuals(NamedTuple):
 
 
 class Softmax(NamedTuple):
-    """Row statistics, (N,) each in the accumulate dtype. With S_ij = s_ij log2(e), sums over j of
+    """Row statistics, (N,) each in the accumulate dtype. S_ij is s_ij log2(e).
 
     Attributes:
-        shift: what is subtracted from every S_ij of a row.
-        negative: 2^(S_ij - shift_i) over the pairs that are not positives.
-        positive: the same over the positives.
-        positive_logits: S_ij itself over the positives.
+        shift: the number that is subtracted from every S_ij of a row.
+        negative: the sum of 2^(S_ij - shift_i) over the pairs that are not positives.
+        positive: the same sum over the positives.
+        positive_logits: the sum of S_ij itself over the positives.
     """
 
     shift: Tensor
@@ -240,9 +244,10 @@ class Softmax(NamedTuple):
 
 
 class Coefficients(NamedTuple):
-    """What the pairwise matrix M of the gradient is made of, (N,) each in the accumulate dtype; the rows of one (4, N) tensor.
+    """The coefficients of the pairwise matrix M of the gradient, (N,) each in the accumulate dtype; the rows of a (4, N) tensor.
 
-    M_ij = 2^(S_ij - shift_i) a_i + 2^(S_ij - shift_j) a_j, and where j is a positive of i, the same with b for a, less c_i + c_j.
+    M_ij = 2^(S_ij - shift_i) a_i + 2^(S_ij - shift_j) a_j. If j is a positive of i, b takes the place of a, and c_i + c_j is
+    subtracted.
     """
 
     a: Tensor
@@ -252,7 +257,7 @@ class Coefficients(NamedTuple):
 
 
 class Needs(NamedTuple):
-    """Which gradients are asked for."""
+    """Which gradients autograd needs."""
 
     embeddings: bool
     temperature: bool
@@ -260,7 +265,7 @@ class Needs(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients, None where not asked for.
+    """The gradients. One that is not needed may be None.
 
     Attributes:
         embeddings: (N, D) in the dtype of the embeddings.

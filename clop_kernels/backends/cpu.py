@@ -1,4 +1,4 @@
-"""The backend ``cpu``: the compiled SIMD kernels, csrc/cpu/."""
+"""The backend ``cpu``: the compiled SIMD kernels in csrc/cpu/."""
 
 from __future__ import annotations
 
@@ -69,5 +69,5 @@ def _precise(prototypes: Tensor | None, options: LossOptions) -> Tensor | None:
 
 
 def _arguments(options: LossOptions) -> tuple[Any, ...]:
-    """What every operator takes after its tensors. The side of a tile: 0 for the kernels' choice."""
+    """The arguments that every operator takes after its tensors. A tile side of 0 lets the kernels choose."""
     return *native_options(options), tiled.chosen_tile_rows() or 0, torch.get_num_threads()

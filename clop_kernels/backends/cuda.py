@@ -1,12 +1,15 @@
-"""The compiled CUDA kernels, csrc/cuda/: the loss fused on tensor cores, with nothing compiled when it is first used.
+"""The compiled CUDA kernels of csrc/cuda/: the loss fused on tensor cores. Nothing is compiled at first use.
 
-Launches: 2 forward and 2 backward where a row fits on chip, D <= 256, float32 128. Wider rows take a library's matrix products
-and a kernel between them for each panel. Labels as positives take one launch more, or a sort of more than RANKED_INSTANCES; the
-gradient of prototypes and ``reduction="none"`` a few small operations. Two sides, rows as they are and negatives alone take the
-same launches; where rows have two sides, only pairs of both are visited, and where nothing is compared none. Passes over pairs
-that stand alone are the same kernels, in 1 launch and in 2, which end with their sums, and go over the left rows alone.
+Launches. If a row fits on chip (D <= 256, in float32 D <= 128), the forward pass takes 2 launches and the backward pass 2. Wider
+rows use a library's matrix products, with a kernel between them for each panel. Positives by label take one more launch, or a
+sort above RANKED_INSTANCES labels. The gradient of the prototypes, and ``reduction="none"``, take a few small operations more.
+Two-sided, unnormalised and negatives-only losses use the same launches. With two sides, only pairs of a left and a right row are
+visited. If no pairs exist, no kernel visits pairs.
 
-Without a GPU the kernels' own source runs on a CPU (tests/host/), against the float64 reference.
+The separate passes over pairs, ``pair_softmax`` and ``pair_gradient``, use the same kernels in 1 and 2 launches. They stop once
+they have their sums, and with two sides they visit only the left rows.
+
+Tests without a GPU run the source of these kernels on a CPU (tests/host/) and compare it with the float64 reference.
 """
 
 from __future__ import annotations
@@ -36,20 +39,20 @@ from .extension import native_options, number_tensors
 from .positions import Upstream, allows_tf32, sorted_by_class, upstream_of, used_prototypes
 
 CHECKS_VALUES = True
-"""The kernels look at every label anyway, and assert on the device."""
+"""The kernels read every label anyway, and assert on the device."""
 
 kernels: Any = torch.ops.clop_native
-"""Where the operators are; tests put ones that run on a CPU in their place."""
+"""The namespace of the operators. Tests replace it with operators that run on a CPU."""
 
 
 @functools.cache  # a loss asks twice a step
 def obstacle(device_index: int) -> str | None:
-    """Why the kernels cannot run on this GPU, or None if they can."""
+    """The reason why the kernels cannot run on this GPU, or None if they can."""
     info = extension.build_info()
     if info is None:
         return extension.obstacle()
     if info["cuda"] is None:
-        return "the compiled extension was built without its CUDA half: `pip install -v` says why"
+        return "the compiled extension was built without its CUDA kernels: the log of `pip install -v` says why"
     reason: str | None = torch.ops.clop_native.cuda_obstacle(device_index)
     return reason
 
@@ -116,16 +119,16 @@ def backward(
 
 
 _Classes = tuple[Tensor | None, Tensor | None, bool]
-"""Labels, prototypes in float32, and whether the temperature's gradient is needed."""
+"""The labels, the prototypes in float32, and whether the temperature's gradient is needed."""
 
 
 def arguments_of(options: LossOptions) -> tuple[Any, ...]:
-    """What every operator takes after its tensors."""
+    """The arguments that every operator takes after its tensors."""
     is_tf32 = options.compute_dtype == torch.float32 and allows_tf32()
     return *native_options(options), *number_tensors(options), is_tf32
 
 
-# ---- pairs alone: a loss whose rows are spread over processes ----------------------------------------------------------
+# ---- separate passes over pairs, for a loss whose rows are spread over processes --------------------------------------
 
 
 def pair_softmax(zhat: Tensor, groups: Tensor, n_left: int | None, options: LossOptions) -> Softmax:
@@ -140,7 +143,7 @@ def pair_softmax(zhat: Tensor, groups: Tensor, n_left: int | None, options: Loss
 
 
 def pair_gradient(zhat: Tensor, groups: Tensor, n_left: int | None, coefficients: Tensor, options: LossOptions) -> Tensor:
-    """See :mod:`clop_kernels.backends.contract`. M is rounded to the type of the rows; float16 has room for w_i of up to 1."""
+    """See :mod:`clop_kernels.backends.contract`. M is rounded to the dtype of the rows; float16 holds it if w_i <= 1."""
     zhat, options = as_unit_rows(zhat), options.of_pairs(n_left)
     arguments = arguments_of(options)
     if is_wide(zhat.shape[1], options.compute_dtype):
@@ -155,17 +158,22 @@ def pair_gradient(zhat: Tensor, groups: Tensor, n_left: int | None, coefficients
 
 
 def is_wide(width: int, compute_dtype: torch.dtype) -> bool:
-    """Whether rows do not fit on chip as operands of both products; is_wide in csrc/cuda/loss.h."""
+    """Whether rows are too wide to fit on chip as operands of both products; equal to is_wide in csrc/cuda/loss.h."""
     return width > (128 if compute_dtype == torch.float32 else 256)
 
 
 def panel_rows(compute_dtype: torch.dtype) -> int:
-    """The side of a panel: as floats 64 MB, which an L2 of 50 MB all but holds; in float32, whose products are slower, 16 MB."""
+    """The side of a panel of float32 numbers. 4096 gives 64 MB, most of which fits in an L2 of 50 MB. With float32 rows, whose
+    products are slower, 2048 gives 16 MB.
+    """
     return 2048 if compute_dtype == torch.float32 else 4096
 
 
 def _panels(n_rows: int, options: LossOptions, *, once: bool) -> Iterable[tuple[slice, slice]]:
-    """Rows and columns of every panel, in the order of columns for each row; ``once``: not those that others have transposed."""
+    """The rows and columns of every panel: for each block of rows, all its columns in order.
+
+    ``once`` leaves out the panels that are transposes of others.
+    """
     if not options.has_pairs:
         return ()
     side = panel_rows(options.compute_dtype)
@@ -187,7 +195,10 @@ def _wide_forward(
     options: LossOptions,
     arguments: tuple[Any, ...],
 ) -> tuple[Tensor, ...]:
-    """Loss, norms, shift, inverse_total, negative, counts. ``zhat`` is written; ``tensors``: groups, labels, prototypes."""
+    """Returns loss, norms, shift, inverse_total, negative and counts, and writes ``zhat``.
+
+    ``tensors`` are the groups, the labels and the prototypes.
+    """
     norms, distances = kernels.cuda_prologue(embeddings, zhat, *tensors, *arguments)
     statistics = _panel_statistics(zhat, tensors[0], options, arguments)
     value, *softmax, counts = kernels.cuda_panel_loss(statistics, distances, zhat, *tensors, *arguments)
@@ -217,9 +228,9 @@ def _wide_backward(
 def _panel_statistics(
     zhat: Tensor, groups: Tensor, options: LossOptions, arguments: tuple[Any, ...], pairs_alone: bool = False
 ) -> Tensor:
-    """(N, D) -> (4, N), the rows of Softmax in the contract; with sides, pairs alone leave those on the right out.
+    """(N, D) -> (4, N), the fields of Softmax in the contract. With ``pairs_alone`` and two sides, right rows get no sums.
 
-    Of a loss, positive_logits are sums of S_ip - log2(e) / tau.
+    Without ``pairs_alone``, positive_logits are sums of S_ip - log2(e) / tau.
     """
     statistics = zhat.new_empty((4, zhat.shape[0]), dtype=torch.float32)
     for rows, columns in _panels(zhat.shape[0], options, once=pairs_alone and options.n_left is not None):
@@ -236,7 +247,7 @@ def _panel_sums(
     arguments: tuple[Any, ...],
     pairs_alone: bool = False,
 ) -> Tensor:
-    """sum_j M_ij zhat_j, (N, D); with sides, pairs alone are (n_left, D), one way."""
+    """sum_j M_ij zhat_j, (N, D). With ``pairs_alone`` and two sides: one way, (n_left, D)."""
     n_results = zhat.shape[0] if options.n_left is None or not pairs_alone else options.n_left
     sums = zhat.new_zeros((n_results, zhat.shape[1]), dtype=torch.float32)
     for rows, columns in _panels(zhat.shape[0], options, once=True):
@@ -249,7 +260,7 @@ def _panel_sums(
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in float32, of operands as they are. Matrix units of a GPU take half precision; a CPU has none."""
+    """a @ b with a float32 result. A GPU multiplies half-precision operands directly; a CPU needs them as float32."""
     if a.dtype != torch.float32 and a.device.type == "cuda":
         return torch.mm(a, b, out_dtype=torch.float32)
     return a.float() @ b.float()

@@ -1,7 +1,8 @@
-"""What is done row by row, O(N D), in plain PyTorch: before, between and after the two passes over pairs.
+"""The O(N D) row-by-row work in plain PyTorch: before, between and after the two passes over pairs.
 
-For the backends and the loss over a process group whose passes over pairs stand alone; the compiled kernels fuse all this.
-Rows are by position, that is in the order of their positive groups (:mod:`clop_kernels.groups`), N of them, D wide.
+The backend ``tiled`` and the loss over a process group use it, because their passes over pairs are separate. The compiled kernels
+and Triton's fuse this work. There are N rows of width D, indexed by position: sorted by positive group
+(:mod:`clop_kernels.groups`).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from .contract import EPS, LOG2_E, Coefficients, Gradients, LossOptions, Needs, 
 
 
 def groups_of(n_rows: int, labels: Tensor | None, options: LossOptions, device: torch.device) -> Groups:
-    """The positives of N rows, of (B,) labels or of instances."""
+    """The positive groups of N rows, by label or by instance."""
     if options.positives == "label":
         assert labels is not None
         return label_groups(labels, options.n_views, options.n_left)
@@ -27,9 +28,9 @@ def groups_of(n_rows: int, labels: Tensor | None, options: LossOptions, device: 
 def normalized_rows(embeddings: Tensor, order: Tensor, options: LossOptions) -> tuple[Tensor, Tensor]:
     """(N, D) raw rows -> zhat by position, rounded to the compute dtype, and the norms |z|, (N,).
 
-    Each row is scaled by its largest entry first, so that no square overflows: any finite row has a finite direction.
+    Each row is first scaled by its largest entry, so that no square overflows and any finite row has a finite direction.
     """
-    z = embeddings.index_select(0, order).to(options.accumulate_dtype)  # index_select makes the copy that is changed in place
+    z = embeddings.index_select(0, order).to(options.accumulate_dtype)  # a copy, so it may be changed in place
     if not options.normalize:
         return z.to(options.compute_dtype), torch.linalg.vector_norm(z, dim=1)
     largest = torch.linalg.vector_norm(z, ord=math.inf, dim=1).clamp(min=EPS)
@@ -40,16 +41,19 @@ def normalized_rows(embeddings: Tensor, order: Tensor, options: LossOptions) -> 
 
 
 def merged(parts: Softmax) -> Softmax:
-    """The sums over several sets of columns, (sets, N) each, as those over all. Of one shift for all rows, that is the shift."""
+    """Merges the sums over several sets of columns, (sets, N) each, into the sums over all columns.
+
+    If all sets share one shift, the result has that shift.
+    """
     shift = parts.shift.amax(0)
     scale = torch.exp2(parts.shift - shift)
     return Softmax(shift, (parts.negative * scale).sum(0), (parts.positive * scale).sum(0), parts.positive_logits.sum(0))
 
 
 def contrastive_terms(softmax: Softmax, n_positives: Tensor, is_anchor: Tensor, zhat: Tensor) -> Tensor:
-    """lse_i - mean_p s_ip, (N,), in a form that cancels only what the inputs' rounding has left.
+    """lse_i - mean_p s_ip, (N,), in a form whose cancellation loses no more than the rounding of the inputs already lost.
 
-    A row outside A has a plain zero, unless it holds a NaN or an Inf, which must stay visible.
+    A row outside A has the term 0. If it holds a NaN or an Inf, its term is NaN, so that the fault stays visible.
     """
     mean_positive = softmax.positive_logits / n_positives.clamp(min=1)
     mantissa, exponent = torch.frexp(softmax.total)  # log2(total) = exponent + log2(mantissa): subtract the large parts first
@@ -60,12 +64,15 @@ def contrastive_terms(softmax: Softmax, n_positives: Tensor, is_anchor: Tensor, 
 
 
 def inverse_totals(softmax: Softmax, is_anchor: Tensor) -> Tensor:
-    """1 / total, (N,), 0 outside A: a row that is compared with nothing has a total of 0."""
+    """1 / total, (N,), and 0 outside A, where the total may be 0."""
     return torch.where(is_anchor, 1 / softmax.total, 0.0)
 
 
 def coefficients(weights: Tensor, n_positives: Tensor, inverse_total: Tensor, negative: Tensor, shift: Tensor) -> Tensor:
-    """The rows of :class:`.contract.Coefficients`, (4, N), for upstream gradients w_i of the rows' terms, 0 outside A."""
+    """The fields of :class:`.contract.Coefficients`, (4, N), from the row weights w_i.
+
+    w_i is the upstream gradient of row i's term, 0 outside A.
+    """
     a = weights * inverse_total
     has_one = n_positives == 1
     b = torch.where(has_one, 0.0, a)
@@ -74,7 +81,7 @@ def coefficients(weights: Tensor, n_positives: Tensor, inverse_total: Tensor, ne
 
 
 class Pull(NamedTuple):
-    """The prototype term of N rows: their labels, -1 without one, the (K, D) prototypes, and the distance."""
+    """The prototype term of N rows: their labels (-1 for unlabelled), the (K, D) prototypes, and the distance."""
 
     label: Tensor
     prototypes: Tensor
@@ -82,7 +89,7 @@ class Pull(NamedTuple):
 
     @staticmethod
     def of(labels: Tensor | None, prototypes: Tensor | None, order: Tensor, options: LossOptions) -> Pull | None:
-        """Of (B,) labels; None where there is no prototype term."""
+        """The prototype term for (B,) labels; None without labels or prototypes."""
         if labels is None or prototypes is None:
             return None
         return Pull(labels.repeat(options.n_views).index_select(0, order), prototypes, options.distance)
@@ -92,7 +99,7 @@ class Pull(NamedTuple):
         return self.label >= 0
 
     def distances(self, zhat: Tensor) -> Tensor:
-        """Of each row to its own prototype, (N,); 0 without a label."""
+        """The distance of each row to its own prototype, (N,); 0 for an unlabelled row."""
         offset_or_dot = self._targets(zhat)
         if self.distance == "cosine":
             distances = 1 - _row_dots(zhat, offset_or_dot)
@@ -102,23 +109,23 @@ class Pull(NamedTuple):
         return torch.where(self.is_labelled, distances, 0.0)
 
     def gradients(self, zhat: Tensor, weight: Tensor, needs_prototypes: bool) -> tuple[Tensor, Tensor | None]:
-        """Of sum_i weight_i d(zhat_i, c), weight () or (N,), with respect to zhat and to the prototypes."""
+        """The gradients of sum_i weight_i d(zhat_i, c) with respect to zhat and to the prototypes; weight is () or (N,)."""
         weight = torch.where(self.is_labelled, weight, 0.0).unsqueeze(1)
         of_rows = self._direction(zhat).mul_(weight)
         if not needs_prototypes:
             return of_rows, None
-        # The distances depend on zhat - c, all but the cosine, whose gradient is -zhat.
+        # The cosine distance has the gradient -zhat. The other distances depend on zhat - c, so their gradient is -of_rows.
         of_targets = zhat * weight if self.distance == "cosine" else of_rows
         of_prototypes = torch.zeros_like(self.prototypes, dtype=zhat.dtype)
-        # On a GPU in any order, but under torch.use_deterministic_algorithms(True), which this sum follows.
+        # On a GPU this sum runs in any order, unless torch.use_deterministic_algorithms(True) is set.
         return of_rows, of_prototypes.index_add_(0, self.label.clamp(min=0), of_targets, alpha=-1)
 
     def _targets(self, zhat: Tensor) -> Tensor:
-        """The prototype of each row, (N, D); any prototype for a row without a label."""
+        """The prototype of each row, (N, D); an arbitrary prototype for an unlabelled row."""
         return self.prototypes.to(zhat.dtype).index_select(0, self.label.clamp(min=0))
 
     def _direction(self, zhat: Tensor) -> Tensor:
-        """d distance / d zhat, (N, D); zero where a row lies on its prototype. A new tensor."""
+        """d distance / d zhat as a new tensor, (N, D); zero for a row that lies on its prototype."""
         if self.distance == "cosine":
             return self._targets(zhat).neg_()
         offset = zhat - self._targets(zhat)
@@ -140,10 +147,10 @@ def finish(
     needs: Needs,
     dtype: torch.dtype,
 ) -> Gradients:
-    """From d L_con / d zhat, ``grad``, (N, D) by position, which is overwritten, to the gradients of the inputs.
+    """Turns d L_con / d zhat into the gradients of the inputs.
 
-    Those of the raw rows are in ``dtype`` and the rows' own order. ``pull_weight``, () or (N,): the upstream gradient of each
-    row's prototype term.
+    ``grad`` is d L_con / d zhat, (N, D) by position, and is overwritten. ``pull_weight``, () or (N,), is the upstream gradient of
+    each row's prototype term. The gradient of the raw rows is in ``dtype`` and in the user's row order.
     """
     grad_temperature = grad_prototypes = None
     pull = Pull.of(labels, prototypes, order, options)
@@ -158,13 +165,13 @@ def finish(
     if not needs.embeddings:
         return Gradients(None, grad_temperature, grad_prototypes)
     if options.normalize:
-        # zhat = z / max(|z|, EPS): the norm takes the radial part out of the gradient, where it is not below EPS.
+        # zhat = z / max(|z|, EPS). Dividing by the norm removes the radial part of the gradient; dividing by EPS does not.
         radial = torch.where(norms < EPS, 0.0, _row_dots(zhat, grad))
         grad.addcmul_(zhat, radial.unsqueeze(1), value=-1)
         grad /= norms.clamp(min=EPS).unsqueeze(1)
     if dtype == torch.float16 and options.normalize:
-        # 1 / EPS is beyond float16. A row of zeros gets the largest gradient there is, not an infinity that would cost every
-        # step; any other row's overflow stays infinite, for a gradient scaler to see.
+        # 1 / EPS is beyond float16. A row of zeros gets the largest finite gradient, because with an infinity a gradient scaler
+        # would skip every step. Any other row keeps an infinite gradient, which the gradient scaler must see.
         largest = torch.finfo(torch.float16).max
         grad = torch.where((norms < EPS).unsqueeze(1), grad.clamp(-largest, largest), grad)
     grad = grad.to(dtype)

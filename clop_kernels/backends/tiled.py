@@ -1,41 +1,41 @@
 """The loss in plain PyTorch, one tile of the similarity matrix at a time: any device, any floating dtype, nothing compiled.
 
-Tile picture. The N x N matrix of similarities is symmetric, so only the tiles on and above its diagonal are visited,
-once in the forward pass and once in the backward pass; a tile serves its rows and, transposed, its columns::
+Tile picture. The N x N matrix of similarities is symmetric, so only the tiles on and above its diagonal are visited, once in the
+forward pass and once in the backward pass. A tile serves its rows and, transposed, its columns::
 
             j: 0    1    2    3
     i: 0     [ P    x    x    x ]    S_ij = zhat_i . zhat_j * log2(e) / tau           (T x T, one buffer)
        1     [      P    x    x ]    forward:   sums of 2^S over its rows and over its columns
        2     [           P    x ]    backward:  S becomes M (below);  grad_i += M zhat_j,  grad_j += M^T zhat_i
-       3     [                P ]    P: the tiles that hold positives, for rows are sorted by group
+       3     [                P ]    P: tiles that hold positives, because rows are sorted by group
 
-Flops: forward N^2 D, backward 3 N^2 D, and N^2 exponentials in all. Bytes: a tile, T^2 numbers, is written and read about
-five times forward and ten times backward, in cache; a block of T rows of zhat, and in the backward pass of grad, comes in
-once a tile, so main memory sees N^2 D / T numbers at most. Extra memory: a few tiles (1.3 MB each at T = 576) and a handful
-of (N, D) arrays; nothing grows with N^2 or with N times the number of tiles.
+Flops: forward N^2 D, backward 3 N^2 D, and N^2 exponentials in all. Bytes: a tile of T^2 numbers is written and read about five
+times forward and ten times backward, in cache. A block of T rows of zhat (backward also of grad) is loaded once for each tile, so
+main memory sees at most N^2 D / T numbers. Extra memory: a few tiles (1.3 MB each at T = 576) and a handful of (N, D) arrays.
+Nothing grows with N^2, or with N times the number of tiles.
 
-Rows of two sides: the tiles whose rows are on the left side and whose columns are on the right one, each once, are all there
-is, and serve both directions just so. Of M rows against N that is 2 M N D flops forward and 6 M N D backward.
+With two sides, the loop visits the tiles of left rows and right columns, each once. A tile serves both directions in the same
+way. For M rows against N this is 2 M N D flops forward and 6 M N D backward.
 
-No shift, and one exponential a pair. A product of rows is bounded, |s_ij| <= max |zhat|^2 / tau, so unless the temperature is
-tiny (or rows that are not normalised are long) exp(s_ij) neither overflows nor underflows, and its plain sum is as accurate as
-a shifted one and needs no pass for a maximum. With w_i the upstream gradient of row i's term, n_i the number of its positives,
-q_i = w_i / n_i, and a_i = w_i / sum_j exp s_ij::
+No shift, and one exponential for each pair. The logits are bounded, |s_ij| <= max |zhat|^2 / tau. Unless the temperature is tiny,
+or unnormalised rows are long, exp(s_ij) neither overflows nor underflows. Its plain sum is then as accurate as a shifted sum, and
+needs no pass for a maximum. Let w_i be the upstream gradient of row i's term, n_i the number of its positives, q_i = w_i / n_i,
+and a_i = w_i / sum_j exp s_ij::
 
     dL/dzhat_i = 1/tau sum_{j != i} M_ij zhat_j,    M_ij = exp(s_ij) (a_i + a_j) - [j in P(i)] (q_i + q_j)
 
-Where `fits_unshifted` says no, and where the temperature is a tensor on a GPU, which the host must not read, it takes
-online maxima and two exponentials a pair instead. Under torch.compile every temperature on a GPU is one.
+If `fits_unshifted` returns False, online maxima and two exponentials for each pair are used instead. It also returns False if the
+temperature is a tensor on a GPU, which the host must not read. Under torch.compile every temperature on a GPU is such a tensor.
 
-Positives come from the tiles and not from the group sums of zhat, which would need no mask. A well-trained positive has
-exp(s_ij) a_i close to q_i, and only a subtraction before the product with zhat keeps the small difference: with
-near-duplicate views in float32 the group sums' gradient is 10 to 100 times less accurate at the same speed (at N = 80,
-D = 64, tau = 0.1: 7e-5 against 1e-6 relative, where plain PyTorch has 1e-6). Where a row has one positive, the difference
-is known without any subtraction, exp(s_ij) a_i - q_i = -w_i negative_i / total_i, and its loss is log(1 + negative_i /
-exp s_ip): both keep their relative accuracy down to the smallest float.
+Positives are subtracted inside the tiles. Group sums of zhat would need no mask, but are less accurate: a well-trained positive
+has exp(s_ij) a_i close to q_i, and only a subtraction before the product with zhat keeps the small difference. With
+near-duplicate views in float32, the gradient from group sums is 10 to 100 times less accurate at the same speed (at N = 80,
+D = 64, tau = 0.1: relative error 7e-5 instead of 1e-6; plain PyTorch has 1e-6). If a row has one positive, the difference is
+known without a subtraction: exp(s_ij) a_i - q_i = -w_i negative_i / total_i. Its loss is log(1 + negative_i / exp s_ip). Both
+keep their relative accuracy down to the smallest float.
 
-Products are float32 (float64 for float64 input) on operands rounded to the compute dtype: as accurate as a matrix unit
-that accumulates in float32, not as fast. On a GPU this backend is the fallback.
+Products are float32 (float64 for float64 input) on operands rounded to the compute dtype. They are as accurate as a matrix unit
+that accumulates in float32, but not as fast. On a GPU this backend is the fallback.
 """
 
 from __future__ import annotations
@@ -58,9 +58,16 @@ _tile_rows: int | None = None
 
 
 def set_tile_rows(rows: int | None) -> None:
-    """Overrides the side of a tile for this process; None goes back to :func:`tile_rows`'s own choice.
+    """Sets the side of a tile, in rows, for the backends "tiled" and "cpu" of this process.
 
-    The environment variable CLOP_TILE_ROWS sets it from outside. The result changes by rounding only.
+    A smaller tile needs less memory. The results change by rounding only. The environment variable CLOP_TILE_ROWS sets the
+    initial value.
+
+    Args:
+        rows: the side of a tile, an int of at least 1. None restores the built-in choice.
+
+    Raises:
+        ValueError: if ``rows`` is not an int of at least 1, or None.
     """
     if rows is not None and (isinstance(rows, bool) or not isinstance(rows, int) or rows < 1):
         raise ValueError(f"rows={rows!r}: expected an int of at least 1, or None for the built-in choice")
@@ -69,7 +76,7 @@ def set_tile_rows(rows: int | None) -> None:
 
 
 def chosen_tile_rows() -> int | None:
-    """What :func:`set_tile_rows` or the environment chose, None for the built-in choice."""
+    """The value from :func:`set_tile_rows` or the environment; None for the built-in choice."""
     return _tile_rows
 
 
@@ -84,21 +91,22 @@ set_tile_rows(_rows_of_environment())
 
 
 def tile_rows(n_rows: int, dtype: torch.dtype, device: torch.device) -> int:
-    """The side T of a tile: large enough for a matrix product to run at full rate, small enough to stay in cache.
+    """The side T of a tile: large enough for a matrix product at full rate, small enough to stay in cache.
 
-    The width does not enter: from D = 128 to 4096 no smaller side was faster (AVX2, two cores: 128, 256, 384 against 576).
+    It does not depend on the width: from D = 128 to 4096 no smaller side was faster (128, 256 and 384 against 576, measured with
+    AVX2 on two cores).
     """
     if _tile_rows is not None:
         rows = _tile_rows
     elif device.type == "cpu":
         rows = 576 if dtype != torch.float64 else 384
     else:
-        rows = 4096  # launches are what costs there; two tiles take 128 MB
+        rows = 4096  # on a GPU the launches dominate; two tiles take 128 MB
     return max(1, min(rows, n_rows))
 
 
 def fits_unshifted(norms: Tensor, options: LossOptions) -> bool:
-    """Whether exp(s) needs no shift: |s| <= max |zhat|^2 / tau is small enough. What is on a GPU is not read: False."""
+    """Whether exp(s) needs no shift, because |s| <= max |zhat|^2 / tau is small. False if only a GPU knows the bound."""
     needs_reading = not options.normalize or isinstance(options.temperature, Tensor)
     if needs_reading and norms.device.type != "cpu":
         return False
@@ -109,7 +117,7 @@ def fits_unshifted(norms: Tensor, options: LossOptions) -> bool:
 def forward(
     embeddings: Tensor, labels: Tensor | None, prototypes: Tensor | None, options: LossOptions
 ) -> tuple[Tensor, Residuals]:
-    """(N, D) embeddings, (B,) int64 labels, (K, D) prototypes -> the loss, and what the backward pass needs."""
+    """(N, D) embeddings, (B,) int64 labels, (K, D) prototypes -> the loss and the residuals."""
     groups = rowwise.groups_of(embeddings.shape[0], labels, options, embeddings.device)
     rounded, norms = rowwise.normalized_rows(embeddings, groups.order, options)
     zhat = rounded.to(options.accumulate_dtype)
@@ -144,7 +152,7 @@ def backward(
     options: LossOptions,
     needs: Needs,
 ) -> Gradients:
-    """The upstream gradient, () or (N,), to the gradients of the raw embeddings, the temperature and the prototypes."""
+    """The upstream gradient, () or (N,) -> the gradients of the raw embeddings, the temperature and the prototypes."""
     zhat = residuals.zhat.to(options.accumulate_dtype)
     if options.positives == "label":
         groups = Groups.of_table(residuals.groups, options.n_left)
@@ -159,7 +167,7 @@ def backward(
     softmax = residuals.inverse_total, residuals.negative, residuals.shift
     coefficients = rowwise.coefficients(weights, groups.n_positives, *softmax)
 
-    # The gradient of zhat first, and at last, in place, that of the raw rows.
+    # This is the gradient of zhat. finish() turns it into the gradient of the raw rows, in place.
     grad = _gradient(zhat, groups, coefficients, options, fits_unshifted(residuals.norms, options)).div_(options.temperature)
     return rowwise.finish(
         grad, zhat, residuals.norms, labels, prototypes, shares[1], groups.order, options, needs, embeddings.dtype
@@ -183,9 +191,9 @@ def pair_gradient(zhat: Tensor, groups: Tensor, n_left: int | None, coefficients
 
 
 class _Tile(NamedTuple):
-    """One tile of S, and a second buffer of its shape. Both are overwritten by the next tile, or by whoever gets this one.
+    """One tile of S, and a scratch buffer of its shape. The caller may overwrite both; the next tile does.
 
-    ``positives`` is the (rows, columns) mask of positive pairs, or None where there are none.
+    ``positives`` is the (rows, columns) mask of positive pairs, or None if the tile holds no positives.
     """
 
     rows: slice
@@ -200,20 +208,21 @@ class _Tile(NamedTuple):
 
 
 def _tiles(zhat: Tensor, groups: Groups, options: LossOptions, unshifted: bool) -> Iterator[_Tile]:
-    """The tiles on and above the diagonal of S = zhat zhat^T log2(e) / tau, row of tiles by row of tiles.
+    """The tiles on and above the diagonal of S = zhat zhat^T log2(e) / tau, one row of tiles after the other.
 
-    Of two sides: those of the left rows and the right columns. Positives that are no pairs have S = -inf and are not marked.
+    With two sides, these are the tiles of left rows and right columns. With ``options.negatives_only``, positives have S = -inf
+    and are not marked.
 
-    ``unshifted``, S is small, and the rows are scaled. Else the products are: scaled rows would round S_ij and S_ji apart, an
-    ulp of S, which for S in the thousands is a visible part of exp(s).
+    If ``unshifted``, S is small, and the rows are scaled before the product. Otherwise the products are scaled: scaled rows would
+    round S_ij and S_ji differently, by an ulp of S, and for S in the thousands that error is visible in exp(s).
     """
     n_rows = zhat.shape[0]
     if n_rows == 0 or not options.has_pairs:
         return
     n_left, temperature = groups.n_left, options.temperature
     side = tile_rows(n_rows, zhat.dtype, zhat.device)
-    # In float32 the factor's own rounding would be an error of one sign in every S_ij, as if of another temperature. In
-    # float64 each element rounds for itself. Apple's GPUs have no float64.
+    # In float32 the rounding of the factor would shift every S_ij in the same direction, as a different temperature would. In
+    # float64 the errors of the elements are independent. Apple's GPUs have no float64.
     wide = torch.float64 if zhat.device.type != "mps" else zhat.dtype
     scale = LOG2_E / (temperature.to(wide) if isinstance(temperature, Tensor) else temperature)
     rounded = torch.as_tensor(scale, dtype=wide).to(zhat.dtype)
@@ -233,7 +242,7 @@ def _tiles(zhat: Tensor, groups: Groups, options: LossOptions, unshifted: bool) 
             if not unshifted:
                 torch.mul(logits, rest, out=scratch)
                 logits.mul_(rounded).add_(scratch)
-                if i == j:  # nor need a library's product of a matrix with itself be symmetric to the last bit
+                if i == j:  # a library's product of a matrix with itself may not be exactly symmetric
                     torch.triu(logits, 1, out=scratch)
                     logits.triu_().add_(scratch.T)
             positives = None
@@ -248,7 +257,7 @@ def _tiles(zhat: Tensor, groups: Groups, options: LossOptions, unshifted: bool) 
 
 
 def _may_hold_positives(groups: Groups, rows: slice, columns: slice) -> bool:
-    """Whether a run of positives reaches from the rows to the columns. True where only a GPU knows."""
+    """Whether a positive run reaches from the rows to the columns. True if only a GPU knows."""
     if rows == columns:
         return groups.size != 1
     if groups.size is not None and groups.n_left is not None:
@@ -261,15 +270,18 @@ def _may_hold_positives(groups: Groups, rows: slice, columns: slice) -> bool:
 
 
 def _pairs_of(zhat: Tensor, groups: Tensor, n_left: int | None, options: LossOptions) -> tuple[Tensor, Groups, bool]:
-    """Rows in the accumulate dtype, their runs, and whether no shift is needed; of rows as they are the host knows no bound."""
+    """The rows in the accumulate dtype, their positive runs, and whether no shift is needed.
+
+    Unnormalised rows always take a shift here, since no norms bound their logits.
+    """
     unshifted = options.normalize and fits_unshifted(zhat.new_empty(0, dtype=options.accumulate_dtype), options)
     return zhat.to(options.accumulate_dtype), Groups.of_table(groups, n_left), unshifted
 
 
 def _softmax(zhat: Tensor, groups: Groups, options: LossOptions, unshifted: bool, one_way: bool = False) -> Softmax:
-    """The forward pass over pairs: (N, D) -> four (N,). ``one_way``: rows on the right get no sums."""
+    """The forward pass over pairs: (N, D) -> four (N,). With ``one_way``, right rows get no sums."""
     negative, positive, positive_logits = (zhat.new_zeros(zhat.shape[0]) for _ in range(3))
-    # Without a shift it stays zero. Else a running maximum, at first finite, so that no infinities are subtracted.
+    # Unshifted, it stays zero. Otherwise it is a running maximum. It starts finite, so that no infinities are subtracted.
     shift = torch.zeros_like(negative) if unshifted else torch.full_like(negative, torch.finfo(zhat.dtype).min / 2)
     for tile in _tiles(zhat, groups, options, unshifted):
         is_for_rows = tile.on_diagonal or (one_way and groups.n_left is not None)
@@ -302,7 +314,7 @@ def _softmax(zhat: Tensor, groups: Groups, options: LossOptions, unshifted: bool
 def _gradient(
     zhat: Tensor, groups: Groups, coefficients: Tensor, options: LossOptions, unshifted: bool, one_way: bool = False
 ) -> Tensor:
-    """The backward pass over pairs: sum_{j != i} M_ij zhat_j, (N, D); ``one_way`` of the rows on the left alone."""
+    """The backward pass over pairs: sum_{j != i} M_ij zhat_j, (N, D); with ``one_way`` for the left rows only, (n_left, D)."""
     a, b, c, shift = coefficients
     one_way = one_way and groups.n_left is not None
     grad = zhat.new_zeros(groups.n_left if one_way and groups.n_left is not None else zhat.shape[0], zhat.shape[1])

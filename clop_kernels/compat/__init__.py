@@ -1,6 +1,6 @@
-"""The losses of other libraries, fused: their constructors, their calls, their conventions, and this package's kernels.
+"""The losses of other libraries, with the constructors, calls and conventions of those libraries and the kernels of this package.
 
-One module for each library, named like it, so that a training script changes one import line::
+There is one module for each library, with the library's name, so that a training script changes one import line::
 
     from lightly.loss import NTXentLoss                   ->  from clop_kernels.compat.lightly import NTXentLoss
     from losses import SupConLoss  (SupContrast)          ->  from clop_kernels.compat.supcontrast import SupConLoss
@@ -8,9 +8,9 @@ One module for each library, named like it, so that a training script changes on
     from open_clip import ClipLoss                        ->  from clop_kernels.compat.open_clip import ClipLoss
     from losses import CLOPLoss  (the paper's code)       ->  from clop_kernels.compat.clop import CLOPLoss
 
-Each class gives the library's own values and gradients, to rounding, and needs none of these libraries. What cannot be had
-without an N x N array raises NotImplementedError, which names the option and what to do. Every class takes ``backend=`` as
-:func:`clop_kernels.clop_loss` does; the libraries' own names of arguments come first and are theirs.
+Each class gives the same values and gradients as the library, up to rounding, and does not need the library. An option that would
+need an N x N array raises NotImplementedError; the message names the option and a remedy. The arguments have the library's names
+and order. Every class also takes ``backend=``, as :func:`clop_kernels.clop_loss` does.
 """
 
 from . import clop, lightly, open_clip, pytorch_metric_learning, supcontrast

@@ -1,4 +1,4 @@
-"""What several of these classes need: labels of which none is special, the processes there are, and one way to say no."""
+"""Helpers that several of these classes share: labels without a special value, the process group, and one kind of refusal."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 
 
 def without_special_labels(*labels: Tensor) -> tuple[Tensor, ...]:
-    """The labels with other names, none of them negative: this package takes -1 for "unlabelled", others take it for a class.
+    """Shifts labels so that none is negative: -1 means unlabelled in this package, but is an ordinary class in others.
 
-    What is not a tensor of integers comes back as it is, for the loss to refuse.
+    Anything but integer tensors is returned unchanged; the loss then refuses it.
     """
     if not all(isinstance(x, Tensor) and not x.dtype.is_floating_point and x.dtype != torch.bool for x in labels):
         return labels
@@ -30,14 +30,14 @@ def without_special_labels(*labels: Tensor) -> tuple[Tensor, ...]:
 
 
 def all_processes() -> ProcessGroup | None:
-    """The default process group; None without one, if it is this process alone, or where torch was built without them."""
+    """The default process group. None if there is none, if it has one process, or if torch was built without distributed."""
     if not distributed.is_available() or not distributed.is_initialized() or distributed.get_world_size() == 1:
         return None
     return distributed.group.WORLD
 
 
 def failures_announced(group: ProcessGroup | None, check_ranks: bool) -> AbstractContextManager[Any]:
-    """As of the loss itself, for what is checked before it."""
+    """Announces errors of the checks before the loss to the other ranks, as the loss does for its own checks."""
     return validation.failures_announced(validation.sharding(group, "auto", "ddp", check_ranks))
 
 

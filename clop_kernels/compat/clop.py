@@ -1,6 +1,6 @@
 """The prototype term as its authors publish it: ``from clop_kernels.compat.clop import CLOPLoss`` (arXiv 2403.18699).
 
-To be added to a contrastive loss. :class:`clop_kernels.CLOPLoss` is both in one.
+Add it to a contrastive loss. :class:`clop_kernels.CLOPLoss` contains both terms.
 """
 
 from __future__ import annotations
@@ -16,24 +16,29 @@ if distributed.is_available():
 
 
 class CLOPLoss(nn.Module):
-    """``lambda_value`` times the mean distance of both views' labelled rows to the anchors of their classes.
+    """``lambda_value`` times the mean distance of the labelled rows of both views to the anchors of their classes.
 
-    With several processes all have the first one's anchors, and return the mean over processes of their terms, of which each has
-    the gradient of its own: as in the original, a ``world_size``-th of its own term's. DistributedDataParallel, which averages,
-    takes another such factor; with :class:`clop_kernels.CLOPLoss` and its ``group`` there is none. Other than in the original a
-    process whose rows have no label takes part.
+    Here, an anchor is a prototype, as in the authors' code.
+
+    Several processes (the default process group) all use the anchors of the first one. Every process returns the mean of all
+    processes' terms. As in the original, a process receives only the gradient of its own share, 1 / world_size of its own term;
+    DistributedDataParallel then averages, which divides by world_size once more. :class:`clop_kernels.CLOPLoss` with a ``group``
+    has no such factor. Unlike in the original, a process whose rows are all unlabelled takes part.
 
     Args:
         num_classes: K, the number of anchors; K <= D.
         embedding_dim: D, the width of the embeddings.
         lambda_value: the factor of the term, >= 0.
         distance: "cosine", "euclidean" or "manhattan".
-        etf: anchors that are the first K rows of I - 1/D, of equal angles, and not of length 1; False: orthonormal ones, from the
-            singular value decomposition of a random matrix, which torch's seed determines.
-        backend: as for :func:`clop_kernels.clop_loss`.
+        etf: False: orthonormal anchors, from the singular value decomposition of a random matrix; torch's seed determines them.
+            True: the first K rows of I - 1/D, which have equal angles but not unit length.
+        backend: "cuda", "triton", "cpu", "tiled" or "reference". None takes the fastest one that can run here.
 
     Attributes:
         anchors: (K, D), a parameter that does not require grad, as in the original's state_dict.
+
+    Raises:
+        ValueError: if K < 1 or K > D.
     """
 
     def __init__(
@@ -48,7 +53,7 @@ class CLOPLoss(nn.Module):
     ) -> None:
         super().__init__()
         if not 1 <= num_classes <= embedding_dim:
-            raise ValueError(f"num_classes={num_classes}: expected 1 to embedding_dim={embedding_dim}, one anchor a class")
+            raise ValueError(f"num_classes={num_classes}: expected 1 to embedding_dim={embedding_dim}, one anchor for each class")
         self.num_classes = num_classes
         self.embedding_dim = embedding_dim
         self.lambda_value = lambda_value
@@ -64,9 +69,18 @@ class CLOPLoss(nn.Module):
         self.anchors = nn.Parameter(anchors, requires_grad=False)
 
     def forward(self, z_i: Tensor, z_j: Tensor, labels: Tensor | None) -> Tensor:
-        """(B, D) and (B, D) views, not necessarily normalised, and (B,) labels, -1 = unlabelled -> the term, ().
+        """The prototype term of two views.
 
-        Zero, with a graph, where no row has a label.
+        Args:
+            z_i: (B, D), the first view, float64, float32, float16 or bfloat16. It is normalised here.
+            z_j: (B, D), the second view.
+            labels: (B,) integers, -1 for unlabelled. None: all unlabelled.
+
+        Returns:
+            A tensor of shape (); float32, or float64 for float64 views. If no row is labelled, it is 0, and backward works.
+
+        Raises:
+            TypeError, ValueError: the message names the argument, its value and what was expected.
         """
         if z_i.shape != z_j.shape:
             raise ValueError(f"z_j has shape {tuple(z_j.shape)}: expected that of z_i, {tuple(z_i.shape)}")
@@ -74,7 +88,7 @@ class CLOPLoss(nn.Module):
             torch.cat([z_i, z_j]),
             None if labels is None else labels.repeat(2),
             self.anchors,
-            n_views=1,  # no row has a positive: the prototype term is all there is
+            n_views=1,  # no row has a positive, so the loss is the prototype term alone
             prototype_weight=self.lambda_value,
             distance=self.distance,
             backend=self.backend,

@@ -1,4 +1,4 @@
-"""open_clip's loss of image and text features: ``from clop_kernels.compat.open_clip import ClipLoss``. Written against 3.3."""
+"""The CLIP loss of open_clip: ``from clop_kernels.compat.open_clip import ClipLoss``. Written for open_clip 3.3."""
 
 from __future__ import annotations
 
@@ -14,21 +14,24 @@ from ._conventions import all_processes, failures_announced, unsupported
 class ClipLoss(nn.Module):
     """The mean of the cross entropies of image to text and text to image, from one pass over the logits.
 
-    Convention: the features are not normalised here; ``logit_scale`` is the inverse of a temperature.
+    Conventions of open_clip: the features are not normalised here, and ``logit_scale`` is the inverse of a temperature.
 
     Args:
-        local_loss: of several processes, return the mean over this process's own features, and not over all.
-        gather_with_grad: of several processes, whether features have a gradient of their part in other processes' losses. True:
-            averaged over processes the gradients of parameters are those of one process with all features. False, without
-            ``local_loss``: a ``world_size``-th of that, as in the original.
-        cache_labels: of no effect: there are no labels to cache.
-        rank: of no effect: the process group knows.
-        world_size: how many processes there are: that of the default process group, which more than one takes.
-        use_horovod: False only.
-        backend, strategy, check_ranks: as for :func:`clop_kernels.clop_loss`.
+        local_loss: with several processes, True returns the mean over this process's own features, False over all features.
+        gather_with_grad: with several processes, whether features receive the gradient of their part in other processes' losses.
+            True: averaged over processes, the gradients of parameters are those of one process with all features. False, without
+            ``local_loss``: 1 / world_size of that gradient, as in the original.
+        cache_labels: has no effect, since there are no labels to cache.
+        rank: has no effect, since the process group knows the rank.
+        world_size: the number of processes. Above 1 it must be the size of the default process group.
+        use_horovod: only False is supported.
+        backend: "cuda", "triton", "cpu", "tiled" or "reference". None takes the fastest one that can run here.
+        strategy: how a process obtains the others' features: "gather", "ring" or "auto", as for :func:`clop_kernels.clop_loss`.
+        check_ranks: True: processes first compare their sizes and options, so that a mismatch is an error and not a hang.
 
     Raises:
-        NotImplementedError: for horovod, and for ``local_loss`` without ``gather_with_grad``, whose gradient is of no loss.
+        NotImplementedError: for horovod, and for ``local_loss`` without ``gather_with_grad``, whose result is not the gradient of
+            any loss.
     """
 
     def __init__(
@@ -46,7 +49,9 @@ class ClipLoss(nn.Module):
     ) -> None:
         super().__init__()
         if use_horovod:
-            raise unsupported("use_horovod", True, "features are gathered by torch.distributed", "Start a process group of its")
+            raise unsupported(
+                "use_horovod", True, "features are gathered by torch.distributed", "Start one of its process groups"
+            )
         if world_size > 1 and local_loss and not gather_with_grad:
             raise unsupported(
                 "gather_with_grad",
@@ -69,13 +74,20 @@ class ClipLoss(nn.Module):
         logit_bias: float | Tensor | None = None,
         output_dict: bool = False,
     ) -> Tensor | dict[str, Tensor]:
-        """(B, D) features of both sides -> the loss, (), or {"contrastive_loss": the loss}.
+        """The loss of B images and their B texts.
 
         Args:
-            image_features, text_features: (B, D), row i of one belongs to row i of the other.
-            logit_scale: > 0, a number or a tensor of one element, which may require grad.
-            logit_bias: adds the same number to all logits, which changes neither a softmax nor any gradient.
-            output_dict: return a dictionary.
+            image_features: (B, D), float64, float32, float16 or bfloat16, normalised by the caller.
+            text_features: (B, D), with the same dtype and device; row i belongs to row i of ``image_features``.
+            logit_scale: > 0, a number or a tensor of one element. A tensor may require grad.
+            logit_bias: adds the same number to all logits. This changes neither the loss nor any gradient.
+            output_dict: True returns a dictionary.
+
+        Returns:
+            The loss, of shape (), or {"contrastive_loss": the loss}; float32, or float64 for float64 features.
+
+        Raises:
+            TypeError, ValueError: the message names the argument, its value and what was expected.
         """
         group = all_processes() if self.world_size > 1 else None
         n_processes = 1 if group is None else group.size()
@@ -86,7 +98,7 @@ class ClipLoss(nn.Module):
                 if logit_scale.numel() != 1:
                     raise ValueError(f"logit_scale has shape {tuple(logit_scale.shape)}: expected one element")
                 logit_scale = logit_scale.reshape(())
-            # What is on a GPU is not read; there the kernels look at the temperature that is made of it.
+            # The host does not read a scale on a GPU; the kernels check the temperature that is computed from it.
             on_gpu = isinstance(logit_scale, Tensor) and logit_scale.device.type != "cpu"
             is_traced = isinstance(logit_scale, Tensor) and torch.compiler.is_compiling()
             if not (on_gpu or is_traced) and not 0 < logit_scale < math.inf:

@@ -1,7 +1,7 @@
-"""pytorch-metric-learning's losses: ``from clop_kernels.compat.pytorch_metric_learning import NTXentLoss, SupConLoss``.
+"""Losses of pytorch-metric-learning: ``from clop_kernels.compat.pytorch_metric_learning import NTXentLoss, SupConLoss``.
 
-Written against pytorch-metric-learning 2.9. Conventions: every label is an ordinary class, -1 too; a batch without positive or
-without negative pairs has a loss of 0.
+Written for pytorch-metric-learning 2.9. Conventions of the library: every label is an ordinary class, including -1. A batch
+without positive pairs, or without negative pairs, has the loss 0.
 """
 
 from __future__ import annotations
@@ -24,16 +24,19 @@ Reducer = Callable[[dict[str, Any], Tensor, Tensor], Tensor]
 
 
 class _MetricLoss(nn.Module, ABC):
-    """What both losses have in common: the arguments of the constructor and of the call.
+    """The part that both losses share: the arguments of the constructor and of the call.
 
     Args:
         temperature: tau > 0.
-        distance: None, the library's CosineSimilarity() or its DotProductSimilarity().
-        reducer: None, the loss's default, or one of the library's reducers.
-        embedding_regularizer: None only.
-        embedding_reg_weight: the weight of that regularizer, so of no effect.
-        collect_stats: None or False only.
-        backend: as for :func:`clop_kernels.clop_loss`.
+        distance: the library's CosineSimilarity() or DotProductSimilarity(). None: CosineSimilarity().
+        reducer: one of the library's reducers. None: the default of the loss.
+        embedding_regularizer: only None is supported.
+        embedding_reg_weight: the weight of that regularizer; has no effect.
+        collect_stats: only None and False are supported.
+        backend: "cuda", "triton", "cpu", "tiled" or "reference". None takes the fastest one that can run here.
+
+    Raises:
+        NotImplementedError: for another distance, a regularizer or statistics.
     """
 
     def __init__(
@@ -52,7 +55,7 @@ class _MetricLoss(nn.Module, ABC):
             raise unsupported(
                 "embedding_regularizer",
                 embedding_regularizer,
-                "there is none here",
+                "there are no regularizers here",
                 "Add its value to the loss in the training step",
             )
         if collect_stats:
@@ -70,21 +73,27 @@ class _MetricLoss(nn.Module, ABC):
         ref_emb: Tensor | None = None,
         ref_labels: Tensor | None = None,
     ) -> Tensor:
-        """(N, D) embeddings and (N,) integer labels -> the loss, ().
+        """The loss of a batch of embeddings and their labels.
 
         Args:
-            embeddings: (N, D).
-            labels: (N,) integers.
-            indices_tuple: None only: the pairs of a miner may be any.
-            ref_emb: (M, D), what the embeddings are compared with; None: each other.
-            ref_labels: (M,) integers.
+            embeddings: (N, D), float64, float32, float16 or bfloat16.
+            labels: (N,) integers, one label for each row.
+            indices_tuple: only None is supported, because the pairs of a miner are arbitrary.
+            ref_emb: (M, D), the rows that the embeddings are compared with. None: the embeddings are compared with each other.
+            ref_labels: (M,) integers, required with ``ref_emb``.
+
+        Returns:
+            A tensor of shape (), or the result of ``reducer``; float32, or float64 for float64 embeddings.
 
         Raises:
-            NotImplementedError: for the pairs of a miner, and for references that share the very tensor of labels, where the
-                library leaves out pair (i, i).
+            NotImplementedError: for the pairs of a miner. Also if ``ref_labels`` is the same tensor as ``labels``: the library
+                then leaves out the pairs (i, i).
+            TypeError, ValueError: the message names the argument, its value and what was expected.
         """
         if indices_tuple is not None:
-            raise unsupported("indices_tuple", "...", "pairs of a miner may be any", "Leave the miner out: all pairs take part")
+            raise unsupported(
+                "indices_tuple", "...", "the pairs of a miner are arbitrary", "Leave the miner out: all pairs take part"
+            )
         if labels is None:
             raise ValueError("labels=None: expected (N,) integers")
         if ref_emb is None:
@@ -93,13 +102,15 @@ class _MetricLoss(nn.Module, ABC):
         if ref_labels is None:
             raise ValueError("ref_labels=None: expected (M,) integers, one for each row of ref_emb")
         if ref_labels is labels:
-            raise unsupported("ref_labels", "labels", "one tensor for both says that (i, i) is no pair", "Pass labels.clone()")
+            raise unsupported(
+                "ref_labels", "labels", "the same tensor for both would mean that (i, i) is no pair", "Pass labels.clone()"
+            )
         labels, ref_labels = without_special_labels(labels, ref_labels)
         return self._reduced(embeddings, labels, ref_emb, ref_labels)
 
     def _reduced(self, embeddings: Tensor, labels: Tensor, others: Tensor | None, other_labels: Tensor | None) -> Tensor:
         of_others = labels if other_labels is None else other_labels
-        # The library takes one positive and one negative pair for none.
+        # With only one positive and one negative pair, the library returns 0.
         factor = 0.0 if len(labels) * len(of_others) <= 2 else 1.0
         if self.reducer is None:
             return factor * self._mean(embeddings, labels, others, other_labels)
@@ -113,7 +124,7 @@ class _MetricLoss(nn.Module, ABC):
 
     @abstractmethod
     def _mean(self, embeddings: Tensor, labels: Tensor, others: Tensor | None, other_labels: Tensor | None) -> Tensor:
-        """What the loss's default reducer makes of them."""
+        """The result of the default reducer for the losses of :meth:`_losses`."""
 
 
 def _is_normalizing(distance: Any) -> bool:
@@ -128,7 +139,7 @@ def _is_normalizing(distance: Any) -> bool:
 
 
 def _has_negatives(labels: Tensor, of_others: Tensor) -> Tensor:
-    """(N,) whether a row of another label is there."""
+    """(N,) bool: whether a row with another label exists."""
     if of_others.numel() == 0:
         return torch.zeros_like(labels, dtype=torch.bool)
     lowest, highest = of_others.aminmax()
@@ -136,8 +147,16 @@ def _has_negatives(labels: Tensor, of_others: Tensor) -> Tensor:
 
 
 class SupConLoss(_MetricLoss):
-    """A row's loss is the mean of -log(exp s_ap / the sum of exp s_aj over all others) over its positives p; then the mean over
-    rows whose loss is > 0. Options and call: :class:`_MetricLoss`.
+    """SupCon as in pytorch-metric-learning: the mean over the rows whose loss is above 0.
+
+    The loss of row a is the mean, over its positives p, of -log(exp s_ap / sum_j exp s_aj); j runs over all other rows.
+
+    Args:
+        temperature: tau > 0.
+        options: the keyword arguments distance, reducer, embedding_regularizer, embedding_reg_weight, collect_stats and backend,
+            as in the library. ``distance`` is the library's CosineSimilarity() or DotProductSimilarity(); None means the first.
+            ``reducer`` is None or one of the library's reducers. A regularizer and statistics are not supported. ``backend`` is
+            as for :func:`clop_kernels.clop_loss`.
     """
 
     def __init__(self, temperature: float = 0.1, **options: Any) -> None:
@@ -160,19 +179,27 @@ class SupConLoss(_MetricLoss):
 
     def _mean(self, embeddings: Tensor, labels: Tensor, others: Tensor | None, other_labels: Tensor | None) -> Tensor:
         losses = self._losses(embeddings, labels, others, other_labels)["losses"]
-        counts = ~(losses <= 0)  # a NaN counts, so that it shows
+        counts = ~(losses <= 0)  # a NaN counts too, so that it reaches the loss
         return torch.where(counts, losses, 0.0).sum() / counts.sum().clamp(min=1)
 
 
 class NTXentLoss(_MetricLoss):
-    """One term for each positive pair (a, p): -log(exp s_ap / (exp s_ap + the sum of exp s_an over negatives)); their mean.
+    """NT-Xent as in pytorch-metric-learning: the mean over all positive pairs.
 
-    The slow one. The sums over negatives are fused; the positives take a second pass in plain PyTorch, over tiles of T rows that
-    hold the rows' whole classes, of C rows, and are made again in the backward pass: memory O(N D + T C), and one synchronisation
-    with a GPU. A reducer of the library takes O(P) memory beside, for P positive pairs. Where each row has one positive,
-    :class:`clop_kernels.NTXentLoss`, SimCLR's, is the same loss without all that.
+    The term of a positive pair (a, p) is -log(exp s_ap / (exp s_ap + sum_n exp s_an)); n runs over the negatives of a.
 
-    Options and call: :class:`_MetricLoss`.
+    This loss is slower than the others. Only the sums over negatives are fused. The positives take a second pass in
+    plain PyTorch, over tiles of T rows against the whole classes of these rows, up to C rows. The backward pass
+    computes the tiles again. This takes O(N D + T C) memory and one synchronisation with a GPU. A reducer of the
+    library takes another O(P) memory for P positive pairs. If each row has exactly one positive,
+    :class:`clop_kernels.NTXentLoss` is the same loss without these costs.
+
+    Args:
+        temperature: tau > 0.
+        options: the keyword arguments distance, reducer, embedding_regularizer, embedding_reg_weight, collect_stats and backend,
+            as in the library. ``distance`` is the library's CosineSimilarity() or DotProductSimilarity(); None means the first.
+            ``reducer`` is None or one of the library's reducers. A regularizer and statistics are not supported. ``backend`` is
+            as for :func:`clop_kernels.clop_loss`.
     """
 
     def __init__(self, temperature: float = 0.07, **options: Any) -> None:
@@ -195,7 +222,7 @@ class NTXentLoss(_MetricLoss):
     def _tiles(
         self, embeddings: Tensor, labels: Tensor, others: Tensor | None, other_labels: Tensor | None
     ) -> Iterator[_PositiveTile]:
-        """The rows sorted by label, some at a time, with all columns that hold positives of theirs. One tile at least."""
+        """Yields tiles of the rows, sorted by label, with all columns that hold their positives. There is at least one tile."""
         negatives = negative_logsumexp(
             embeddings,
             labels,
@@ -205,7 +232,7 @@ class NTXentLoss(_MetricLoss):
             normalize=self.normalize,
             backend=self.backend,
         )
-        # exp of this is 0: what a row without negatives has in its denominators beside the positive.
+        # A row without negatives gets -inf, whose exp is 0: its denominators hold only the positive.
         is_compared = _has_negatives(labels, labels if other_labels is None else other_labels)
         negatives = torch.where(is_compared, negatives, -torch.inf)
         n_rows = len(labels)
@@ -216,9 +243,9 @@ class NTXentLoss(_MetricLoss):
         row_names, column_names = groups.order[:n_rows], groups.order[first_column:] - first_column
         rows, columns = self._rows(embeddings)[row_names], self._rows(of_columns)[column_names]
         starts, ends = groups.starts[:n_rows] - first_column, groups.ends[:n_rows] - first_column
-        # Both are sorted: the start of a tile's first row and the end of its last are those of the tile.
+        # Starts and ends are sorted, so a tile's columns begin at the start of its first row and end at the end of its last row.
         last = torch.arange(ROWS_AT_A_TIME, n_rows + ROWS_AT_A_TIME, ROWS_AT_A_TIME, device=labels.device).clamp(max=n_rows) - 1
-        bounds = torch.stack([starts[::ROWS_AT_A_TIME], ends[last]]).T.tolist()  # what synchronises
+        bounds = torch.stack([starts[::ROWS_AT_A_TIME], ends[last]]).T.tolist()  # synchronises with the device
         for index, (begin, end) in enumerate(bounds or [(0, 0)]):
             first = index * ROWS_AT_A_TIME
             some = slice(first, first + ROWS_AT_A_TIME)
@@ -235,7 +262,7 @@ class NTXentLoss(_MetricLoss):
             )
 
     def _rows(self, embeddings: Tensor) -> Tensor:
-        """As the sums over negatives see them: rounded to the dtype of the embeddings."""
+        """The rows as the sums over negatives use them: rounded to the dtype of the embeddings."""
         precise = embeddings.to(torch.promote_types(embeddings.dtype, torch.float32))
         return F.normalize(precise, dim=1).to(embeddings.dtype).to(precise.dtype) if self.normalize else precise
 
@@ -245,14 +272,15 @@ ROWS_AT_A_TIME = 512
 
 @dataclass(frozen=True)
 class _PositiveTile:
-    """R rows against C columns, among them all positives of the rows.
+    """R rows against C columns, which include all positives of the rows.
 
     Attributes:
-        rows, columns: (R, D) and (C, D), as they are compared.
+        rows, columns: (R, D) and (C, D), in the form in which they are compared.
         negatives: (R,), log sum exp over the negatives of each row.
-        starts, ends: (R,), the run of columns of each row's class.
-        itself: the column that is the first row, as the next is the next one; None where rows and columns differ.
-        row_names, column_names: (R,) and (C,), their indices in the user's tensors.
+        starts, ends: (R,), the bounds of the columns with each row's label.
+        itself: the column that is the same row as the tile's first row; the next column is the second row, and so on. None if
+            rows and columns come from different tensors.
+        row_names, column_names: (R,) and (C,), the indices in the user's tensors.
     """
 
     rows: Tensor
@@ -274,11 +302,11 @@ class _PositiveTile:
         return mask
 
     def count(self) -> Tensor:
-        """How many they are."""
+        """The number of positive pairs."""
         return (self.ends - self.starts).sum() - (0 if self.itself is None else len(self.rows))
 
     def losses(self) -> Tensor:
-        """(R, C); of pairs that are not in the mask, any number."""
+        """(R, C), the losses of the pairs; pairs outside the mask have arbitrary values."""
         return F.softplus(self.negatives[:, None] - self.rows @ self.columns.T / self.temperature)
 
     def sum(self) -> Tensor:

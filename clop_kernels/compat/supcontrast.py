@@ -1,6 +1,6 @@
-"""SupContrast's SupCon and SimCLR loss: ``from clop_kernels.compat.supcontrast import SupConLoss``.
+"""The SupCon and SimCLR loss of SupContrast: ``from clop_kernels.compat.supcontrast import SupConLoss``.
 
-The authors' code: HobbitLong/SupContrast, losses.py (arXiv 2004.11362).
+The authors' code is HobbitLong/SupContrast, losses.py (arXiv 2004.11362).
 """
 
 from __future__ import annotations
@@ -15,16 +15,19 @@ CONTRAST_MODES = ("all", "one")
 
 
 class SupConLoss(nn.Module):
-    """Features of V views, as they are; without labels the views of an instance are its positives (SimCLR).
+    """SupCon of V views. Without labels, the positives of a view are the other views of its instance (SimCLR).
 
-    Conventions: the features are not normalised here; the loss is temperature / base_temperature times the mean over *all*
-    anchors, of which those without positives count as 0; -1 is a label like any other.
+    Conventions of the authors' code: the features are not normalised here. The loss is temperature / base_temperature times the
+    mean over *all* anchors; an anchor without positives counts as 0. -1 is a label like any other.
 
     Args:
         temperature: tau > 0.
-        contrast_mode: "all", every view of every instance is an anchor; "one", the first view only, compared with all views.
-        base_temperature: > 0.
-        backend: as for :func:`clop_kernels.clop_loss`.
+        contrast_mode: "all": every view of every instance is an anchor. "one": only the first view is, compared with all views.
+        base_temperature: > 0; the loss is multiplied by temperature / base_temperature.
+        backend: "cuda", "triton", "cpu", "tiled" or "reference". None takes the fastest one that can run here.
+
+    Raises:
+        ValueError: for another contrast_mode, or a base_temperature that is not positive.
     """
 
     def __init__(
@@ -46,20 +49,29 @@ class SupConLoss(nn.Module):
         self.backend = backend
 
     def forward(self, features: Tensor, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """(B, V, ...) features, and B integer labels, of any shape, or None -> the loss, ().
+        """The loss of B instances with V views each.
+
+        Args:
+            features: (B, V, ...), float64, float32, float16 or bfloat16, as they are. Dimensions after V are flattened.
+            labels: B integers of any shape. None: the positives of a view are the other views of its instance.
+            mask: only None is supported.
+
+        Returns:
+            A tensor of shape (); float32, or float64 for float64 features.
 
         Raises:
-            NotImplementedError: for a ``mask``: it is an array of B x B, which may be anything.
+            NotImplementedError: for a ``mask``, a B x B array of arbitrary positives.
+            TypeError, ValueError: the message names the argument, its value and what was expected.
         """
         if features.dim() < 3:
             raise ValueError(
-                f"features has shape {tuple(features.shape)}: expected at least 3 dimensions, (B, V, ...), as of "
+                f"features has shape {tuple(features.shape)}: expected at least 3 dimensions, (B, V, ...), such as "
                 f"features.unsqueeze(1) for one view"
             )
         if mask is not None:
             if labels is not None:
                 raise ValueError("labels and mask are both given: expected one of them, or neither")
-            raise unsupported("mask", "...", "an arbitrary mask of positives needs an array of B x B", "Pass labels")
+            raise unsupported("mask", "...", "an arbitrary mask of positives needs a B x B array", "Pass labels")
         n_instances, n_views = features.shape[:2]
         if labels is not None:
             (labels,) = without_special_labels(labels.reshape(-1) if isinstance(labels, Tensor) else labels)

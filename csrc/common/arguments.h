@@ -1,4 +1,4 @@
-// What the operators of both backends do with tensors: from arguments to the options of a pass, how wrong ones are refused, and memory.
+// Tensor helpers that the operators of both backends share: they decode options, refuse wrong arguments and allocate memory.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -60,12 +60,12 @@ inline void decode(const char* name, int64_t given, Reduction& option) {
   option = Reduction(given);
 }
 
-// Of the arguments of an operator, which have the names of the options, into the struct `options`. A backend may have a `decode` of
-// its own for kinds that are its own.
+// Copies one argument of an operator into the field of the same name in the struct `options`. A backend may add overloads of
+// `decode` for types of its own.
 #define CLOP_DECODE(kind, name) decode(#name, name, options.name);
 
-// A contiguous tensor; what it holds at first is undefined. torch::stable::new_empty, which first asks a tensor for all its properties,
-// takes two to three times as long, and at small N allocations are most of what a call costs.
+// Allocates a contiguous tensor; its contents are undefined. torch::stable::new_empty first asks a tensor for all its properties
+// and takes two to three times as long. At small N, allocations are most of a call's cost.
 inline Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype, int32_t device_type, int32_t device_index) {
   constexpr int kMostDims = 3;
   int64_t strides[kMostDims] = {1, 1, 1};

@@ -1,25 +1,26 @@
-// The constants that C++ shares with Python, and the CPU with CUDA: those of clop_kernels/backends/contract.py, which says more of them.
-// tests/test_native.py holds them equal.
+// The constants that C++ shares with Python, and the CPU kernels with the CUDA kernels. clop_kernels/backends/contract.py
+// explains them; a test in tests/cpu/ checks that both languages agree.
 #pragma once
 
 namespace clop {
 
 constexpr double kLog2E = 1.4426950408889634;
 
-// The smallest norm that a row is divided by.
+// The smallest number that a row is divided by when it is normalised.
 template <class T>
 constexpr T kEps = T(1e-12);
 
-// Up to which |s_ij| the CPU takes exp s_ij without a shift: there must be room for sums over 2^38 rows, and exp(60) 2^38 is below
-// exp(88), the end of float; double ends at exp(709). CUDA's bound is kLargestUnshiftedBits in cuda/pairs.cuh, which says why it is less.
+// The largest |s_ij| for which the CPU kernels compute exp s_ij without a shift. Sums over 2^38 rows must fit: exp(60) 2^38 is
+// below exp(88), where float ends; double ends at exp(709). CUDA's bound is smaller: kLargestUnshiftedBits in cuda/pairs.cuh says
+// why.
 template <class T>
 constexpr T kLargestUnshiftedLogit = sizeof(T) == 8 ? T(600) : T(60);
 
-// What M, at most 2, is multiplied by before CUDA rounds it to float16, which ends at 6e-8 and 65504.
+// CUDA multiplies M, which is at most 2, by this factor before it rounds M to float16, whose range ends at 6e-8 and 65504.
 constexpr float kFloat16Scale = 16384;
 
-// 1 / kEps is beyond float16. The gradient of a row of zeros is cut to this, not an infinity that would cost every step; any other
-// row's overflow stays infinite, for a gradient scaler to see.
+// 1 / kEps overflows float16. The gradient of a row of zeros is therefore clipped to this value: an infinity would spoil every
+// training step. Any other row's overflow stays infinite, so that a gradient scaler sees it.
 template <class T>
 constexpr T kLargestFloat16 = T(65504);
 

@@ -1,12 +1,15 @@
-// The options of a loss, declared once: the fields of LossOptions in clop_kernels/backends/contract.py, in their order.
+// The options of a loss, declared once. They are the fields of LossOptions in clop_kernels/backends/contract.py, in the same
+// order.
 //
-// From these lists come the schemas and parameters of all operators, the structs that the passes are given, and what fills them. A
-// new option is one line here, one field there, and its use in a kernel. tests/test_native.py holds the two lists equal.
+// From these lists come the schemas and parameters of all operators, the structs that passes receive, and the code that fills
+// those structs. A new option takes one line here, one field there, and its use in a kernel. A test in tests/cpu/ checks that the
+// two lists agree.
 //
-// X(kind, name). What stands for a kind in a schema, in the parameters of an operator, and in a struct:
+// Each entry is X(kind, name). The kind decides the type in a schema, in an operator's parameters and in a struct:
 //
-//     Number           float         double        what a training may change: on the CPU a double, in CUDA also a number in the memory
-//                                                  of the GPU, which the host does not read
+//     kind             schema        parameter     field of a struct
+//     Number           float         double        a number that training may change: a double on the CPU; in CUDA a float or a
+//                                                  pointer to GPU memory, which the host does not read
 //     Count            int           int64_t       int64_t
 //     Flag             bool          bool          bool
 //     Dtype            ScalarType    ScalarType    Dtype
@@ -32,7 +35,7 @@
   X(Count, n_left)        \
   X(Flag, negatives_only)
 
-// Not of the loss, but of how it is computed.
+// Settings that change how a loss is computed, not the loss itself.
 #define CLOP_CPU_SETTINGS(X) \
   X(Count, tile_rows)        \
   X(Count, n_threads)
@@ -46,10 +49,10 @@ using Flag = bool;
 
 }  // namespace clop
 
-// A field of a struct.
+// Declares a field of a struct.
 #define CLOP_FIELD(kind, name) kind name;
 
-// A part of a schema. Every operator has an argument before it.
+// An argument in a schema. It begins with a comma, because every operator has an argument before it.
 #define CLOP_SCHEMA(kind, name) ", " CLOP_SCHEMA_OF_##kind " " #name
 #define CLOP_SCHEMA_OF_Number "float"
 #define CLOP_SCHEMA_OF_Count "int"
@@ -60,7 +63,7 @@ using Flag = bool;
 #define CLOP_SCHEMA_OF_Dtype "ScalarType"
 #define CLOP_TENSOR_SCHEMA(kind, name) ", Tensor? " #name "_tensor"
 
-// A parameter of the function behind the operator.
+// A parameter of the function behind an operator.
 #define CLOP_PARAMETER(kind, name) , CLOP_PARAMETER_OF_##kind name
 #define CLOP_PARAMETER_OF_Number double
 #define CLOP_PARAMETER_OF_Count int64_t
@@ -71,7 +74,8 @@ using Flag = bool;
 #define CLOP_PARAMETER_OF_Dtype torch::headeronly::ScalarType
 #define CLOP_TENSOR_PARAMETER(kind, name) , const std::optional<torch::stable::Tensor>& name##_tensor
 
-// What the operators of a backend take after their tensors. A number of CUDA's is the tensor, if there is one.
+// The arguments that a backend's operators take after their tensors. In CUDA a number may also come as a tensor, which then
+// replaces the plain number.
 #define CLOP_CPU_OPTIONS_SCHEMA CLOP_OPTIONS(CLOP_SCHEMA) CLOP_CPU_SETTINGS(CLOP_SCHEMA)
 #define CLOP_CPU_OPTIONS_PARAMETERS CLOP_OPTIONS(CLOP_PARAMETER) CLOP_CPU_SETTINGS(CLOP_PARAMETER)
 #define CLOP_CUDA_OPTIONS_SCHEMA CLOP_OPTIONS(CLOP_SCHEMA) CLOP_NUMBERS(CLOP_TENSOR_SCHEMA) CLOP_CUDA_SETTINGS(CLOP_SCHEMA)

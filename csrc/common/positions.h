@@ -1,8 +1,10 @@
-// What is known of a position, an index into the rows as sorted by side and positive group; see clop_kernels/groups.py.
+// Where rows and their positives are. A position is an index into the rows sorted by side and by positive group; see
+// clop_kernels/groups.py.
 //
-// `Pairs` is the struct of either backend: n_rows and options, and groups, (3, N) int32 order, starts and ends, or null where the views
-// of an instance are a group, with sides one view a side. `Index` is what it counts positions in: int64_t, or on a GPU, where N is
-// below 2^31, int, for 32-bit divisions take a fraction of the registers.
+// `Pairs` is the struct of either backend. It has n_rows, the options, and `groups`: a (3, N) int32 table of order, starts and
+// ends. If `groups` is null, the views of one instance form a group; with sides, an instance has one view on each side. `Index`
+// is the integer type of positions: int64_t on the CPU, int on a GPU. There N is below 2^31, and 32-bit divisions take a fraction
+// of the registers.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +24,7 @@ struct UnsignedOf<int64_t> {
   using type = uint64_t;
 };
 
-// The row of the embeddings that is at a position.
+// The row of the embeddings at a position.
 template <class Index, class Pairs>
 CLOP_INLINE Index row_of(const Pairs& p, Index position) {
   if (p.groups != nullptr) return p.groups[position];
@@ -32,14 +34,14 @@ CLOP_INLINE Index row_of(const Pairs& p, Index position) {
   return Index(index % n_views * (Unsigned(p.n_rows) / n_views) + index / n_views);
 }
 
-// The instance whose view a row is.
+// The instance that a row is a view of.
 template <class Index, class Pairs>
 CLOP_INLINE Index instance_of(const Pairs& p, Index row) {
   using Unsigned = typename UnsignedOf<Index>::type;
   return Index(Unsigned(row) % (Unsigned(p.n_rows) / Unsigned(p.n_views)));
 }
 
-// Positions from `start` on, and before `end`.
+// The positions from `start` up to, but not including, `end`.
 template <class Index>
 struct alignas(2 * sizeof(Index)) RunOf {
   Index start, end;
@@ -50,14 +52,14 @@ CLOP_INLINE bool holds(const RunOf<Index>& run, Index position) {
   return position >= run.start && position < run.end;
 }
 
-// The run with positions counted from `origin`.
+// The same run, with positions counted from `origin`.
 template <class Index>
 CLOP_INLINE RunOf<Index> counted_from(Index origin, const RunOf<Index>& run) {
   return {run.start - origin, run.end - origin};
 }
 
-// The run of positions that holds the positives of a position, without sides its group, itself included; of one past the end an
-// empty run. From position to position of a side neither end goes back.
+// The positive run of a position. Without sides this is its whole group, which includes the position itself. A position past the
+// end has an empty run. From one position of a side to the next, `start` and `end` are both non-decreasing.
 template <class Index, class Pairs>
 CLOP_INLINE RunOf<Index> run_of(const Pairs& p, Index position) {
   if (position >= p.n_rows) return {0, 0};
@@ -71,13 +73,14 @@ CLOP_INLINE RunOf<Index> run_of(const Pairs& p, Index position) {
   return {start, start + n_views};
 }
 
-// How many of a run are positives.
+// The number of positives in a positive run.
 template <class Index, class Pairs>
 CLOP_INLINE Index positives_of(const Pairs& p, const RunOf<Index>& run) {
   return p.negatives_only ? 0 : run.end - run.start - (p.n_left < 0 ? 1 : 0);
 }
 
-// False where no row can have a positive, so that there is nothing to compare; as in clop_kernels/backends/contract.py.
+// False if nothing is compared: no row can have a positive, and the loss does not sum over negatives only. The prototype term
+// then stands alone. clop_kernels/backends/contract.py has the same rule.
 template <class Pairs>
 CLOP_INLINE bool has_pairs(const Pairs& p) {
   return p.groups != nullptr || p.n_views > 1 || p.negatives_only;

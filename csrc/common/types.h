@@ -1,8 +1,9 @@
-// The enumerations that C++ shares with Python, and the CPU with CUDA; tests/test_native.py holds them equal.
+// The enumerations that C++ shares with Python, and the CPU kernels with the CUDA kernels; a test in tests/cpu/ checks that they
+// agree.
 #pragma once
 
-// What is compiled for a GPU as well. Everywhere else it has internal linkage: a copy that one SIMD level has compiled must not be
-// linked into another.
+// Marks functions that are also compiled for a GPU. Everywhere else they have internal linkage: the linker must not use a copy
+// that was compiled for one SIMD level in the code of another.
 #ifdef __CUDACC__
 #define CLOP_INLINE __host__ __device__ static inline
 #else
@@ -13,7 +14,7 @@ namespace clop {
 
 enum class Dtype { float64, float32, float16, bfloat16 };
 
-// POSITIVES, DISTANCES and REDUCTIONS of clop_kernels/backends/contract.py, in their order.
+// POSITIVES, DISTANCES and REDUCTIONS of clop_kernels/backends/contract.py, in the same order.
 #define CLOP_POSITIVES(X) X(instance) X(label)
 #define CLOP_DISTANCES(X) X(cosine) X(euclidean) X(manhattan)
 #define CLOP_REDUCTIONS(X) X(mean) X(sum) X(none)

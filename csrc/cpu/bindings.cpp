@@ -1,3 +1,5 @@
+// The operators of the CPU backend: they choose the SIMD level, check their arguments, allocate results and call the level's
+// passes.
 #include "bindings.h"
 
 #include <torch/csrc/stable/ops.h>
@@ -14,7 +16,7 @@ namespace {
 
 // ---- levels ----------------------------------------------------------------------------------------------------------
 
-// Widest first, those that this CPU can run.
+// The levels that this CPU can run, widest first.
 std::vector<const Level*> runnable_levels() {
   std::vector<const Level*> levels;
 #if defined(__x86_64__)
@@ -30,7 +32,7 @@ std::vector<const Level*> runnable_levels() {
 
 const Level& level() {
   static const std::vector<const Level*> levels = runnable_levels();
-  const char* const text = std::getenv("CLOP_SIMD");  // read at each call: a test changes it
+  const char* const text = std::getenv("CLOP_SIMD");  // read at each call, because tests change it
   if (text == nullptr || *text == '\0') return *levels.front();
   std::string names;
   for (const Level* each : levels) {
@@ -53,7 +55,7 @@ void decode(const char* name, ScalarType given, Dtype& option) {
   option = *dtype;
 }
 
-// What the operator at hand, whose parameters are in scope, is given as options.
+// The options of the operator at hand, whose parameters must be in scope.
 #define CLOP_GIVEN_OPTIONS         \
   [&] {                            \
     Options options = {};          \
@@ -62,7 +64,7 @@ void decode(const char* name, ScalarType given, Dtype& option) {
     return options;                \
   }()
 
-// The kernels trust what they are given, and the operators can be called by anyone: a wrong call is an exception, not a crash.
+// The kernels trust their arguments, but anyone can call the operators. A wrong call must raise an exception, not crash.
 void check(const char* name, const Tensor& tensor, ScalarType dtype, std::initializer_list<int64_t> sizes) {
   bool is_right = tensor.is_cpu() && tensor.scalar_type() == dtype && tensor.dim() == int64_t(sizes.size());
   int64_t dim = 0;
@@ -71,7 +73,8 @@ void check(const char* name, const Tensor& tensor, ScalarType dtype, std::initia
     throw std::runtime_error(std::string("clop_native: ") + name + " has the wrong device, dtype, shape or layout");
 }
 
-// Values that index memory. clop_kernels checks them with a better message; here they are only kept from doing harm.
+// Checks numbers that index memory. clop_kernels has checked them with a better message; this check only prevents bad memory
+// accesses.
 void check_positions(const int32_t* positions, int64_t count, int64_t largest) {
   for (int64_t k = 0; k < count; ++k)
     if (positions[k] < 0 || positions[k] > largest)
@@ -86,7 +89,7 @@ Tensor empty(std::initializer_list<int64_t> sizes, ScalarType dtype) {
   return empty(sizes, dtype, aoti_torch_device_type_cpu(), 0);
 }
 
-// Fills in what every pass is given of `rows`, (N, D), and checks it, all but the values of `groups`.
+// Fills in and checks what every pass needs to know of `rows`, (N, D). It does not check the values of `groups`.
 void set_pairs(Pairs& pairs, const Options& options, const Tensor& rows, const Tensor& groups) {
   static_cast<Options&>(pairs) = options;
   if (!(pairs.temperature > 0) || pairs.tile_rows < 0 || pairs.n_threads < 1)
@@ -101,7 +104,7 @@ void set_pairs(Pairs& pairs, const Options& options, const Tensor& rows, const T
   pairs.groups = by_label ? static_cast<const int32_t*>(groups.const_data_ptr()) : nullptr;
 }
 
-// The same for both passes of the loss.
+// Fills in and checks the parameters that both passes of the loss have.
 void set_loss(Loss& loss, const Options& options, const Tensor& embeddings, const Tensor& groups,
               const std::optional<Tensor>& labels, const std::optional<Tensor>& prototypes) {
   if (!embeddings.is_cpu() || embeddings.dim() != 2 || embeddings.size(1) < 1 || options.n_views < 1 ||
@@ -127,7 +130,7 @@ void set_loss(Loss& loss, const Options& options, const Tensor& embeddings, cons
     if (loss.labels[k] >= loss.n_classes) throw std::runtime_error("clop_native: labels holds a value without a prototype");
 }
 
-// The same for both passes over pairs alone.
+// Fills in and checks the parameters that both passes over pairs alone have.
 void set_pairs_alone(Pairs& pairs, const Options& options, const Tensor& zhat, const Tensor& groups) {
   if (!zhat.is_cpu() || zhat.dim() != 2 || zhat.size(1) < 1 || !zhat.is_contiguous())
     throw std::runtime_error("clop_native: zhat: expected (M, D), contiguous, on the CPU");
@@ -138,7 +141,7 @@ void set_pairs_alone(Pairs& pairs, const Options& options, const Tensor& zhat, c
     throw std::runtime_error("clop_native: an option is out of its range");
   set_pairs(pairs, options, zhat, groups);
   pairs.is_one_way = pairs.n_left >= 0;
-  for (int64_t bound = 1; bound < 3; ++bound)  // the order is not asked for
+  for (int64_t bound = 1; bound < 3; ++bound)  // starts and ends; these passes do not read the order
     check_positions(pairs.groups + bound * pairs.n_rows, pairs.n_results(), pairs.n_rows);
 }
 
@@ -188,7 +191,7 @@ Gradients backward(const Tensor& grad_loss, const Tensor& embeddings, const Tens
   check("inverse_total", inverse_total, precise, {b.n_rows});
   check("negative", negative, precise, {b.n_rows});
   check("counts", counts, precise, {2});
-  if (needs_prototypes && !prototypes) throw std::runtime_error("clop_native: a gradient of prototypes that are not there");
+  if (needs_prototypes && !prototypes) throw std::runtime_error("clop_native: needs_prototypes: expected prototypes");
   b.grad_loss = grad_loss.const_data_ptr();
   b.zhat = zhat.const_data_ptr();
   b.norms = norms.const_data_ptr();

@@ -1,4 +1,4 @@
-// The loss on a CPU as operators of torch's stable ABI: their names, schemas and functions, and what they take.
+// The operators of the CPU backend, for torch's stable ABI: their names, schemas, functions and arguments.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -9,42 +9,42 @@
 
 #include "../common/options.h"
 
-// X(operator, schema but for its name, function of clop::cpu). Residuals, and `needs`, as in clop_kernels/backends/contract.py; groups
-// is (3, N) int32, or (3, 0) where positives are found by instance; n_left -1: one side.
-#define CLOP_CPU_OPERATORS(X)                                                                                                 \
-  /* The two passes of the loss. */                                                                                           \
-  X(cpu_forward,                                                                                                              \
-    "(Tensor embeddings, Tensor groups, Tensor? labels, Tensor? prototypes" CLOP_CPU_OPTIONS_SCHEMA                           \
-    ") -> (Tensor loss, Tensor zhat, Tensor norms, Tensor shift, Tensor inverse_total, Tensor negative, Tensor counts)",      \
-    forward)                                                                                                                  \
-  X(cpu_backward,                                                                                                             \
-    "(Tensor grad_loss, Tensor embeddings, Tensor zhat, Tensor norms, Tensor shift, Tensor inverse_total, Tensor negative, "  \
-    "Tensor groups, Tensor counts, Tensor? labels, Tensor? prototypes, bool needs_embeddings, bool needs_temperature, "       \
-    "bool needs_prototypes" CLOP_CPU_OPTIONS_SCHEMA                                                                           \
-    ") -> (Tensor? grad_embeddings, Tensor? grad_temperature, Tensor? grad_prototypes)",                                      \
-    backward)                                                                                                                 \
-  /* The passes over pairs alone: (M, D) zhat, (3, M) groups, (4, M) coefficients; one way where n_left is not -1. */         \
-  X(cpu_pair_softmax,                                                                                                         \
-    "(Tensor zhat, Tensor groups" CLOP_CPU_OPTIONS_SCHEMA                                                                     \
-    ") -> (Tensor shift, Tensor negative, Tensor positive, Tensor positive_logits)",                                          \
-    pair_softmax)                                                                                                             \
-  X(cpu_pair_gradient, "(Tensor zhat, Tensor groups, Tensor coefficients" CLOP_CPU_OPTIONS_SCHEMA ") -> Tensor",              \
-    pair_gradient)                                                                                                            \
-  /* The kernels' own 2^x, for the test of its accuracy. */                                                                   \
+// X(operator, schema without its name, function of clop::cpu). clop_kernels/backends/contract.py describes the residuals and the
+// `needs_...` flags. `groups` is (3, N) int32, or (3, 0) if positives are found by instance. n_left = -1 means that there is one
+// side.
+#define CLOP_CPU_OPERATORS(X)                                                                                                   \
+  /* The two passes of the loss. */                                                                                             \
+  X(cpu_forward,                                                                                                                \
+    "(Tensor embeddings, Tensor groups, Tensor? labels, Tensor? prototypes" CLOP_CPU_OPTIONS_SCHEMA                             \
+    ") -> (Tensor loss, Tensor zhat, Tensor norms, Tensor shift, Tensor inverse_total, Tensor negative, Tensor counts)",        \
+    forward)                                                                                                                    \
+  X(cpu_backward,                                                                                                               \
+    "(Tensor grad_loss, Tensor embeddings, Tensor zhat, Tensor norms, Tensor shift, Tensor inverse_total, Tensor negative, "    \
+    "Tensor groups, Tensor counts, Tensor? labels, Tensor? prototypes, bool needs_embeddings, bool needs_temperature, "         \
+    "bool needs_prototypes" CLOP_CPU_OPTIONS_SCHEMA                                                                             \
+    ") -> (Tensor? grad_embeddings, Tensor? grad_temperature, Tensor? grad_prototypes)",                                        \
+    backward)                                                                                                                   \
+  /* The passes over pairs alone: (M, D) zhat, (3, M) groups, (4, M) coefficients. With n_left >= 0 they go one way. */         \
+  X(cpu_pair_softmax,                                                                                                           \
+    "(Tensor zhat, Tensor groups" CLOP_CPU_OPTIONS_SCHEMA                                                                       \
+    ") -> (Tensor shift, Tensor negative, Tensor positive, Tensor positive_logits)",                                            \
+    pair_softmax)                                                                                                               \
+  X(cpu_pair_gradient, "(Tensor zhat, Tensor groups, Tensor coefficients" CLOP_CPU_OPTIONS_SCHEMA ") -> Tensor", pair_gradient) \
+  /* The kernels' own 2^x, so that a test can measure its accuracy. */                                                          \
   X(cpu_exp2, "(Tensor x) -> Tensor", exp2)
 
 namespace clop::cpu {
 
 using torch::stable::Tensor;
 
-// The level that calls get: the widest that this CPU has, or what CLOP_SIMD in the environment names.
+// The SIMD level that calls use: the widest that this CPU can run, or the level named by CLOP_SIMD in the environment.
 const char* simd_level();
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
     const Tensor& embeddings, const Tensor& groups, const std::optional<Tensor>& labels,
     const std::optional<Tensor>& prototypes CLOP_CPU_OPTIONS_PARAMETERS);
 
-// Of embeddings, temperature and prototypes; what is not asked for is not there.
+// The gradients of embeddings, temperature and prototypes. Gradients that were not asked for are empty.
 using Gradients = std::tuple<std::optional<Tensor>, std::optional<Tensor>, std::optional<Tensor>>;
 
 Gradients backward(const Tensor& grad_loss, const Tensor& embeddings, const Tensor& zhat, const Tensor& norms,

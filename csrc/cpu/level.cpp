@@ -1,4 +1,5 @@
-// The loss on one SIMD level: compiled once for each, with CLOP_LEVEL its name and namespace and with the compiler's flags for it.
+// The passes of the loss on one SIMD level. The build compiles this file once for each level, with the compiler flags of that
+// level; CLOP_LEVEL is the level's name and namespace.
 
 #include "loss.h"
 #include "pairs.h"
@@ -7,15 +8,15 @@ namespace clop::cpu {
 namespace CLOP_LEVEL {
 namespace {
 
-// The rows as the products see them, in T: the ones given, or a copy where those are in half precision.
+// The rows that the products read, in T: the given rows, or a copy if the given rows are in half precision.
 template <class T>
 struct Zhat {
   Zhat(const Pairs& pairs, const void* given)
       : copy(pairs.compute_dtype == kDtypeOf<T> ? 0 : pairs.n_rows * pairs.width),
-        // Written to by the forward pass alone, which owns it.
+        // Only the forward pass writes through this pointer, and it owns the rows.
         rows(pairs.compute_dtype == kDtypeOf<T> ? const_cast<T*>(static_cast<const T*>(given)) : static_cast<T*>(copy)) {}
 
-  // Fills the copy, for a pass that is given rows that the forward pass has written.
+  // Fills the copy from rows that the forward pass has written.
   void read(const Pairs& pairs, const void* given) {
     if (pairs.compute_dtype == kDtypeOf<T>) return;
     for_ranges(pairs.n_rows, 4.0 * pairs.width, pairs.n_threads, [&](int64_t begin, int64_t end, int) {
@@ -27,14 +28,15 @@ struct Zhat {
   T* rows;
 };
 
-// The label of a position; -1 without one, or where there are no prototypes that a label could name.
+// The label at a position: -1 if it has no label, or if there are no prototypes.
 int64_t label_of(const Loss& loss, int64_t k) {
   return loss.labels == nullptr || loss.prototypes == nullptr ? -1 : loss.labels[instance_of(loss, row_of(loss, k))];
 }
 
 // ---- forward ---------------------------------------------------------------------------------------------------------
 
-// Reads, normalises and rounds the rows [begin, end), and measures their distances to their prototypes; 0 without a label.
+// Reads, normalises and rounds the rows [begin, end), and measures their distances to their prototypes (0 for rows without a
+// label).
 template <class T>
 void prologue(const Forward& f, int64_t begin, int64_t end, T* zhat, T* distances) {
   for (int64_t k = begin; k < end; ++k) {
@@ -50,14 +52,15 @@ void prologue(const Forward& f, int64_t begin, int64_t end, T* zhat, T* distance
   }
 }
 
-// Whether row k is in A: it has positives, or, where those are no pairs, it has negatives. A NaN has, so that it shows.
-// `total`: of its softmax, or the inverse of that.
+// Whether row k is in A, the rows with a contrastive term. These are the anchors; with negatives_only they are the rows that have
+// negatives. `total` is the row's sum over pairs, or the inverse of that sum. A NaN counts as "in A", so that it shows in the
+// loss.
 template <class T>
 bool is_anchor(const Loss& loss, int64_t k, T total) {
   return loss.negatives_only ? total != 0 : positives_of(loss, run_of(loss, k)) > 0;
 }
 
-// lse_i - mean_p s_ip, in a form that cancels only what the inputs' rounding has left.
+// lse_i - mean_p s_ip, in a form that loses no more digits to cancellation than the inputs' rounding already has.
 template <class T>
 double contrastive_term(Softmax<T>& softmax, int64_t row, int64_t n_positives) {
   const double negative = softmax.negative[row], positive = softmax.positive[row];
@@ -91,7 +94,7 @@ void forward(const Forward& f) {
         contrastive[k] = contrastive_term(softmax, k, positives_of(f, run_of(f, k)));
         continue;
       }
-      // A plain zero, unless the row holds a NaN or an Inf, which must stay visible.
+      // A plain zero, unless the row holds a NaN or an Inf: these must stay visible.
       contrastive[k] = 0;
       for (int64_t d = 0; d < f.width; ++d) contrastive[k] += 0.0 * zhat.rows[k * f.width + d];
     }
@@ -123,7 +126,7 @@ void forward(const Forward& f) {
 
 // ---- backward --------------------------------------------------------------------------------------------------------
 
-// The upstream gradients of a row's contrastive and of its prototype term.
+// The upstream gradients of a row's contrastive term and of its prototype term.
 template <class T>
 class Upstream {
  public:
@@ -140,9 +143,7 @@ class Upstream {
   double prototype(int64_t k) const { return label_of(b_, k) >= 0 ? of(k) * shares_[1] * b_.prototype_weight : 0.0; }
 
  private:
-  double of(int64_t k) const {
-    return static_cast<const T*>(b_.grad_loss)[b_.reduction == Reduction::none ? row_of(b_, k) : 0];
-  }
+  double of(int64_t k) const { return static_cast<const T*>(b_.grad_loss)[b_.reduction == Reduction::none ? row_of(b_, k) : 0]; }
   const Backward& b_;
   double shares_[2];
 };
@@ -160,10 +161,11 @@ void set_coefficients(const Backward& b, const Upstream<T>& upstream, Coefficien
   }
 }
 
-// From sum_j M_ij zhat_j to the gradient of the raw row, in `row`; returns zhat . d L_con / d zhat, the temperature's share.
+// Turns sum_j M_ij zhat_j, given in `row`, into the gradient of the raw row, in place. Returns zhat . dL_contrastive/dzhat, the
+// row's share of the temperature's gradient.
 template <class T>
 double finish_row(const Backward& b, T norm, const T* zhat, const T* target, double pull, T* row) {
-  double share = 0;  // in double, for the rows' shares cancel
+  double share = 0;  // in double, because the shares of different rows cancel
   if (b.grad_temperature != nullptr)
     for (int64_t d = 0; d < b.width; ++d) share += double(zhat[d]) * double(row[d]);
   share /= b.temperature;
@@ -174,7 +176,7 @@ double finish_row(const Backward& b, T norm, const T* zhat, const T* target, dou
     for (int64_t d = 0; d < b.width; ++d) row[d] += T(pull) * distance_gradient(b.distance, length, zhat[d], target[d]);
   }
   if (!b.normalize) return share;
-  // zhat = z / max(|z|, kEps<T>): the norm takes the radial part out of the gradient, where it is not below kEps.
+  // zhat = z / max(|z|, kEps<T>). Unless |z| is below kEps, the derivative of the norm removes the radial part of the gradient.
   const bool is_tiny = norm < kEps<T>;
   const T radial = is_tiny ? 0 : dot(b.width, zhat, row), divisor = is_tiny ? kEps<T> : norm;
   for (int64_t d = 0; d < b.width; ++d) {
@@ -186,7 +188,7 @@ double finish_row(const Backward& b, T norm, const T* zhat, const T* target, dou
   return share;
 }
 
-// Each thread has columns of its own and goes through all rows, so that the sums need no locks and have one order.
+// Each thread owns some columns and visits all rows. The sums therefore need no locks, and their order is fixed.
 template <class T>
 void prototype_gradient(const Backward& b, const Upstream<T>& upstream, const T* zhat) {
   T* const grad = static_cast<T*>(b.grad_prototypes);
@@ -206,8 +208,9 @@ void prototype_gradient(const Backward& b, const Upstream<T>& upstream, const T*
       const T pull = T(upstream.prototype(k)), length = b.distance == Distance::euclidean ? lengths[k] : T(0);
       for (int64_t d = begin; d < end; ++d) {
         const T z = zhat[k * b.width + d], target = prototypes[label * b.width + d];
-        // The distances depend on zhat - c, all but the cosine, whose gradient with respect to c is -zhat.
-        grad[label * b.width + d] -= pull * (b.distance == Distance::cosine ? z : distance_gradient(b.distance, length, z, target));
+        // The gradient in c is the negative of the gradient in zhat, except for the cosine distance, where it is -zhat.
+        grad[label * b.width + d] -=
+            pull * (b.distance == Distance::cosine ? z : distance_gradient(b.distance, length, z, target));
       }
     }
   });
@@ -243,7 +246,7 @@ void backward(const Backward& b) {
     }
   });
   if (b.grad_temperature == nullptr) return;
-  // s_ij is linear in 1/tau and in each of its two rows: dL/dtau = -1/(2 tau) sum_i zhat_i . dL/dzhat_i.
+  // s_ij is linear in 1/tau and in each of its two rows. Hence dL/dtau = -1/(2 tau) sum_i zhat_i . dL/dzhat_i.
   double sum = 0;
   for (int64_t k = 0; k < n; ++k) sum += shares[k];
   *static_cast<T*>(b.grad_temperature) = T(sum / (-2 * b.temperature));
@@ -275,7 +278,7 @@ void pair_gradient(const PairGradient& p) {
   T* const parts[] = {coefficients.a, coefficients.b, coefficients.c, coefficients.shift};
   for (int k = 0; k < 4; ++k) std::memcpy(parts[k], static_cast<const T*>(p.coefficients) + k * p.n_rows, p.n_rows * sizeof(T));
 
-  // The result itself is summed into, unless the kernel's rows are wider.
+  // The sums go straight into the result, unless the kernel pads rows to a greater width.
   Buffer<T> padded(rows.padded_width > p.width ? rows.n_results * rows.padded_width : 0);
   T *const grad = static_cast<T*>(p.grad), *const sums = rows.padded_width > p.width ? static_cast<T*>(padded) : grad;
   gradient_of_pairs<T>(rows, p.n_threads, coefficients, sums);
@@ -283,7 +286,7 @@ void pair_gradient(const PairGradient& p) {
     std::memcpy(grad + k * p.width, sums + k * rows.padded_width, p.width * sizeof(T));
 }
 
-// ---- the table of this level -----------------------------------------------------------------------------------------
+// ---- the level's table of functions ------------------------------------------------------------------------------------
 
 void forward_any(const Forward& f) { f.compute_dtype == Dtype::float64 ? forward<double>(f) : forward<float>(f); }
 

@@ -1,7 +1,7 @@
-// What the passes of the loss are given, and the SIMD levels that compute them. Knows no torch.
+// The parameters of each pass of the CPU loss, and the table of SIMD levels that compute the passes. Knows nothing of torch.
 //
-// Tensors come as pointers. N rows, D wide; B = N / n_views instances; K prototypes. T is double where compute_dtype is
-// Dtype::float64, else float. A position is an index into the rows as sorted by group; see clop_kernels/groups.py.
+// Tensors come as pointers. There are N rows of width D, B = N / n_views instances and K prototypes. T is double if compute_dtype
+// is Dtype::float64, else float. A position is an index into the rows sorted by group; see clop_kernels/groups.py.
 #pragma once
 
 #include <cstdint>
@@ -12,17 +12,17 @@ namespace clop::cpu {
 
 using Number = double;
 
-// What each option means: LossOptions in clop_kernels/backends/contract.py.
+// LossOptions in clop_kernels/backends/contract.py explains each option.
 struct Options {
   CLOP_OPTIONS(CLOP_FIELD)
-  CLOP_CPU_SETTINGS(CLOP_FIELD)  // tile_rows: the side of a tile, rounded up to what the kernels can take; 0: theirs to choose
+  CLOP_CPU_SETTINGS(CLOP_FIELD)  // tile_rows: the side of a tile, rounded up to whole panels; 0 lets the kernels choose
 };
 
-// Which rows are compared, and how: what the passes over pairs need to know of a loss.
+// Which rows are compared: everything that the passes over pairs need to know about a loss.
 struct Pairs : Options {
   int64_t n_rows, width;
-  const int32_t* groups;  // (3, N): order, starts, ends. Null: the views of an instance are a group, one view a side if there are
-  bool is_one_way;        // of two sides only the left one gets results
+  const int32_t* groups;  // (3, N): order, starts, ends. Null: the views of an instance form a group, with sides one view a side
+  bool is_one_way;        // with two sides: only the left rows get results
 
   int64_t n_results() const { return is_one_way ? n_left : n_rows; }
 };
@@ -37,7 +37,7 @@ struct Loss : Pairs {
 struct Forward : Loss {
   const void* embeddings;
   int64_t row_stride, column_stride;  // in elements
-  // Results; Residuals in clop_kernels/backends/contract.py says what they are. Rows in the order of their positions.
+  // Results, explained by Residuals in clop_kernels/backends/contract.py. Rows are in the order of their positions.
   void* loss;                                      // T, () or with Reduction::none (N,), in the order of the embeddings
   void* zhat;                                      // (N, D) compute_dtype
   void *norms, *shift, *inverse_total, *negative;  // (N,) T
@@ -45,18 +45,18 @@ struct Forward : Loss {
 };
 
 struct Backward : Loss {
-  const void* grad_loss;  // T, () or (N,)
+  const void* grad_loss;                                                 // T, () or (N,)
   const void *zhat, *norms, *shift, *inverse_total, *negative, *counts;  // as Forward left them
-  // Results; null where not asked for.
+  // Results. A null pointer means that this gradient was not asked for.
   void* grad_embeddings;   // (N, D) dtype, contiguous
   void* grad_temperature;  // () T
   void* grad_prototypes;   // (K, D) T
 };
 
-// The passes over pairs alone, of rows in the order of their positions. M rows; the first R of them, n_results(), get results.
+// The passes over pairs alone. Rows are in the order of their positions. There are M rows; the first R, n_results(), get results.
 struct PairSoftmax : Pairs {
   const void* zhat;  // (M, D) compute_dtype
-  // Results, (R,) T each; Softmax in clop_kernels/backends/contract.py says what they are.
+  // Results, (R,) T each, explained by Softmax in clop_kernels/backends/contract.py.
   void *shift, *negative, *positive, *positive_logits;
 };
 
@@ -66,14 +66,14 @@ struct PairGradient : Pairs {
   void* grad;                // (R, D) T, the result
 };
 
-// One compilation of level.cpp.
+// The functions of one SIMD level, that is, of one compilation of level.cpp.
 struct Level {
   const char* name;
   void (*forward)(const Forward&);
   void (*backward)(const Backward&);
   void (*pair_softmax)(const PairSoftmax&);
   void (*pair_gradient)(const PairGradient&);
-  void (*exp2)(Dtype, int64_t n, const void* x, void* result);  // for the test of its accuracy; float32 or float64
+  void (*exp2)(Dtype, int64_t n, const void* x, void* result);  // float32 or float64; a test measures its accuracy
 };
 
 namespace portable {

@@ -1,7 +1,8 @@
-// The two passes over pairs of rows, O(N^2 D).
+// The two passes over pairs of rows, O(N^2 D): softmax statistics forward, sums of zhat weighted by M backward.
 //
-// Tile picture. The N x N matrix of similarities is symmetric, so only its tiles on and above the diagonal are visited, once in
-// each pass; a tile serves its rows and, transposed, its columns. Rows are sorted by group, so positives (P) lie at the diagonal::
+// Tile picture. The N x N matrix of similarities is symmetric. Each pass therefore visits only the tiles on and above the
+// diagonal, each of them once; a tile serves its rows and, transposed, its columns. Rows are sorted by group, so the positives
+// (P) lie at the diagonal:
 //
 //             j: 0    1    2    3
 //     i: 0     [ P    x    x    x ]    S_ij = zhat_i . zhat_j log2(e) / tau       in panels of kPairColumns columns
@@ -9,22 +10,25 @@
 //        2     [           P    x ]    backward:  S becomes M, then grad_i += M zhat_j and grad_j += M^T zhat_i
 //        3     [                P ]
 //
-// With a_i = w_i / sum_j exp s_ij and q_i = w_i / n_i, M_ij = exp(s_ij) (a_i + a_j) - [j in P(i)] (q_i + q_j); where a row has one
-// positive the difference of the two, -w_i negative_i / total_i, is known without a subtraction (clop_kernels/backends/tiled.py
-// says why positives are subtracted here, inside the tile).
+// With a_i = w_i / sum_j exp s_ij and q_i = w_i / n_i, M_ij = exp(s_ij) (a_i + a_j) - [j in P(i)] (q_i + q_j). If row i has one
+// positive p, then exp(s_ip) a_i - q_i = -w_i negative_i / total_i, which needs no subtraction. clop_kernels/backends/tiled.py
+// says why positives are subtracted here, inside the tile.
 //
-// Rows of two sides: tiles whose rows are on the left and whose columns are on the right, each once, are all there is; positives
-// lie where a row's run on the other side does. Of M rows against N that is 2 M N D flops forward and 6 M N D backward; one way,
-// where a tile serves its rows alone, 4 M N D backward.
+// Two sides. The only tiles are those with rows on the left and columns on the right, each visited once. Positives lie where a
+// row's run on the other side is. M rows against N rows take 2 M N D flops forward and 6 M N D backward. One way, a tile serves
+// only its rows, and the backward pass takes 4 M N D.
 //
-// Flops: forward N^2 D, backward 3 N^2 D, and N^2 exponentials in all. Bytes: for a tile of side T, T rows of zhat come in, in two
-// forms forward and four backward, and T rows of grad twice; all else stays in the L1 and L2 caches: 48 bytes of traffic for T / 2
-// multiply-adds. Memory: two further forms of zhat and grad, (N, D) each, and T^2 numbers a thread, 0.2 MB.
+// Flops: N^2 D forward, 3 N^2 D backward, and N^2 exponentials in the two passes together.
 //
-// Order. Tiles are handed out round by round; in round r those with i + j = r modulo an odd number of blocks (of two sides: with
-// j - i = r, counted on each side), so that no two of a round share a block. Every second round goes backwards, which puts a whole
-// round between two tiles of one block. Sums of a block are added in the order of rounds (Turns), so the result does not depend on
-// the number of threads, to the last bit.
+// Bytes: a tile of side T reads two blocks of T rows of zhat forward and four backward; backward it also reads and writes two
+// blocks of grad. Everything else stays in the L1 and L2 caches. That is 48 bytes of traffic for T / 2 multiply-adds.
+//
+// Memory: two further forms of zhat, and grad, (N, D) each, and T^2 numbers a thread, 0.2 MB.
+//
+// Order. Tiles are handed out in rounds. Round r has the tiles with i + j = r modulo an odd number of blocks (with two sides: the
+// tiles with j - i = r, counted on each side), so no two tiles of a round share a block. Every second round runs backwards, which
+// puts a whole round between two tiles of one block. Sums of a block are added in the order of the rounds (Turns). The result is
+// therefore the same bits for any number of threads.
 #pragma once
 
 #include "product.h"
@@ -33,11 +37,11 @@
 namespace clop::cpu {
 namespace CLOP_LEVEL {
 
-// A shift that no similarity reaches, and finite, so that no infinities are subtracted.
+// A shift below every similarity. It is finite, so that no two infinities are subtracted.
 template <class T>
 constexpr T kNoShift = sizeof(T) == 8 ? T(-1e300) : T(-1e38);
 
-// A side of about 240 KB of S, which with its panels stays in an L2 cache of 512 KB.
+// The side of a tile. S takes about 240 KB, which together with its panels stays in an L2 cache of 512 KB.
 template <class T>
 int64_t tile_side(int64_t n_rows, int64_t asked_for) {
   constexpr int64_t kUnit = kPairColumns<T>, kFewestBlocks = 8;
@@ -46,16 +50,19 @@ int64_t tile_side(int64_t n_rows, int64_t asked_for) {
   return round_up(side > 0 ? side : 1, kUnit);
 }
 
+// How rows are cut into blocks, and the order in which pairs of blocks (tasks, one tile each) are visited.
 class Blocks {
  public:
-  // n_left < 0: one side, and each block meets every other and itself. Else the blocks of the left side come first.
+  // n_left < 0 means one side: each block meets every other block and itself. Otherwise the blocks of the left side come first.
   Blocks(int64_t n_rows, int64_t n_left, int64_t side)
       : side(side),
         n_left(n_left < 0 ? 0 : (n_left + side - 1) / side),
         count(this->n_left + (n_rows - (n_left < 0 ? 0 : n_left) + side - 1) / side),
         n_rows_(n_rows),
         left_rows_(n_left),
-        modulus_(n_left < 0 ? count + 1 - count % 2 : this->n_left < count - this->n_left ? count - this->n_left : this->n_left) {}
+        modulus_(n_left < 0                            ? count + 1 - count % 2
+                 : this->n_left < count - this->n_left ? count - this->n_left
+                                                       : this->n_left) {}
 
   int64_t begin(int64_t block) const { return block < n_left ? block * side : first_right() + (block - n_left) * side; }
   int64_t end(int64_t block) const {
@@ -71,10 +78,11 @@ class Blocks {
     int64_t i, j, round;
   };
 
-  // Some tasks are of a block that is not there: it makes an even number of blocks odd, or the sides equally long.
+  // False for tasks of a block that does not exist. Such a block makes an even number of blocks odd, or the two sides equally
+  // long.
   bool has(Task task) const { return task.j < count && (!has_sides() || task.i < n_left); }
 
-  // i <= j.
+  // The task of an index, with i <= j.
   Task task(int64_t index) const {
     if (has_sides()) {
       const int64_t i = index % modulus_, round = index / modulus_;
@@ -87,7 +95,7 @@ class Blocks {
     return {a < b ? a : b, a < b ? b : a, round};
   }
 
-  // How many tasks a block has before its task of this round.
+  // The number of tasks that a block has before its task of this round.
   int64_t turn(int64_t block, int64_t round) const {
     if (has_sides() && block < n_left) return n_below(count - n_left, block, round);
     if (has_sides()) return n_below(n_left, (block - n_left + modulus_ + 1 - round) % modulus_, round);
@@ -99,7 +107,7 @@ class Blocks {
  private:
   int64_t first_right() const { return left_rows_ < 0 ? 0 : left_rows_; }
 
-  // Of n <= modulus numbers from `first` on, modulo the modulus, how many are below `bound`.
+  // How many of the n <= modulus numbers from `first` on, taken modulo the modulus, are below `bound`.
   int64_t n_below(int64_t bound, int64_t first, int64_t n) const {
     const int64_t leg = n < modulus_ - first ? n : modulus_ - first, below = bound - first;
     return (below < 0 ? 0 : below < leg ? below : leg) + (n - leg < bound ? n - leg : bound);
@@ -108,7 +116,7 @@ class Blocks {
   int64_t n_rows_, left_rows_, modulus_;
 };
 
-// The rows, in the forms that the products read, and their groups. Positions past the last are padding.
+// The rows, in the forms that the products read, and their positive runs. Positions past the last row are padding.
 template <class T>
 struct Rows {
   Rows(const Pairs& pairs, const T* zhat, const T* norms, bool with_panels)
@@ -137,25 +145,26 @@ struct Rows {
           const RunOf<int64_t> run = run_of(pairs, i);
           starts[i] = int32_t(run.start), ends[i] = int32_t(run.end);
         }
-        const bool is_columns = b >= blocks.n_left;  // left blocks never are: only M^T, if not one way, meets them
+        const bool is_columns = b >= blocks.n_left;  // left blocks are never columns: only M^T meets them, unless one way
         if (is_columns) pack_transposed<T>(begin, end, width, zhat, unshifted ? scale : 1, transposed + slot(b) * width);
         if (with_panels && (is_columns || !is_one_way)) pack_panels<T>(begin, end, width, zhat, panel_size(b), panels_of(b));
       }
     });
   }
 
-  // Rows of a block in the forms that are padded to whole panels of S.
+  // The rows of a block, padded to whole panels of S.
   int64_t padded_block(int64_t block) const { return round_up(blocks.rows(block), kPairColumns<T>); }
   int64_t panel_size(int64_t block) const { return padded_block(block) * kWidthColumns<T>; }
 
-  // Where a block begins in them: both sides are padded.
+  // Where a block begins in the padded forms. Both sides are padded.
   int64_t slot(int64_t block) const { return blocks.begin(block) + (block < blocks.n_left ? 0 : padding_of_left); }
   T* panels_of(int64_t block) { return panels + slot(block) * padded_width; }
 
-  // The panel of S in the tile of blocks i and j that `local` columns come before: (rows of i, kPairColumns).
+  // Computes one panel of S, (rows of i, kPairColumns), in the tile of blocks i and j. `local` columns of the tile come before
+  // it.
   //
-  // Unshifted, S is small, and the transposed form is scaled. Else the products are: a scaled row would round S_ij and S_ji apart,
-  // an ulp of S, which for S in the thousands is a visible part of 2^S.
+  // Unshifted, S is small, and the transposed form of zhat is scaled beforehand. Otherwise the products are scaled here. Scaled
+  // rows would round S_ij and S_ji differently by an ulp of S, which for S in the thousands is a visible part of 2^S.
   void similarities_of(int64_t i, int64_t j, int64_t local, T* s) {
     similarities<T>(blocks.rows(i), width, zhat + blocks.begin(i) * width, transposed + (slot(j) + local) * width, s);
     if (unshifted) return;
@@ -166,7 +175,7 @@ struct Rows {
     }
   }
 
-  // Whether the tile holds positives, the diagonal or padding: pairs that are not like all others.
+  // Whether the tile holds positives, the diagonal or padding. The pairs of such a near tile need masks.
   bool is_masked(int64_t i, int64_t j) {
     return i == j || padded_block(j) > blocks.rows(j) ||
            (ends[blocks.end(i) - 1] > blocks.begin(j) && starts[blocks.begin(i)] < blocks.end(j));
@@ -177,7 +186,7 @@ struct Rows {
   const int64_t width, padded_width;
   const Blocks blocks;
   const int64_t padding_of_left, padded_rows;
-  const bool has_pairs;  // false where no row can have a positive: the prototype term stands alone
+  const bool has_pairs;  // if false, no row can have a positive, and the prototype term stands alone
   const bool unshifted;
   const double scale;
   const bool negatives_only;
@@ -186,7 +195,7 @@ struct Rows {
   Buffer<T> transposed, panels;
 
  private:
-  // |s_ij| <= max |zhat|^2 / tau; a NaN among the norms says no, and so do norms that are not known.
+  // Whether max |zhat|^2 / tau, which bounds |s_ij|, is small enough. False if a norm is NaN, or if the norms are unknown.
   static bool fits_unshifted(const Pairs& pairs, const T* norms) {
     if (!pairs.normalize && norms == nullptr) return false;
     double largest = pairs.normalize ? 1 : 0;
@@ -196,13 +205,13 @@ struct Rows {
   }
 };
 
-// The pairs of row i with the kLanes columns from `column` on, as masks: the pairs that count, and the positives among them.
+// Masks for the pairs of row i with the kLanes columns from `column` on: the pairs that count, and the positives among them.
 template <class T>
 struct Masks {
   Vec<Int<T>> valid, positive;
 
   Masks(Rows<T>& rows, int64_t i, int64_t column) {
-    // Relative to `column`, so that they fit the lanes for any N.
+    // Positions relative to `column`, so that they fit into a lane for any N.
     const Vec<Int<T>> lane = lane_numbers<T>();
     const auto clamp = [&](int64_t position) {
       const int64_t x = position - column;
@@ -220,7 +229,7 @@ struct Masks {
 
 // ---- forward ---------------------------------------------------------------------------------------------------------
 
-// Row statistics: sums of 2^(S_ij - shift_i) over the pairs that are not positives and over those that are, and of S_ip itself.
+// Row statistics: the sum of 2^(S_ij - shift_i) over negatives, the same sum over positives, and the sum of the positives' S_ip.
 template <class T>
 struct Softmax {
   explicit Softmax(int64_t n_rows) : shift(n_rows), negative(n_rows), positive(n_rows), positive_logits(n_rows) {}
@@ -228,7 +237,7 @@ struct Softmax {
   Buffer<double> negative, positive, positive_logits;
 };
 
-// What one thread has of the tile at hand: partial sums, by lane for its rows, by column for its columns.
+// One thread's partial sums of the current tile: lane by lane for its rows, column by column for its columns.
 template <class T>
 struct TileSums {
   static constexpr int kL = kLanes<T>;
@@ -247,7 +256,8 @@ struct TileSums {
   T *row_shift, *column_shift;
 };
 
-// Adds a panel of S, its rows block i and its columns from `column` on (`local` of them before it in the tile).
+// Adds a panel of S to the tile's sums. Its rows are those of block i_block; its columns begin at position `column`, `local`
+// columns into the tile.
 template <class T, bool kMasked, bool kShifted, bool kOneWay>
 void add_panel(Rows<T>& rows, int64_t i_block, int64_t column, int64_t local, const T* s, TileSums<T>& sums) {
   constexpr int kL = kLanes<T>, kP = kPairColumns<T>;
@@ -292,7 +302,7 @@ void add_panel(Rows<T>& rows, int64_t i_block, int64_t column, int64_t local, co
     for (int v = 0; v < kPairVectors; ++v) store(sums.column[k] + local + v * kL, column_sum[k][v]);
 }
 
-// The largest S of each row and column of a tile, into row_shift and column_shift.
+// Writes the largest S of each row and column of a tile to row_shift and column_shift.
 template <class T, bool kOneWay>
 void find_shifts(Rows<T>& rows, int64_t i_block, int64_t j_block, const T* tile, TileSums<T>& sums) {
   constexpr int kL = kLanes<T>, kP = kPairColumns<T>;
@@ -315,7 +325,7 @@ void find_shifts(Rows<T>& rows, int64_t i_block, int64_t j_block, const T* tile,
   }
 }
 
-// Adds to the statistics of one row what a tile has of it.
+// Adds a tile's sums of one row to the row's statistics.
 template <class T>
 void merge(Softmax<T>& softmax, int64_t row, bool unshifted, T tile_shift, const double (&tile)[3]) {
   double keep = 1, scale = 1;
@@ -330,6 +340,8 @@ void merge(Softmax<T>& softmax, int64_t row, bool unshifted, T tile_shift, const
   softmax.positive_logits[row] += tile[2];
 }
 
+// One tile of the forward pass: computes S, sums it, and adds the sums to the statistics of its rows and columns, each in its
+// turn.
 template <class T, bool kOneWay>
 void softmax_tile(Rows<T>& rows, Blocks::Task task, Turns& turns, T* s, TileSums<T> sums, Softmax<T>& softmax) {
   constexpr int kL = kLanes<T>, kP = kPairColumns<T>;
@@ -366,7 +378,7 @@ void softmax_tile(Rows<T>& rows, Blocks::Task task, Turns& turns, T* s, TileSums
   turns.pass(j);
 }
 
-// body(task, thread) for every tile, in the order of the rounds.
+// Calls body(task, thread) for every tile, in the order of the rounds.
 template <class T, class F>
 void for_tiles(Rows<T>& rows, int n_threads, F&& body) {
   Counter counter;
@@ -379,7 +391,7 @@ void for_tiles(Rows<T>& rows, int n_threads, F&& body) {
   });
 }
 
-// One scratch of `size` numbers a thread, on cache lines of its own.
+// Scratch of `size` numbers for each thread, on cache lines of its own.
 template <class T>
 struct Scratch {
   Scratch(int n_threads, int64_t size) : stride(round_up(size, 64 / sizeof(T))), memory(n_threads * stride) {}
@@ -388,7 +400,7 @@ struct Scratch {
   Buffer<T> memory;
 };
 
-// The forward pass over pairs: softmax of the rows that get results.
+// The forward pass over pairs: the statistics of the rows that get results.
 template <class T>
 void softmax_of_pairs(Rows<T>& rows, int n_threads, Softmax<T>& softmax) {
   for (int64_t row = 0; row < rows.n_results; ++row) {
@@ -408,8 +420,8 @@ void softmax_of_pairs(Rows<T>& rows, int n_threads, Softmax<T>& softmax) {
 
 // ---- backward --------------------------------------------------------------------------------------------------------
 
-// What M is made of, a number a row, padded with zeros: of a positive pair it is 2^S (b_i + b_j) - (c_i + c_j), of any other
-// 2^S (a_i + a_j).
+// The coefficients that M is made of, one of each for a row, padded with zeros. For a positive pair M is
+// 2^S (b_i + b_j) - (c_i + c_j), for any other pair 2^S (a_i + a_j).
 template <class T>
 struct Coefficients {
   explicit Coefficients(int64_t padded_rows) : a(padded_rows), b(padded_rows), c(padded_rows), shift(padded_rows) {
@@ -418,7 +430,7 @@ struct Coefficients {
   Buffer<T> a, b, c, shift;
 };
 
-// A panel of S, in place, becomes one of M.
+// Turns a panel of S into a panel of M, in place.
 template <class T, bool kMasked, bool kShifted>
 void weigh_panel(Rows<T>& rows, int64_t i_block, int64_t column, Coefficients<T>& coefficients, T* s) {
   constexpr int kL = kLanes<T>, kP = kPairColumns<T>;
@@ -455,6 +467,7 @@ void weigh_panel(Rows<T>& rows, int64_t i_block, int64_t column, Coefficients<T>
   }
 }
 
+// One tile of the backward pass: computes S, turns it into M, and adds M zhat_j and M^T zhat_i to the gradient, each in its turn.
 template <class T>
 void gradient_tile(Rows<T>& rows, Blocks::Task task, Turns& turns, Coefficients<T>& coefficients, T* m, T* grad) {
   constexpr int kP = kPairColumns<T>;
@@ -481,7 +494,7 @@ void gradient_tile(Rows<T>& rows, Blocks::Task task, Turns& turns, Coefficients<
   turns.pass(j);
 }
 
-// The backward pass over pairs: grad = sum_{j != i} M_ij zhat_j, (n_results, padded_width).
+// The backward pass over pairs: grad_i = sum_{j != i} M_ij zhat_j, (n_results, padded_width).
 template <class T>
 void gradient_of_pairs(Rows<T>& rows, int n_threads, Coefficients<T>& coefficients, T* grad) {
   if (rows.n_rows == 0) return;

@@ -1,3 +1,4 @@
+// Threads by torch, turns by pthreads, and working memory. Compiled once, for any CPU of the architecture.
 #include "parallel.h"
 
 #if defined(__linux__)
@@ -34,8 +35,8 @@ void Turns::pass(int64_t owner) {
 }
 
 void* allocate(std::size_t bytes) {
-  // Large memory in large pages, where the system leaves that to the program: a tile and what it reads are more pages of 4 KB
-  // than a core translates without a miss.
+  // Large blocks of memory get large pages, if the system leaves that choice to the program. A tile and the data that it reads
+  // span more pages of 4 KB than a core can translate without a miss.
   constexpr std::size_t kCacheLine = 64, kLargePage = std::size_t(2) << 20;
   const std::size_t alignment = bytes >= kLargePage ? kLargePage : kCacheLine;
   const std::size_t rounded = (bytes / alignment + 1) * alignment;

@@ -1,5 +1,5 @@
-// Threads, turns and memory: what a SIMD level may call but not contain, since parallel.cpp is compiled once, for any CPU of the
-// architecture. Only that file knows that the threads are torch's.
+// Threads, turns and memory: the services that a SIMD level calls but must not contain, because parallel.cpp is compiled once for
+// any CPU of the architecture. Only that file knows that the threads are torch's.
 #pragma once
 
 #include <pthread.h>
@@ -10,14 +10,16 @@
 
 namespace clop::cpu {
 
-// Runs body(context, thread) for each thread from 0 to n_threads - 1 on torch's own threads, and returns when all have run. Threads of
-// ours would share the cores with torch's, which after each operator spin a while for the next: at N = 1024 that made the loss 1.7
-// times as slow, and with OMP_WAIT_POLICY=active 1.5 times at any N. Where there are fewer threads, some run several of the
-// bodies, one after the other. `body` must not throw.
+// Runs body(context, thread) for each thread from 0 to n_threads - 1 on torch's own threads, and returns when all have run. If
+// torch has fewer threads, some of them run several bodies, one after the other. `body` must not throw.
+//
+// Threads of our own would share the cores with torch's threads, which spin for a while after each operator and wait for the
+// next. That made the loss 1.7 times as slow at N = 1024, and with OMP_WAIT_POLICY=active 1.5 times as slow at any N.
 void run_parallel(int n_threads, void (*body)(void* context, int thread), void* context);
 
-// Each of n owners is taken by tasks in an order that is known before; so what they add to it is added in that order, and the
-// sum is the same bits for any number of threads. A task waits only for tasks that were handed out before it: no deadlock.
+// Lets tasks add to shared sums in a fixed order. Each of n owners (a block of rows, say) is taken by its tasks in an order that
+// is known beforehand. Its sum is therefore the same bits for any number of threads. A task waits only for tasks that were handed
+// out before it, so there is no deadlock.
 class Turns {
  public:
   explicit Turns(int64_t n) : turns_(n) {}
@@ -27,7 +29,7 @@ class Turns {
   void pass(int64_t owner);
 
  private:
-  // Not std::condition_variable, whose wait() needs a newer libstdc++ than the wheels promise to do with.
+  // Not std::condition_variable: its wait() needs a newer libstdc++ than the wheels promise to run with.
   pthread_mutex_t mutex_ = PTHREAD_MUTEX_INITIALIZER;
   pthread_cond_t passed_ = PTHREAD_COND_INITIALIZER;
   std::vector<int64_t> turns_;
@@ -42,7 +44,7 @@ class Counter {
   int64_t value_ = 0;
 };
 
-// 64-byte aligned; throws std::runtime_error that says how much was asked for. Never null.
+// Allocates memory aligned to 64 bytes, and never returns null. Throws a std::runtime_error that states the size asked for.
 void* allocate(std::size_t bytes);
 void release(void* memory);
 

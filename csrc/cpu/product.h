@@ -1,15 +1,16 @@
-// The two matrix products of the pairs, as products of panels that stay in the L1 cache, and the packing of panels.
+// The matrix products of the passes over pairs, written as products of panels that stay in the L1 cache, and the packing of
+// panels.
 //
-// A panel is a strip of columns, a whole number of vectors wide, stored row after row. With S the similarities of the rows
-// of block I to those of block J, and M what the gradient makes of them (pairs.h):
+// A panel is a strip of columns, a whole number of vectors wide, stored row after row. Let S be the similarities of the rows of
+// block I with those of block J, and M the weights that the gradient makes of S (pairs.h). There are three products:
 //
 //     S   = Z_I Z_J^T    A: rows of zhat as they are       B: Z_J transposed, panels of kPairColumns rows of J, (D, columns)
 //     G_I += M Z_J       A: M                              B: Z_J, panels of kWidthColumns entries of the width, (J, columns)
 //     G_J += M^T Z_I     A: M, read down its columns       B: Z_I, the same panels
 //
-// S and M are in panels of kPairColumns too. A product keeps a block of its result in registers, kPairRows x kPairColumns or
-// kGradientRows x kWidthColumns, and for each k multiplies a vector row of B by broadcast entries of A: on AVX2 12
-// multiply-adds for 7 or 8 loads, so that loads are never what is waited for.
+// S and M are in panels of kPairColumns too. A product keeps a block of its result in registers: kPairRows x kPairColumns or
+// kGradientRows x kWidthColumns. For each k it multiplies a vector row of B by broadcast entries of A. On AVX2 that is 12
+// multiply-adds for 7 or 8 loads, so the loop never waits for loads.
 #pragma once
 
 #include "simd.h"
@@ -20,21 +21,21 @@ namespace CLOP_LEVEL {
 #if defined(__AVX512F__)
 constexpr int kPairRows = 8, kGradientRows = 12;  // 24 accumulators of 32 registers
 #else
-constexpr int kPairRows = 4, kGradientRows = 6;  // 12 of 16
+constexpr int kPairRows = 4, kGradientRows = 6;  // 12 accumulators of 16 registers
 #endif
 constexpr int kPairVectors = 3, kWidthVectors = 2;
 
 template <class T>
-constexpr int kPairColumns = kPairVectors* kLanes<T>;
+constexpr int kPairColumns = kPairVectors * kLanes<T>;
 template <class T>
-constexpr int kWidthColumns = kWidthVectors* kLanes<T>;
+constexpr int kWidthColumns = kWidthVectors * kLanes<T>;
 
 inline int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
 
-// C[r][:] += sum_k A[r][k] B[k][:] for kRows rows and kVectors vectors; or = where not `accumulate`.
+// C[r][:] += sum_k A[r][k] B[k][:] for kRows rows and kVectors vectors. Without `accumulate` the product replaces C.
 //
-// k runs over n_panels panels of A, `depth` in each. A[r][k] is at a[r * a_row + k * a_depth], its next panel a_panel further
-// on; B is one panel of n_panels * depth rows.
+// k runs over n_panels panels of A, `depth` entries in each. A[r][k] is at a[r * a_row + k * a_depth], and the next panel is
+// a_panel further on. B is one panel of n_panels * depth rows.
 template <class T, int kRows, int kVectors>
 inline __attribute__((always_inline)) void multiply(int64_t n_panels, int64_t depth, const T* a, int64_t a_row, int64_t a_depth,
                                                     int64_t a_panel, const T* b, T* c, int64_t c_row, bool accumulate) {
@@ -45,12 +46,12 @@ inline __attribute__((always_inline)) void multiply(int64_t n_panels, int64_t de
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       sum[r][v] = Vec<T>{};
-      __builtin_prefetch(c + r * c_row + v * kL, /*for writing=*/1);  // needed at the end, and far apart
+      __builtin_prefetch(c + r * c_row + v * kL, /*for writing=*/1);  // these lines are needed at the end, and lie far apart
     }
   for (int64_t panel = 0; panel < n_panels; ++panel) {
     const T* a_k = a + panel * a_panel;
     if (a_depth == 1) {
-      // The rows of A that the next block of the result will read: each is a stream too short for the hardware to foresee.
+      // Prefetch the rows of A that the next block of the result reads. Each is too short for the hardware to detect the stream.
 #pragma GCC unroll 16
       for (int r = 0; r < kRows; ++r)
         for (int64_t k = 0; k < depth; k += 64 / sizeof(T)) __builtin_prefetch(a_k + (kRows + r) * a_row + k);
@@ -82,7 +83,8 @@ inline __attribute__((always_inline)) void multiply(int64_t n_panels, int64_t de
 // The largest depth whose panel of B leaves room for A in a 32 KB cache.
 constexpr int64_t kLargestDepth = 256;
 
-// A panel of S: similarities of n_rows rows of zhat, (n_rows, width), to the kPairColumns rows of a transposed panel.
+// Computes a panel of S: the similarities of n_rows rows of zhat, (n_rows, width), with the kPairColumns rows of a transposed
+// panel.
 template <class T>
 void similarities(int64_t n_rows, int64_t width, const T* rows, const T* transposed, T* s) {
   constexpr int kP = kPairColumns<T>;
@@ -113,7 +115,7 @@ void add_to_rows(int64_t n_rows, int64_t n_panels, int64_t m_panel, const T* m, 
   }
 }
 
-// G_J += M^T Z_I for the n_columns rows of J that the panels of M hold, and n_rows rows of I.
+// G_J += M^T Z_I for the n_columns rows of J in the panels of M, and the n_rows rows of I.
 template <class T>
 void add_to_columns(int64_t n_rows, int64_t n_columns, int64_t m_panel, const T* m, int64_t padded_width, int64_t z_panel,
                     const T* z, T* grad) {
@@ -130,8 +132,8 @@ void add_to_columns(int64_t n_rows, int64_t n_columns, int64_t m_panel, const T*
   }
 }
 
-// Rows [begin, end) of zhat, (N, width), times `factor`, into transposed panels; rows past `end` fill the last panel with zeros.
-// The product is rounded once: a factor that were itself rounded to float would be an error of one sign in every similarity.
+// Packs rows [begin, end) of zhat, (N, width), times `factor`, into transposed panels. Zeros fill the last panel past `end`. Each
+// product is rounded once: a factor that had itself been rounded to float would put an error of one sign into every similarity.
 template <class T>
 void pack_transposed(int64_t begin, int64_t end, int64_t width, const T* zhat, double factor, T* panels) {
   constexpr int kP = kPairColumns<T>;
@@ -144,8 +146,8 @@ void pack_transposed(int64_t begin, int64_t end, int64_t width, const T* zhat, d
   }
 }
 
-// Rows [begin, end) of zhat into panels of kWidthColumns, z_panel / kWidthColumns rows each; what is past `end` and past the
-// width is zero, for M's zeros there must meet numbers.
+// Packs rows [begin, end) of zhat into panels of kWidthColumns columns and z_panel / kWidthColumns rows. Entries past `end` and
+// past the width are zero, because the zeros of M are multiplied by them.
 template <class T>
 void pack_panels(int64_t begin, int64_t end, int64_t width, const T* zhat, int64_t z_panel, T* panels) {
   constexpr int kW = kWidthColumns<T>;

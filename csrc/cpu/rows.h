@@ -1,4 +1,4 @@
-// What is done row by row, O(N D): reading and normalising embeddings, distances to prototypes, and the way back.
+// The work that is done row by row, O(N D): reading and normalising embeddings, distances to prototypes, and storing gradients.
 #pragma once
 
 #include "../common/constants.h"
@@ -28,14 +28,14 @@ inline float from_bfloat16(uint16_t half) { return float_of(uint32_t(half) << 16
 
 inline uint16_t to_bfloat16(float x) {
   const uint32_t bits = bits_of(x);
-  if (x != x) return uint16_t(bits >> 16 | 0x40);                     // stays a NaN when its low bits go
+  if (x != x) return uint16_t(bits >> 16 | 0x40);             // keeps a NaN a NaN when its low bits are dropped
   return uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);  // to nearest, ties to even
 }
 
 inline float from_float16(uint16_t half) {
   const uint32_t magnitude = half & 0x7fff, sign = uint32_t(half & 0x8000) << 16;
-  if (magnitude >= 0x7c00) return float_of(sign | 0x7f800000 | magnitude << 13);               // infinite, NaN
-  if (magnitude < 0x0400) return float_of(sign | bits_of(float(magnitude) * 0x1p-24f));        // subnormal
+  if (magnitude >= 0x7c00) return float_of(sign | 0x7f800000 | magnitude << 13);         // infinite, NaN
+  if (magnitude < 0x0400) return float_of(sign | bits_of(float(magnitude) * 0x1p-24f));  // subnormal
   return float_of(sign | ((magnitude << 13) + (uint32_t(127 - 15) << 23)));
 }
 
@@ -89,7 +89,7 @@ constexpr Dtype kDtypeOf = sizeof(T) == 8 ? Dtype::float64 : Dtype::float32;
 
 // ---- memory and loops ------------------------------------------------------------------------------------------------
 
-// Working memory of one call. What it holds at first is undefined.
+// Working memory of one call. Its contents are undefined at first.
 template <class T>
 class Buffer {
  public:
@@ -103,7 +103,7 @@ class Buffer {
   T* data_;
 };
 
-// f(begin, end, thread) on equal parts of [0, n), no more of them than are worth a thread at `cost` flops an item.
+// Calls f(begin, end, part) on equal parts of [0, n). Each part is worth a thread: `cost` is the number of flops of an item.
 constexpr double kFlopsWorthAThread = 1e6;
 
 inline int threads_for(double flops, int n_threads) {
@@ -134,7 +134,7 @@ T dot(int64_t width, const T* a, const T* b) {
   return sum_of_lanes<T>(sum) + rest;
 }
 
-// |.| as the largest entry; a NaN comes out.
+// The magnitude of the largest entry, or NaN if the row holds one.
 inline double largest_entry(int64_t width, const double* row) {
   double largest = 0;
   for (int64_t k = 0; k < width; ++k) {
@@ -145,7 +145,7 @@ inline double largest_entry(int64_t width, const double* row) {
   return largest;
 }
 
-// The squares of a float are summed in double, where none overflows.
+// The squares of a float row are summed in double, where none overflows.
 inline double norm_of(int64_t width, const float* row) {
   constexpr int kSums = 8;
   double sum[kSums] = {};
@@ -159,15 +159,15 @@ inline double norm_of(int64_t width, const float* row) {
 
 inline double norm_of(int64_t width, const double* row) { return __builtin_sqrt(dot(width, row, row)); }
 
-// row -> row / max(|row|, kEps<double>) in place; returns |row|. The quotient of a float is rounded once: an error of the norm would be
-// one of the same sign in all similarities of the row.
+// Replaces a row by row / max(|row|, kEps<double>) and returns |row|. The quotient of a float is rounded once: a rounded norm
+// would put an error of one sign into all similarities of the row.
 inline float normalize(int64_t width, float* row) {
   const double norm = norm_of(width, row), scale = 1 / (norm < kEps<double> ? kEps<double> : norm);
   for (int64_t k = 0; k < width; ++k) row[k] = float(row[k] * scale);
   return float(norm);
 }
 
-// A double is scaled by the row's largest entry first: any finite row has a finite direction.
+// A double row is first scaled by its largest entry, so that any finite row has a finite direction.
 inline double normalize(int64_t width, double* row) {
   double largest = largest_entry(width, row);
   if (largest < kEps<double>) largest = kEps<double>;
@@ -178,7 +178,7 @@ inline double normalize(int64_t width, double* row) {
   return norm * largest;
 }
 
-// From zhat to its prototype.
+// The distance from zhat to its prototype.
 template <class T>
 T distance_to(Distance distance, int64_t width, const T* zhat, const T* target) {
   if (distance == Distance::cosine) return 1 - dot(width, zhat, target);
@@ -190,7 +190,7 @@ T distance_to(Distance distance, int64_t width, const T* zhat, const T* target) 
   return distance == Distance::euclidean ? T(__builtin_sqrt(sum)) : sum;
 }
 
-// d distance / d zhat at k, of a row at `length` from its prototype; zero where a row lies on it.
+// Entry k of d distance / d zhat, for a row at distance `length` from its prototype; zero if the row lies on its prototype.
 template <class T>
 T distance_gradient(Distance distance, T length, T zhat, T target) {
   if (distance == Distance::cosine) return -target;

@@ -1,9 +1,9 @@
-// Vectors as wide as the level's registers, and 2^x on them.
+// Vectors as wide as the registers of a SIMD level, and 2^x on them.
 //
-// Everything here is compiled once for each SIMD level, into that level's own namespace, so that the linker can never
-// put a function that was compiled for AVX-512 in the place of the same function for an older CPU. For the same reason
-// no template of the standard library is used in what a level compiles. The vectors are those of GCC and Clang: the
-// operators are theirs, and a scalar operand is broadcast.
+// Everything here is compiled once for each SIMD level, into that level's own namespace. The linker can therefore never replace a
+// function for an older CPU by the same function compiled for AVX-512. For the same reason the code of a level uses no template
+// of the standard library. The vectors are those of GCC and Clang: the compilers provide the operators, and a scalar operand is
+// broadcast.
 #pragma once
 
 #include <cstdint>
@@ -44,7 +44,7 @@ struct IntegerOf<double> {
   using unsigned_type = uint64_t;
 };
 
-// Integers as wide as T: a comparison of two Vec<T> gives them, -1 for true.
+// Integers as wide as T. A comparison of two Vec<T> gives a vector of them, with -1 for true.
 template <class T>
 using Int = typename IntegerOf<T>::type;
 template <class T>
@@ -64,7 +64,7 @@ inline void store(T* to, Vec<T> v) {
 
 template <class T>
 inline Vec<T> broadcast(T x) {
-  return x - Vec<T>{};  // x + 0 would be an addition, for it changes -0
+  return x - Vec<T>{};  // x + 0 would remain an addition, because it changes -0
 }
 
 // 0, 1, 2, ... in the lanes.
@@ -82,7 +82,7 @@ inline T sum_of_lanes(Vec<T> v) {
   return sum;
 }
 
-// A NaN in either operand comes out: maxima of rows that hold one must show it.
+// A NaN in either operand is returned: the maximum of a row that holds a NaN must show it.
 template <class T>
 inline Vec<T> maximum(Vec<T> a, Vec<T> b) {
   return (a < b) | (b != b) ? b : a;
@@ -93,9 +93,9 @@ inline Vec<T> absolute(Vec<T> v) {
   return v < 0 ? -v : v;
 }
 
-// 2^x = 2^n 2^f with n the nearest integer and |f| <= 1/2. Adding 1.5 * 2^(mantissa bits) leaves n in the low bits of the
-// sum; there it is shifted onto the exponent. 2^f is a polynomial, the Chebyshev interpolant on [-1/2, 1/2], whose own
-// error is below a tenth of the rounding.
+// 2^x = 2^n 2^f with n the nearest integer and |f| <= 1/2. Adding 1.5 * 2^(mantissa bits) leaves n in the low bits of the sum; a
+// shift moves it from there onto the exponent. 2^f is a polynomial, the Chebyshev interpolant on [-1/2, 1/2]. Its own error is
+// below a tenth of the rounding error.
 template <class T>
 struct Exp2;
 
@@ -104,8 +104,8 @@ struct Exp2<float> {
   static constexpr int kMantissaBits = 23;
   static constexpr float kSmallest = -126.0f;
   static constexpr int kDegree = 6;
-  static constexpr float kCoefficients[kDegree + 1] = {
-      1.0f, 0.6931472f, 0.2402265f, 0.05550327f, 0.009618057f, 0.0013400428f, 0.00015461445f};
+  static constexpr float kCoefficients[kDegree + 1] = {1.0f,         0.6931472f,    0.2402265f,    0.05550327f,
+                                                       0.009618057f, 0.0013400428f, 0.00015461445f};
 };
 
 template <>
@@ -113,14 +113,16 @@ struct Exp2<double> {
   static constexpr int kMantissaBits = 52;
   static constexpr double kSmallest = -1022.0;
   static constexpr int kDegree = 11;
+  // clang-format off
   static constexpr double kCoefficients[kDegree + 1] = {
       1.0, 0.6931471805599453, 0.24022650695910158, 0.055504108664821625, 0.009618129107587256,
       0.001333355814640647, 0.00015403530463724353, 1.5252733841556773e-05, 1.3215432535912375e-06,
       1.0178057087733941e-07, 7.074194297288521e-09, 4.4558179083360645e-10};
+  // clang-format on
 };
 
-// 2^x to 1 ulp, 1.5 where there is no fused multiply-add (tests/test_native.py measures it over the range), for the x whose result
-// is a normal number: -126 <= x < 127.5 in float, -1022 <= x < 1023.5 in double. A NaN stays one.
+// 2^x to 1 ulp, or to 1.5 ulp without a fused multiply-add (a test in tests/cpu/ measures it over the range). The result must be
+// a normal number: -126 <= x < 127.5 in float, -1022 <= x < 1023.5 in double. A NaN stays a NaN.
 template <class T>
 inline Vec<T> exp2(Vec<T> x) {
   using E = Exp2<T>;
@@ -130,11 +132,11 @@ inline Vec<T> exp2(Vec<T> x) {
   Vec<T> power = broadcast<T>(E::kCoefficients[E::kDegree]);
 #pragma GCC unroll 16
   for (int k = E::kDegree - 1; k >= 0; --k) power = power * f + E::kCoefficients[k];
-  // Unsigned: of pairs that a mask takes out again x may be anything, and must not overflow.
+  // Unsigned, because x may be anything for pairs that a mask later removes, and signed integers must not overflow.
   return (Vec<T>)((Vec<Unsigned<T>>)power + ((Vec<Unsigned<T>>)shifted << E::kMantissaBits));
 }
 
-// The same for x that may be far below: 0 where the result would not be a normal number.
+// The same for x that may be far below the range: the result is 0 if it would not be a normal number.
 template <class T>
 inline Vec<T> exp2_or_zero(Vec<T> x) {
   const Vec<T> smallest = broadcast<T>(Exp2<T>::kSmallest);

@@ -1,3 +1,4 @@
+// The operators of the CUDA backend: they check their arguments, allocate results and scratch, and launch the passes.
 #include "bindings.h"
 
 #include "../common/arguments.h"
@@ -21,8 +22,8 @@ void decode(const char* name, ScalarType given, Dtype& option) {
 
 void decode(const char*, double given, Number& option) { option = {static_cast<float>(given), nullptr}; }
 
-// The kernels trust what they are given, and the operators can be called by anyone: a wrong call is an exception, not a crash.
-// A null pointer where there is no tensor.
+// The kernels trust their arguments, but anyone can call the operators. A wrong call must raise an exception, not crash. Returns
+// a null pointer if there is no tensor.
 template <class T>
 const T* data(const char* name, const MaybeTensor& tensor, ScalarType dtype, const char* dtype_name, int32_t device,
               std::initializer_list<int64_t> sizes) {
@@ -45,14 +46,14 @@ const int64_t* integers(const char* name, const MaybeTensor& tensor, int32_t dev
   return data<int64_t>(name, tensor, ScalarType::Long, "int64", device, sizes);
 }
 
-// Of a tensor that the operator writes.
+// The same for a tensor that the operator writes.
 float* written_floats(const char* name, const Tensor& tensor, int32_t device, std::initializer_list<int64_t> sizes) {
   return const_cast<float*>(floats(name, tensor, device, sizes));
 }
 
 float* mutable_floats(const Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
 
-// What the operator at hand, whose parameters are in scope, is given as options.
+// The options of the operator at hand, whose parameters must be in scope.
 #define CLOP_SET_TENSOR(kind, name) options.name.tensor = floats(#name, name##_tensor, gpu, {});
 #define CLOP_GIVEN_OPTIONS(device)                                     \
   [&](int32_t gpu) {                                                   \
@@ -70,9 +71,10 @@ int32_t device_of(const char* name, const Tensor& tensor) {
   return tensor.get_device_index();
 }
 
-// ---- what passes are given ---------------------------------------------------------------------------------------------
+// ---- parameters of the passes ------------------------------------------------------------------------------------------
 
-// The rows. `rows` are the embeddings or zhat, on `device`; kernels copy zhat 16 bytes at a time.
+// Sets the rows. `rows` are the embeddings or zhat, on `device`. Kernels copy zhat 16 bytes at a time, so its rows must be
+// aligned.
 void set_rows(Pairs& p, const Options& options, const Tensor& rows, const Tensor& zhat, ScalarType compute_dtype,
               int32_t device) {
   static_cast<Options&>(p) = options;
@@ -88,10 +90,10 @@ void set_rows(Pairs& p, const Options& options, const Tensor& rows, const Tensor
   if (zhat.stride(1) != 1 || p.pitch < p.width || p.pitch > INT32_MAX || p.pitch * int64_t(zhat.element_size()) % 16 != 0 ||
       reinterpret_cast<uintptr_t>(memory) % 16 != 0)
     refuse("zhat", "rows that begin at multiples of 16 bytes, as unit_rows in clop_kernels/backends/contract.py lays them");
-  p.zhat = const_cast<void*>(memory);  // the prologue writes it
+  p.zhat = const_cast<void*>(memory);  // only the prologue writes it
 }
 
-// And their positive groups.
+// Sets the rows and their positive groups.
 void set_pairs(Pairs& p, const Options& options, const Tensor& rows, const Tensor& zhat, const Tensor& groups,
                ScalarType compute_dtype, int32_t device) {
   const bool by_label = options.positives == Positives::label;
@@ -104,7 +106,7 @@ void set_pairs(Pairs& p, const Options& options, const Tensor& rows, const Tenso
   if (!by_label) p.groups = nullptr;
 }
 
-// The same where pairs are alone.
+// The same for a pass over pairs alone.
 void set_pairs_alone(Pairs& p, const Options& options, const Tensor& zhat, const Tensor& groups, ScalarType compute_dtype,
                      int32_t device) {
   if (options.positives != Positives::label || groups.dim() != 2 || groups.size(1) != zhat.size(0)) refuse("groups", "(3, N)");
@@ -121,7 +123,7 @@ void set_classes(Classes& c, const Pairs& p, const MaybeTensor& labels, const Ma
   c.prototypes = floats("prototypes", prototypes, device, {c.n_classes, p.width});
 }
 
-// What the prologue reads; the norms that it makes are a result.
+// Sets what the prologue reads. Returns the norms, which are a result.
 Tensor set_embeddings(Prologue& p, const Tensor& embeddings) {
   decode("embeddings", embeddings.scalar_type(), p.dtype);
   p.embeddings = embeddings.const_data_ptr();
@@ -132,7 +134,7 @@ Tensor set_embeddings(Prologue& p, const Tensor& embeddings) {
   return norms;
 }
 
-// What a forward pass makes of the sums over pairs.
+// Allocates the results of a forward pass and sets their pointers.
 struct Losses {
   Tensor loss, shift, inverse_total, negative, counts;
 
@@ -150,7 +152,7 @@ struct Losses {
   }
 };
 
-// What a backward pass is given and makes, but for its coefficients.
+// Sets what a backward pass reads, except its coefficients; allocates the gradients and sets their pointers.
 Gradients set_gradients(Backward& p, const Tensor& upstream, const MaybeTensor& weights, const Tensor& embeddings,
                         const Tensor& norms, const Tensor& counts, bool needs_temperature, int32_t device) {
   decode("embeddings", embeddings.scalar_type(), p.dtype);
@@ -168,7 +170,7 @@ Gradients set_gradients(Backward& p, const Tensor& upstream, const MaybeTensor& 
   return gradients;
 }
 
-// What its coefficients are made of.
+// Sets the statistics that the coefficients are made of.
 void set_softmax(Backward& p, const MaybeTensor& weights, const Tensor& shift, const Tensor& inverse_total,
                  const Tensor& negative, int32_t device) {
   p.weights = floats("weights", weights, device, {p.n_rows});
@@ -177,7 +179,7 @@ void set_softmax(Backward& p, const MaybeTensor& weights, const Tensor& shift, c
   p.negative = floats("negative", negative, device, {p.n_rows});
 }
 
-// How many numbers the coefficients are; n_padded is set.
+// Sets n_padded, and returns how many numbers the coefficients are.
 int64_t n_coefficients(PairGradient& p) {
   p.n_padded = padded_rows(p.n_rows);
   return 6 * p.n_padded;
@@ -215,8 +217,8 @@ Tensor groups(const Tensor& labels CLOP_CUDA_OPTIONS_PARAMETERS) {
   return table;
 }
 
-std::tuple<Tensor, Tensor> prologue(const Tensor& embeddings, const Tensor& zhat, const Tensor& groups,
-                                    const MaybeTensor& labels, const MaybeTensor& prototypes CLOP_CUDA_OPTIONS_PARAMETERS) {
+std::tuple<Tensor, Tensor> prologue(const Tensor& embeddings, const Tensor& zhat, const Tensor& groups, const MaybeTensor& labels,
+                                    const MaybeTensor& prototypes CLOP_CUDA_OPTIONS_PARAMETERS) {
   if (!is_on_gpu(embeddings) || embeddings.dim() != 2 || embeddings.size(1) < 1) refuse("embeddings", "(N, D) on a GPU");
   const int32_t device = embeddings.get_device_index();
   const CurrentDevice current(device);
@@ -243,9 +245,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(const Tensor&
   static_cast<Classes&>(p) = before;
   const Losses of(p, embeddings);
   const int64_t n_processors = n_processors_of(device);
-  const Memory scratch = allocate_scratch(
-      embeddings, Part{before.distances, p.n_rows}, Part{p.partial_sums, kPartialSums * most_blocks(p.n_rows)},
-      Part{p.n_finished, n_counters(p.n_rows)}, Part{p.split_sums, split_floats(p, n_processors)});
+  const Memory scratch =
+      allocate_scratch(embeddings, Part{before.distances, p.n_rows}, Part{p.partial_sums, kPartialSums * most_blocks(p.n_rows)},
+                       Part{p.n_finished, n_counters(p.n_rows)}, Part{p.split_sums, split_floats(p, n_processors)});
   before.n_finished = p.n_finished;
   p.distances = before.distances;
   CUstream_st* const stream = current_stream(device);
@@ -266,9 +268,9 @@ Gradients backward(const Tensor& upstream, const MaybeTensor& weights, const Ten
   set_softmax(p, weights, shift, inverse_total, negative, device);
   Gradients gradients = set_gradients(p, upstream, weights, embeddings, norms, counts, needs_temperature, device);
   const int64_t n_processors = n_processors_of(device);
-  const Memory scratch = allocate_scratch(
-      embeddings, Part{p.coefficients, n_coefficients(p)}, Part{p.partial_sums, most_blocks(p.n_rows)},
-      Part{p.n_finished, n_counters(p.n_rows)}, Part{p.split_sums, split_floats(p, n_processors)});
+  const Memory scratch =
+      allocate_scratch(embeddings, Part{p.coefficients, n_coefficients(p)}, Part{p.partial_sums, most_blocks(p.n_rows)},
+                       Part{p.n_finished, n_counters(p.n_rows)}, Part{p.split_sums, split_floats(p, n_processors)});
   check("cannot launch the backward pass", backward(p, n_processors, current_stream(device)), device);
   return gradients;
 }
@@ -287,7 +289,7 @@ Tensor prototype_gradient(const Tensor& upstream, const MaybeTensor& weights, co
   p.counts = floats("counts", counts, device, {2});
   p.by_class = integers("by_class", by_class, device, {p.n_rows});
   p.bounds = integers("bounds", bounds, device, {p.n_classes + 1});
-  const int64_t parts = 4 * n_processors_of(device) / p.n_classes;  // four blocks a processor, where there are not more classes
+  const int64_t parts = 4 * n_processors_of(device) / p.n_classes;  // four blocks a processor, unless there are more classes
   p.n_parts = parts < 1 ? 1 : parts;
   const Tensor partial_gradients = allocate("partial gradients", zhat, {p.n_parts, p.n_classes, p.width}, kFloat);
   p.partial_gradients = mutable_floats(partial_gradients);
@@ -306,8 +308,7 @@ Tensor pair_softmax(const Tensor& zhat, const Tensor& groups CLOP_CUDA_OPTIONS_P
   p.statistics = mutable_floats(statistics);
   const int64_t n_processors = n_processors_of(device), n_floats = split_floats(p, n_processors);
   Memory scratch;
-  if (n_floats > 0)
-    scratch = allocate_scratch(zhat, Part{p.split_sums, n_floats}, Part{p.n_finished, n_counters(p.n_rows)});
+  if (n_floats > 0) scratch = allocate_scratch(zhat, Part{p.split_sums, n_floats}, Part{p.n_finished, n_counters(p.n_rows)});
   check("cannot launch the sums over pairs", pair_softmax(p, n_processors, current_stream(device)), device);
   return statistics;
 }
@@ -341,8 +342,8 @@ Tensor pair_coefficients(const Tensor& zhat, const Tensor& groups, const Tensor&
 
 // ---- wide rows: the launches between the library's products ------------------------------------------------------------
 
-void panel_softmax(const Tensor& products, int64_t first_row, int64_t first_column, const Tensor& statistics,
-                   const Tensor& zhat, const Tensor& groups, bool adds_scale CLOP_CUDA_OPTIONS_PARAMETERS) {
+void panel_softmax(const Tensor& products, int64_t first_row, int64_t first_column, const Tensor& statistics, const Tensor& zhat,
+                   const Tensor& groups, bool adds_scale CLOP_CUDA_OPTIONS_PARAMETERS) {
   const int32_t device = device_of("zhat", zhat);
   const CurrentDevice current(device);
   Panel p = {};
@@ -353,8 +354,7 @@ void panel_softmax(const Tensor& products, int64_t first_row, int64_t first_colu
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> panel_loss(const Tensor& statistics, const Tensor& distances,
-                                                              const Tensor& zhat, const Tensor& groups,
-                                                              const MaybeTensor& labels,
+                                                              const Tensor& zhat, const Tensor& groups, const MaybeTensor& labels,
                                                               const MaybeTensor& prototypes CLOP_CUDA_OPTIONS_PARAMETERS) {
   const int32_t device = device_of("zhat", zhat);
   const CurrentDevice current(device);

@@ -1,37 +1,40 @@
-// The O(N D) end of the backward pass: a row's sum over pairs becomes the gradient of the raw row.
+// The O(N D) end of the backward pass: it turns a row's sum over pairs into the gradient of the raw row.
 //
 //     dz_i = (g_i - (zhat_i . g_i) zhat_i) / |z_i|,    g_i = dL_contrastive/dzhat_i + w_i lambda dd(zhat_i, c)/dzhat_i
 //
-// (dz_i = g_i where rows are taken as they are)
-// and the temperature's gradient, which needs the same dot products: S is linear in 1/tau and in each of its two rows, so
-// dL/dtau = -1/(2 tau) sum_i zhat_i . dL_contrastive/dzhat_i.
+// Unnormalised rows take dz_i = g_i. The same dot products give the temperature's gradient: S is linear in 1/tau and in each of
+// its two rows, so
 //
-// A warp takes a row, which is what holds it: registers (gradient.cuh), or memory (wide.cuh). It has
-//     for_each(visit)       visit(column, g, zhat) for the numbers of this lane, g to be changed
-//     sum(x)                over the lanes
+//     dL/dtau = -1/(2 tau) sum_i zhat_i . dL_contrastive/dzhat_i
+//
+// A warp takes a row. A `Row` object holds it, in registers (gradient.cuh) or in memory (wide.cuh), and offers
+//     for_each(visit)       calls visit(column, g, zhat) for the numbers of this lane; visit may change g
+//     sum(x)                the sum of x over the lanes
 #pragma once
 
 #include "pairs.cuh"
 
 namespace clop::cuda {
 
+// M is multiplied by this before it is rounded to the operands' type.
 __device__ inline float scale_of_m(Dtype compute_dtype) { return compute_dtype == Dtype::float16 ? kFloat16Scale : 1.0f; }
 
-// d distance / d zhat in one column, for the distance that is not linear in it.
+// d distance / d zhat in one column, for the Manhattan distance; finish_row and prototype_kernel write out the others.
 __device__ inline float manhattan_gradient(float unit, float target) {
   const float offset = unit - target;
   return offset > 0.0f ? 1.0f : offset < 0.0f ? -1.0f : offset;
 }
 
+// Rounds a row to T and stores it.
 template <class T, class Row>
 __device__ void store_row(void* to, int64_t offset, Row& row) {
   row.for_each([&](int column, float& g, float) { round_to(static_cast<T*>(to)[offset + column], g); });
 }
 
-// The gradient of zhat = z / max(|z|, kEps<float>) to that of z, in place.
+// Turns the gradient of zhat = z / max(|z|, kEps<float>) into the gradient of z, in place.
 template <class Row>
 __device__ void project_row(float norm, Dtype dtype, Row& row) {
-  // The norm takes the radial part out of the gradient, where it is not below kEps.
+  // Unless |z| is below kEps, the derivative of the norm removes the radial part of the gradient.
   const bool is_tiny = norm < kEps<float>;
   float radial = 0.0f;
   row.for_each([&](int, float& g, float zhat) { radial += g * zhat; });
@@ -45,7 +48,7 @@ __device__ void project_row(float norm, Dtype dtype, Row& row) {
   });
 }
 
-// Stores the row's sum, without the scale of M.
+// Stores the row's sum, divided by the scale of M.
 template <class Row>
 __device__ void finish_sum(const PairGradient& p, int position, Row& row) {
   const float unit = 1.0f / scale_of_m(p.compute_dtype);
@@ -53,7 +56,7 @@ __device__ void finish_sum(const PairGradient& p, int position, Row& row) {
   store_row<float>(p.sums, int64_t(position) * p.width, row);
 }
 
-// Stores the row's gradient, and returns its share of the temperature's.
+// Stores the row's gradient and returns the row's share of the temperature's gradient.
 template <class Row>
 __device__ float finish_row(const Backward& p, const Scale& scale, int position, Row& row) {
   const float inverse_temperature = (scale.value + scale.rest) * kLn2, upstream = *p.upstream;
@@ -78,13 +81,13 @@ __device__ float finish_row(const Backward& p, const Scale& scale, int position,
     if (p.weights != nullptr) pull *= p.weights[position];
     if (p.distance == Distance::manhattan) {
       row.for_each([&](int column, float& g, float zhat) { g += pull * manhattan_gradient(zhat, target[column]); });
-    } else {  // of the others the gradient is of_unit zhat - of_target c
+    } else {  // for the other distances the gradient is of_unit zhat - of_target c
       float of_unit = 0.0f, of_target = pull;
       if (p.distance == Distance::euclidean) {
         float length = 0.0f;
         row.for_each([&](int column, float&, float zhat) { length += (zhat - target[column]) * (zhat - target[column]); });
         length = sqrtf(row.sum(length));
-        of_unit = of_target = length == 0.0f ? 0.0f : pull / length;  // zero where a row lies on its prototype
+        of_unit = of_target = length == 0.0f ? 0.0f : pull / length;  // zero if the row lies on its prototype
       }
       row.for_each([&](int column, float& g, float zhat) { g += of_unit * zhat - of_target * target[column]; });
     }
@@ -94,7 +97,7 @@ __device__ float finish_row(const Backward& p, const Scale& scale, int position,
   const int64_t offset = row_index * p.width;
   switch (p.dtype) {
     case Dtype::float64:
-      break;  // no tensor here is
+      break;  // no tensor here is float64
     case Dtype::float32:
       store_row<float>(p.grad_embeddings, offset, row);
       break;
@@ -108,8 +111,8 @@ __device__ float finish_row(const Backward& p, const Scale& scale, int position,
   return share;
 }
 
-// The warps' shares, the same in all lanes, to that of a block of rows, and in the last of these blocks all of them to the
-// temperature's gradient. scratch: 33 floats.
+// Adds the warps' shares, each the same in all lanes of its warp, to the share of a block of rows. The last block to finish adds
+// the shares of all blocks to the temperature's gradient. scratch: 33 floats.
 template <int kThreads>
 __device__ void finish_temperature(const Backward& p, float share, unsigned block_of_rows, unsigned n_blocks, float* scratch) {
   if (p.grad_temperature == nullptr) return;

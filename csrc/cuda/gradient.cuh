@@ -1,50 +1,55 @@
-// Last launch of the backward pass: the gradient of the raw rows, and of the temperature.
+// The last launch of the backward pass: the gradient of the raw rows, and of the temperature.
 //
-// With e_ij = 2^(S_ij - shift), w_i the upstream gradient of row i's term, a_i = w_i / total_i, 0 for a row that is no anchor,
-// and n_i its number of positives,
+// Let e_ij = 2^(S_ij - shift), w_i the upstream gradient of row i's term, n_i its number of positives, and a_i = w_i / total_i (0
+// for a row that is no anchor). Then
 //
 //     dL/dzhat_i = 1/tau sum_{j != i} M_ij zhat_j        M_ij = e_ij (a_i + a_j)                      j not a positive
 //                                                        M_ij = e_ij (b_i + b_j) - (c_i + c_j)        j a positive of i
 //     n_i > 1:  b_i = a_i,  c_i = w_i / n_i              n_i = 1:  b_i = 0,  c_i = w_i negative_i / total_i
 //
-// which for n_i = 1 is the same number, found without a subtraction; 0 where i and j are no pair. M is symmetric and needs no sum
-// over other rows: a block that owns rows i makes their whole gradient. No atomics on it, the same bits from run to run.
+// For n_i = 1 this is the same number, found without a subtraction. M_ij is 0 if i and j are not a pair. M is symmetric, and its
+// rows need no sums over other rows: a block that owns rows i makes their whole gradient. The gradient needs no atomics and has
+// the same bits from run to run.
 //
-// Tile picture: pairs.cuh. It is attention with K = V = zhat; one column tile k in shared memory serves both products, and S turns
-// into the A operand of the second where it is, in registers:
+// Tile picture: pairs.cuh. This is attention with K = V = zhat. One column tile k in shared memory serves both products, and S
+// becomes the A operand of the second product without leaving its registers:
 //
 //     S = q k^T  ->  M, rounded to the operands' type  ->  G += M k   (kRows, D) floats in registers, 64 to 128 a thread
 //
-// then warps take whole rows of G, by way of shared memory, and finish.cuh makes of each the gradient of the raw row.
+// At the end, warps take whole rows of G by way of shared memory, and finish.cuh turns each into the gradient of the raw row.
 //
-// Units. w_i is 1 for an anchor, or the upstream gradient over its largest, so that M <= 2 whatever the loss is scaled by.
+// Units: w_i is 1 for an anchor, or the row's upstream gradient over the largest one. Hence M <= 2, whatever the loss is scaled
+// by.
 //
-// Flops 4 N^2 D, exponentials N^2 (twice that for tau < 0.026, and for rows that are not normalised); of two sides 8 L R D and 2
-// L R. A pair costs a multiply-add, ex2, add, multiply and half a conversion besides. Bytes: zhat once a block of rows from L2,
-// N^2 D itemsize / 128, 256 flops a byte at 16 bits; device memory O(N D). Where n blocks share rows, their sums are 4 n N W bytes
-// that are written to L2 and read from there. From shared memory each warp reads a column tile twice, once for each product, and its
-// rows of q once a tile.
-// Predicted for the H200 of softmax.cuh at N = 65536, 16 bits: D = 128, 2.2 Tflop, 3.5 ms of matrix units, 3.4 ms of shared memory,
-// 1.1 ms of ex2; D = 256 (16 rows a warp) 7.1 ms of matrix units, 11.3 ms of shared memory, which bounds it. With the forward pass 5.3
-// and 15.8 ms at best: 63% and 42% of 990 Tflop/s by 6 N^2 D. Measured there, host and all, with walks of more instructions and before
-// blocks shared rows: 11.4 and 26.9 ms; a profile has yet to say why.
+// Flops: 4 N^2 D, and N^2 exponentials (twice as many for tau < 0.026 and for unnormalised rows); with two sides 8 L R D and 2 L
+// R. Besides the products, a pair costs a multiply-add, an ex2, an add, a multiply and half a conversion.
 //
-// Instructions a warp for a far tile of 32 columns, D = 128, 16 bits, one shift, in code for sm_90 that has no other path: 429 (510
-// before addresses went on from tile to tile and a_i of the rows stayed in registers), of which 128 mma, 48 ldmatrix, 5 cp.async, 144
-// for M.
+// Bytes: each block of rows reads zhat once from L2. That is N^2 D itemsize / 128 bytes, 256 flops a byte at 16 bits. Device
+// memory sees O(N D). If n blocks share rows, their sums are 4 n N W bytes, written to L2 and read from there. From shared memory
+// each warp reads a column tile twice, once for each product, and its rows of q once for each tile.
+//
+// Predicted for the H200 of softmax.cuh at N = 65536, 16 bits. D = 128: 2.2 Tflop take 3.5 ms on matrix units, 3.4 ms of shared
+// memory and 1.1 ms of ex2. D = 256, with 16 rows a warp: 7.1 ms on matrix units and 11.3 ms of shared memory, which limits it.
+// With the forward pass that is 5.3 and 15.8 ms at best: 63% and 42% of 990 Tflop/s, by 6 N^2 D. Measured there: 11.4 and 26.9
+// ms. That includes the host, and is of an older version, whose walks had more instructions and whose blocks did not share rows.
+// A profile has yet to explain the difference.
+//
+// Instructions of a warp for a far tile of 32 columns at D = 128, 16 bits, one shift, in code for sm_90 that has no other path:
+// 429, of which 128 mma, 48 ldmatrix, 5 cp.async, 144 for M. It was 510 before addresses advanced from tile to tile and the rows'
+// a_i stayed in registers.
 #pragma once
 
 #include "finish.cuh"
 
 namespace clop::cuda {
 
-// What a pair that is a positive takes instead of a_i.
+// The coefficients of a row that replace a_i in a pair of positives.
 struct alignas(8) OfPositive {
   float b, c;
 };
 
-// What the first launch of the pass leaves: a, shift, (b, c) and the run of positives by position; zero past the end.
-// Addresses are made where they are needed: four pointers would be eight registers.
+// The layout of the coefficients, which the first launch of the pass writes: a, shift, (b, c) and the positive run, by position;
+// zero past the last row. Addresses are computed where they are needed: four pointers would take eight registers.
 struct LaidOut {
   float* const& memory;
   const int64_t& n_padded;
@@ -61,6 +66,7 @@ constexpr int kCoefficientThreads = 128;
 
 __device__ inline int position_of_thread() { return int(blockIdx.x) * kCoefficientThreads + int(threadIdx.x); }
 
+// Writes the coefficients of a position, and resets a counter for the next launch.
 __device__ inline void lay_out(const PairGradient& p, int position, const Run& run, float a, const OfPositive& of_positive,
                                float shift) {
   const LaidOut to{p.coefficients, p.n_padded};
@@ -71,7 +77,7 @@ __device__ inline void lay_out(const PairGradient& p, int position, const Run& r
   reset_counter(p.n_finished, p.n_rows, position);
 }
 
-// From what the forward pass has left.
+// Makes the coefficients from the results of the forward pass. A thread takes a position.
 __global__ void __launch_bounds__(kCoefficientThreads) coefficients_kernel(const Backward p) {
   const int position = position_of_thread();
   const Run run = run_of(p, position);
@@ -88,7 +94,7 @@ __global__ void __launch_bounds__(kCoefficientThreads) coefficients_kernel(const
   lay_out(p, position, run, a, of_positive, shift);
 }
 
-// Of those that are given.
+// Takes the coefficients that a pass over pairs alone is given. A thread takes a position.
 __global__ void __launch_bounds__(kCoefficientThreads) given_coefficients_kernel(const PairGradient p) {
   const int position = position_of_thread();
   float a = 0.0f, shift = 0.0f;
@@ -103,7 +109,7 @@ __global__ void __launch_bounds__(kCoefficientThreads) given_coefficients_kernel
   lay_out(p, position, run_of(p, position), a, of_positive, shift);
 }
 
-// Tile of S -> tile of M, in place.
+// Turns a tile of S into a tile of M, in place. There are three cases, the cheapest first.
 template <class S>
 __device__ void weigh_tile(const Pairs& p, const Span<S>& span, const LaidOut& of, const Scale& scale, bool is_fixed,
                            bool is_near, int first_column, const float (&a_rows)[S::kRowTiles][2], const float* a_columns,
@@ -115,7 +121,7 @@ __device__ void weigh_tile(const Pairs& p, const Span<S>& span, const LaidOut& o
     for (int h = 0; h < 2; ++h) {
       const int position = span.first_row + place.row(r, h);
       const float a = a_rows[r][h], shift = is_fixed ? scale.value : of.shift(position);
-      if (!is_near && is_fixed) {
+      if (!is_near && is_fixed) {  // a far tile, with one shift for all rows: one exponential for a pair
 #pragma unroll
         for (int n = 0; n < S::kTiles; ++n)
 #pragma unroll
@@ -125,7 +131,7 @@ __device__ void weigh_tile(const Pairs& p, const Span<S>& span, const LaidOut& o
           }
         continue;
       }
-      if (!is_near) {
+      if (!is_near) {  // a far tile, with a shift for each row and column: two exponentials for a pair
 #pragma unroll
         for (int n = 0; n < S::kTiles; ++n)
 #pragma unroll
@@ -137,7 +143,8 @@ __device__ void weigh_tile(const Pairs& p, const Span<S>& span, const LaidOut& o
           }
         continue;
       }
-      __syncwarp();  // else the loads of all rows would come first, and take more registers than there are
+      __syncwarp();  // otherwise the compiler would load the numbers of all rows first, and registers would not suffice
+      // A near tile: the mask decides which pairs count, and positives take b and c instead of a.
       const Mask mask(p, position, span.columns, of.run(position), 0);
       const OfPositive of_positive = of.of_positive(position);
 #pragma unroll
@@ -162,9 +169,9 @@ __device__ void weigh_tile(const Pairs& p, const Span<S>& span, const LaidOut& o
 
 // G += M k, for one tile of columns.
 //
-// Matrix units cut the sums that they keep off, toward zero. Over the columns of a long row that becomes a bias: 1e-4 of a float32
-// gradient at N = 13200, measured on an H200. Beside the rounding of half precision it is small. Exact kinds therefore begin the
-// sums of each tile at zero, and add them to G in float32, which rounds to nearest.
+// Matrix units cut the sums that they keep off, toward zero. Over many columns this becomes a bias: 1e-4 of a float32 gradient at
+// N = 13200, measured on an H200. Beside the rounding of half precision it is small. Exact kinds therefore begin the sums of each
+// tile at zero, and add them to G in float32, which rounds to nearest.
 template <class S>
 __device__ void add_products(float (&gradient)[S::kRowTiles][S::kWidth / 8][4], const float (&m)[S::kRowTiles][S::kTiles][4],
                              const typename S::Rows& columns, const Place<S>& place) {
@@ -219,7 +226,7 @@ __device__ void add_products(float (&gradient)[S::kRowTiles][S::kWidth / 8][4], 
   }
 }
 
-// A row of G in the registers of a warp, column lane + 32 k in g[k], with its zhat.
+// A row of G in the registers of a warp, together with its zhat. Lane `lane` has column lane + 32 k in g[k].
 template <int kWidth>
 struct WarpRow {
   float g[kWidth / 32], zhat[kWidth / 32];
@@ -234,7 +241,7 @@ struct WarpRow {
   __device__ float sum(float x) const { return sum_of_warp(x); }
 };
 
-// As kSoftmaxBlocks in softmax.cuh.
+// How many blocks the registers of a processor should hold at once, as kSoftmaxBlocks in softmax.cuh.
 template <class S>
 constexpr int kGradientBlocks = S::kThreads <= 128 ? 2 : 1;
 
@@ -250,6 +257,7 @@ __global__ void __launch_bounds__(S::kThreads, kGradientBlocks<S>) gradient_kern
   const int last_row = min(span.first_row + S::kRows, span.row_end) - 1;
   const LaidOut of{p.coefficients, p.n_padded};
 
+  // A tile is near if it may hold positives of the block's rows: those between the first row's run and the last row's run.
   const Run near = {of.run(span.first_row).start, of.run(last_row).end};
   float a_rows[S::kRowTiles][2];
 #pragma unroll
@@ -257,6 +265,7 @@ __global__ void __launch_bounds__(S::kThreads, kGradientBlocks<S>) gradient_kern
 #pragma unroll
     for (int h = 0; h < 2; ++h) a_rows[r][h] = of.a(span.first_row + place.row(r, h));
 
+  // The walk: G, the block's sums, stays in registers.
   float gradient[S::kRowTiles][kWidthTiles][4] = {};
   walk<S, kHold>(p, span, p.coefficients, is_fixed ? 1 : 2, p.n_padded, place, [&](int first_column, int stage, auto& s) {
     weigh_tile<S>(p, span, of, scale, is_fixed, span.is_near(first_column, near), first_column, a_rows, memory.numbers(stage, 0),
@@ -264,7 +273,8 @@ __global__ void __launch_bounds__(S::kThreads, kGradientBlocks<S>) gradient_kern
     add_products<S>(gradient, s, memory.columns(stage), place);
   });
 
-  // The blocks that share the rows, in their order. Each leaves its fragments as they are, four numbers a thread at a time.
+  // Add the sums of the blocks that share these rows, in their order. Each block stores its fragments as they are, four numbers a
+  // thread at a time. All but the last block to finish leave here.
   const Share<S> share_of_rows(p);
   if (share_of_rows.n_blocks > 1) {
     const auto place_of = [&](int block, int r, int n) {
@@ -291,11 +301,11 @@ __global__ void __launch_bounds__(S::kThreads, kGradientBlocks<S>) gradient_kern
 #pragma unroll
           for (int k = 0; k < 4; ++k) gradient[r][n][k] += part[k];
         }
-    __syncthreads();  // the flag of the last block has been read by all
+    __syncthreads();  // all threads have read the flag of is_last_block
   }
 
-  // The fragments leave registers by way of the memory where the columns were, as many rows of 16 at a time as it holds of all
-  // warps, and warps take whole rows. Numbers are swizzled as chunks are.
+  // From fragments to whole rows. The fragments go through the memory where the columns were, and a warp then takes whole rows of
+  // it. A piece has kPartRows rows of every warp: 16 if they fit, else 8 or 4. Numbers are swizzled as chunks are.
   constexpr int kPartBytes = S::kWarps * S::kWidth * int(sizeof(float));
   constexpr int kPartRows = S::kStages * S::kColumnBytes >= 16 * kPartBytes  ? 16
                             : S::kStages * S::kColumnBytes >= 8 * kPartBytes ? 8

@@ -1,9 +1,11 @@
-// The positive groups by label, for few instances: what clop_kernels/groups.py does with a sort, in one launch.
+// The positive groups by label, for few instances, in one launch. For more instances clop_kernels/groups.py sorts instead.
 //
-// Tile picture: a thread takes an instance and counts, among all labels, those before its own and those equal to it,
-// kGroupThreads of them at a time in shared memory; with sides, those on its own for its position, and those on the other for its
-// positives. An unlabelled instance has a key that no other has, below all labels. Comparisons: B^2, which up to a few thousand
-// instances take less than the launches of a sort. Bytes: 8 B^2 / kGroupThreads from L2.
+// Tile picture: a thread takes an instance. It compares the instance's label with all labels, kGroupThreads of them at a time in
+// shared memory, and counts the smaller labels and the equal ones. With sides, the counts over its own side give its position,
+// and the counts over the other side give its positive run. An unlabelled instance gets a key of its own, below all labels.
+//
+// Comparisons: B^2; up to a few thousand instances they take less time than the launches of a sort. Bytes: 8 B^2 / kGroupThreads
+// from L2.
 #pragma once
 
 #include "device.cuh"
@@ -20,10 +22,10 @@ __global__ void __launch_bounds__(kGroupThreads) groups_kernel(const Grouping p)
   const bool is_instance = instance < p.n_instances;
   const int64_t key = is_instance ? key_of(instance) : 0;
   const bool has_sides = p.n_left >= 0, is_left = instance < p.n_left;
-  int64_t n_ahead = 0, n_before = 0, n_equal = 0;  // of its position, of its run, in its run
+  int64_t n_ahead = 0, n_before = 0, n_equal = 0;  // rows ahead of its position, rows before its run, rows in its run
   for (int64_t first = 0; first < p.n_instances; first += kGroupThreads) {
     const int64_t mine = first + threadIdx.x;
-    __syncthreads();  // the keys before are read
+    __syncthreads();  // all threads have read the previous keys
     if (mine < p.n_instances) keys[threadIdx.x] = key_of(mine);
     __syncthreads();
     const int64_t left = p.n_instances - first;
@@ -35,7 +37,7 @@ __global__ void __launch_bounds__(kGroupThreads) groups_kernel(const Grouping p)
     }
   }
   if (!is_instance) return;
-  if (has_sides) (is_left ? n_before : n_ahead) += p.n_left;  // to where the right side begins
+  if (has_sides) (is_left ? n_before : n_ahead) += p.n_left;  // positions of the right side begin there
   const int64_t n_rows = p.n_views * p.n_instances;
   for (int64_t view = 0; view < p.n_views; ++view) {
     const int64_t position = p.n_views * n_ahead + view;

@@ -1,4 +1,4 @@
-// The launches of the two passes: which kernels, on how many blocks, in which shape.
+// The launches of the passes: which kernel, in which shape, on how many blocks.
 
 #include <algorithm>
 
@@ -11,6 +11,7 @@
 namespace clop::cuda {
 namespace {
 
+// n_rows / per_block, rounded up.
 int64_t n_blocks_for(int64_t n_rows, int64_t per_block) { return (n_rows + per_block - 1) / per_block; }
 
 template <class S>
@@ -18,7 +19,7 @@ struct Tag {
   using Shape = S;
 };
 
-// Calls visit(Tag<Shape>) for the shape that the rows ask for.
+// Calls visit(Tag<Shape>) with the shape for these rows.
 template <class Visit>
 cudaError_t with_shape(const Pairs& p, Visit&& visit) {
   switch (p.compute_dtype) {
@@ -39,26 +40,29 @@ cudaError_t with_shape(const Pairs& p, Visit&& visit) {
   return cudaErrorInvalidValue;
 }
 
-// ---- how the columns of a pass over pairs are split -----------------------------------------------------------------------------
+// ---- how the columns of a pass over pairs are split ----------------------------------------------------------------------
 
-// The unit of time is a column that a block walks over. These are estimates for all widths, and no GPU has run with them: a block
-// takes kStartColumns to begin; where blocks share rows, it takes the part columns of its pass to write its sums, and the last one
-// takes as many for each block whose sums it adds. For the gradient these are 128 W floats to or from L2, at 40 bytes a cycle the time
-// of 16 columns at a quarter of the rate of the matrix units, which one block a processor may reach.
+// The unit of time is one column of a block's walk. A block takes kStartColumns to begin. If blocks share rows, a block takes the
+// part columns of its pass to write its sums, and the last block takes the same time for each block whose sums it adds. For the
+// gradient these sums are 128 W floats to or from L2. At 40 bytes a cycle that is the time of 16 columns at a quarter of the
+// matrix units' rate, which one block a processor may reach. All of this is estimated, for all widths together; no GPU has run
+// with these numbers.
 constexpr int64_t kStartColumns = 64, kSoftmaxPartColumns = 2, kGradientPartColumns = 16;
-// At most kMostShares blocks share rows, and only in a grid of at most kMostRounds rounds: split_sums are then at most 128 W floats
-// for each of 3 rounds x 2 blocks of a processor (W = 256: 1 block), 384 KB a processor, whatever N is.
+// At most kMostShares blocks share rows, and only if the grid has at most kMostRounds rounds. split_sums is then at most 128 W
+// floats for each block of 3 rounds of 2 blocks a processor (W = 256: 1 block), which is 384 KB a processor, whatever N is.
 constexpr int64_t kMostShares = 16, kMostRounds = 3;
 
+// How many blocks a pass over pairs has, and how they share rows.
 struct Plan {
   Split split;
   int64_t n_blocks;
   bool has_shared_rows;
 };
 
-// Few rows make fewer blocks than the processors take at once, and more rows may leave many processors without a block in the last
-// round. The time of a grid is the number of its rounds, of n_places blocks at once, times the length of a walk, and what sharing
-// costs. More blocks share rows where that saves a twentieth of the time. Walks have the same length whichever side the rows are of.
+// Chooses how many blocks share the same rows. Few rows make fewer blocks than the processors take at once; with more rows, many
+// processors may get no block in the last round. The time of a grid is its number of rounds (n_places blocks run at once) times
+// the length of a walk, plus the cost of sharing. A larger number of sharing blocks must save a twentieth of the time. Walks are
+// equally long on both sides.
 template <class S>
 Plan plan_of(const Pairs& p, int64_t n_places, int64_t part_columns) {
   const auto n_tiles_of = [&](int64_t n_blocks_of_rows, int64_t first_row) -> int64_t {
@@ -67,7 +71,8 @@ Plan plan_of(const Pairs& p, int64_t n_places, int64_t part_columns) {
   };
   const int64_t n_left = p.n_left < 0 ? p.n_rows : p.n_left;
   const int64_t left = n_blocks_for(n_left, S::kRows), right = p.is_one_way ? 0 : n_blocks_for(p.n_rows - n_left, S::kRows);
-  const int64_t left_tiles = n_tiles_of(left, 0), right_tiles = n_tiles_of(right, n_left), most = std::max(left_tiles, right_tiles);
+  const int64_t left_tiles = n_tiles_of(left, 0), right_tiles = n_tiles_of(right, n_left),
+                most = std::max(left_tiles, right_tiles);
 
   Plan best = {};
   int64_t least = 0;
@@ -96,7 +101,7 @@ Plan plan_of(const PairGradient& p, int64_t n_processors) {
   return plan_of<S>(p, n_processors * kGradientBlocks<S>, kGradientPartColumns);
 }
 
-// The numbers that blocks which share rows leave; `of_row` says how many of a row, by shape.
+// How many numbers the blocks that share rows leave. `of_row` gives the number for one row, by shape.
 template <class Pass, class OfRow>
 int64_t split_floats(const Pass& p, int64_t n_processors, OfRow&& of_row) {
   int64_t n_floats = 0;
@@ -109,7 +114,7 @@ int64_t split_floats(const Pass& p, int64_t n_processors, OfRow&& of_row) {
   return n_floats;
 }
 
-// Calls visit with a number of the type of zhat.
+// Calls visit with a number whose type is that of zhat.
 template <class Visit>
 cudaError_t with_element(const Pairs& p, Visit&& visit) {
   switch (p.compute_dtype) {
@@ -141,19 +146,19 @@ bool is_valid_loss(const Pass& p) {
   return is_valid(static_cast<const Pairs&>(p)) && is_valid(static_cast<const Classes&>(p));
 }
 
-// Rows that stay on chip, and pairs alone: labels' groups, and sides that are not empty.
+// Whether a pass over pairs alone is valid: it has groups by label, and no side is empty.
 bool is_valid_alone(const Pairs& p) {
   return is_valid(p) && p.groups != nullptr && p.n_left != 0 && p.n_left != p.n_rows && p.is_one_way == (p.n_left >= 0);
 }
 
-// n_finished of blocks that share rows is zero.
+// n_finished must be zero if blocks share rows.
 template <class S>
 cudaError_t launch_softmax(Forward p, const Plan& plan, cudaStream_t stream) {
   p.split = plan.split;
   return launch(softmax_kernel<S>, unsigned(plan.n_blocks), S::kThreads, S::kSharedBytes, stream, p);
 }
 
-// The coefficients are there.
+// The coefficients must have been made.
 cudaError_t launch_gradient(Backward p, int64_t n_processors, cudaStream_t stream) {
   return with_shape(p, [&](auto tag) {
     using S = typename decltype(tag)::Shape;

@@ -1,34 +1,36 @@
-// Rows against columns: the walk that both passes over pairs take, and what they know of a pair.
+// Rows against columns: the walk that both passes over pairs take, and the helpers that tell which pairs count.
 //
-// Tile picture. A block owns kRows rows q, which stay in shared memory, and walks over all N rows as columns k, kColumns at a
-// time; of S only the tile at hand exists, in registers. kStages tiles of columns are in shared memory, one at work and the
-// others on their way:
+// Tile picture. A block owns kRows rows q, which stay in shared memory. It walks over all N rows as columns k, kColumns at a
+// time. Only the current tile of S exists, in registers. Shared memory holds kStages tiles of columns: one is in use while the
+// others are being copied.
 //
 //                     columns j, kColumns at a time
 //                      near  near
 //     rows i  [ q ]   |  S  |  P  |  S  | ... |  S  |      S_ij = zhat_i . zhat_j log2(e) / tau;  P: positives, the diagonal
 //
-// Rows of two sides, L on the left and R on the right: a block owns rows of one side and walks over the columns of the other, the
-// blocks of left rows first. 2 L R pairs are visited, half of N^2 where the sides are as large; so with all that softmax.cuh and
-// gradient.cuh count in N^2:
+// Two sides, L rows on the left and R rows on the right: a block owns rows of one side and walks over the columns of the other
+// side. Blocks of left rows come first in the grid. The walks visit 2 L R pairs, half of N^2 if the sides are equally long; every
+// count of N^2 in softmax.cuh and gradient.cuh changes in the same way.
 //
 //                     left     right
 //     left rows    [         |  S  P  ]     P: row i + L or i - L, or the run of the other side that has the label
 //     right rows   [  S  P   |        ]
 //
-// Where nothing is compared, one view of instances or an empty side, there are no columns, and no walk.
+// If nothing is compared (one view of each instance, or an empty side), there are no columns and no walk.
 //
-// A block has 128 rows: kWarps warps, four or eight, and each has kRowTiles x kTiles results of 16 x 8, of 32 or 16 rows and all
-// columns of the tile of S. Where the blocks of 128 rows are fewer than the processors take at once, or leave many of them without
-// one at the end, several blocks share the same rows, and each walks over a part of the columns (Split in loss.h, which plan_of in
-// loss.cu chooses; Share). Each of them writes its sums to memory, and the last to finish adds them, in the order of the parts: the
-// same bits from run to run.
+// A block has 128 rows and kWarps warps, four or eight. Each warp owns kRowTiles x kTiles results of 16 x 8: 32 or 16 rows, and
+// all columns of the tile of S.
+//
+// Shared rows. There may be fewer blocks of 128 rows than the processors take at once, or many processors may get no block in the
+// last round. Then several blocks share the same rows, and each of them walks over a part of the columns (Split in loss.h, chosen
+// by plan_of in loss.cu; Share below). Each writes its sums to memory. The last of them to finish adds these sums in the order of
+// the parts, so the bits are the same from run to run.
 //
 //     columns  [ tiles of block 0 | tiles of block 1 | tiles of block 2 | fewer, of block 3 ]     4 blocks share the rows
 //
-// Rows are sorted by group, so that positives lie together, without sides near the diagonal: *near* tiles, which may hold some,
-// or columns that are none of the walk's, pay for masks. All blocks walk in the same order, so that tiles of columns come from
-// L2, those of one part of the columns at a time.
+// Near and far tiles. Rows are sorted by group, so positives lie together; without sides they lie near the diagonal. Only near
+// tiles pay for masks: tiles that may hold positives or the diagonal, or columns outside the walk. All blocks walk in the same
+// order, so tiles of columns come from L2 (within one part of the columns at a time).
 #pragma once
 
 #include "loss.h"
@@ -38,15 +40,20 @@ namespace clop::cuda {
 
 constexpr float kLn2 = 0.693147181f;
 
-// Up to which log2(e) / tau, in bits, 2^S needs no maximum: of unit rows it is the largest S, that of equal ones. While twice that is
-// below 110, 2^(S - log2(e) / tau) is above 2^-110 for every pair, a normal float even with what is divided by it. It has all its
-// digits where S is largest, as near-duplicate views ask for; without a shift S itself would have been rounded at log2(e) / tau. Rows
-// as they are may have any S. (On the CPU nothing is shifted then, and there is room for more: kLargestUnshiftedLogit.)
+// The largest log2(e) / tau, in bits, for which 2^S needs no running maximum.
+//
+// For unit rows, log2(e) / tau is the largest possible S, that of two equal rows. It serves as the shift of all rows. S - shift
+// is at least -2 log2(e) / tau. While that is at least -110, 2^(S - shift) is at least 2^-110, a normal float with room for the
+// number that it is divided by. The shift is part of the multiply-add that scales the product, so S - shift has all its digits
+// where S is largest, as near-duplicate views need. Without a shift, S would be rounded at the magnitude of log2(e) / tau.
+// Unnormalised rows may have any S and always take the maximum. (The CPU does not shift in this case and has room for more:
+// kLargestUnshiftedLogit.)
 constexpr float kLargestUnshiftedBits = 55.0f;
 
-constexpr float kLeastShift = -1e38f;  // where a maximum begins: finite, so that no two infinities are subtracted
-constexpr int kNumbers = 2;            // coefficients of each column that come with its tile: a_j and the shift
+constexpr float kLeastShift = -1e38f;  // where a running maximum starts: finite, so that no two infinities are subtracted
+constexpr int kNumbers = 2;            // coefficients of each column that are copied with its tile: a_j and the shift
 
+// The shape of a pass: the tiles, warps and stages of a block. All numbers follow from the template's parameters.
 template <class Product_, int kWidth_, int kWarps_, int kRowTiles_, int kColumns_, int kStages_>
 struct Shape {
   using Product = Product_;
@@ -61,7 +68,7 @@ struct Shape {
 
   static constexpr int kRowBytes = kRows * Rows::kRowBytes, kColumnBytes = kColumns * Rows::kRowBytes;
   static constexpr int kNumberBytes = kNumbers * kColumns * int(sizeof(float));
-  // Shared memory: q, the stages, and for each stage the coefficients of its columns.
+  // Shared memory: q, the stages, and the coefficients of each stage's columns.
   static constexpr int kSharedBytes = kRowBytes + kStages * (kColumnBytes + kNumberBytes);
 
   static_assert(kTiles % 2 == 0, "columns are loaded 16 at a time");
@@ -69,8 +76,8 @@ struct Shape {
   static_assert(kRows == kBlockRows);
 };
 
-// The shape for rows of kWidth numbers. Rows of 512 bytes, and operands that come in parts, leave registers for 16 rows a warp only;
-// 64 columns at a time take too many where the gradient takes 128.
+// The shape for rows of kWidth numbers. Rows of 512 bytes, and operands that come in parts, leave registers for only 16 rows a
+// warp. 64 columns at a time take too many registers where the gradient already takes 128.
 template <class Product, int kWidth>
 constexpr int kBytesOf = kWidth * int(sizeof(typename Product::Element));
 template <class Product, int kWidth>
@@ -79,11 +86,11 @@ template <class Product, int kWidth>
 using ShapeOf = Shape<Product, kWidth, kIsHeavy<Product, kWidth> ? 8 : 4, kIsHeavy<Product, kWidth> ? 1 : 2,
                       (kBytesOf<Product, kWidth> > 128) ? 32 : 64, (kBytesOf<Product, kWidth> > 256) ? 2 : 4>;
 
-// ---- what is known of a position -------------------------------------------------------------------------------------------
+// ---- which pairs count -----------------------------------------------------------------------------------------------------
 
 using Run = RunOf<int>;
 
-// The columns that a position is compared with, itself apart.
+// The columns that a position is compared with. They may include the position itself, which the mask removes.
 __host__ __device__ inline Run columns_of(const Pairs& p, int position) {
   const int n_rows = int(p.n_rows), n_left = int(p.n_left);
   if (!has_pairs(p) || n_left == n_rows) return {0, 0};
@@ -91,7 +98,7 @@ __host__ __device__ inline Run columns_of(const Pairs& p, int position) {
   return position < n_left ? Run{n_left, n_rows} : Run{0, n_left};
 }
 
-// Which columns, counted from an origin, make a pair with a position, and which of those are positives; for near tiles.
+// For near tiles: which columns, counted from an origin, make a pair with a position, and which of those are positives.
 struct Mask {
   int position;
   Run columns, run;
@@ -108,33 +115,34 @@ struct Mask {
   __device__ bool is_positive(int column) const { return is_pair(column) && holds(run, column); }
 };
 
+// log2(e) / tau, and how it turns a product into S - shift.
 struct Scale : LogitScale {
   __device__ explicit Scale(const Options& p)
       : LogitScale(p.temperature.tensor != nullptr ? logit_scale(double(*p.temperature.tensor)) : p.scale) {}
-  // Whether all rows have the shift `value`.
+  // Whether all rows have the same shift, `value`.
   __device__ bool is_fixed(const Options& p) const { return p.normalize && value <= kLargestUnshiftedBits; }
-  // S - shift
+  // S - shift, as precisely as the products are.
   template <class Product>
   __device__ float apply(float product, float shift) const {
     return Product::kIsExact ? exact(product, shift) : fmaf(product, value, -shift);
   }
   __device__ float exact(float product, float shift) const {
-    return fmaf(product, rest, fmaf(product, value, -shift));  // the rest last: next to a shift it would be lost
+    return fmaf(product, rest, fmaf(product, value, -shift));  // `rest` last: before the shift it would be rounded away
   }
 };
 
 // ---- the walk ----------------------------------------------------------------------------------------------------------------
 
-// Where a walk over columns begins: their coefficients are copied four at a time.
+// The column where a walk begins, rounded down to a multiple of four, because coefficients are copied four at a time.
 __host__ __device__ inline int first_column_of(const Run& columns) { return columns.start & ~3; }
 
-// Which rows a block has, and with which other blocks it shares them. Those of left rows come first, and those that share rows lie
-// side by side.
+// Which rows a block has, and which other blocks share them. Blocks of left rows come first in the grid. Blocks that share rows
+// are neighbours in the grid.
 template <class S>
 struct Share {
-  int n_blocks, block, first_block;     // how many share the rows, which of them this is, and the first of them in the grid
-  int block_of_rows, n_blocks_of_rows;  // whichever block has them
-  bool is_right;
+  int n_blocks, block, first_block;     // how many blocks share the rows, which of them this is, the first of them in the grid
+  int block_of_rows, n_blocks_of_rows;  // which 128 rows these are, and how many such blocks of rows there are
+  bool is_right;                        // whether the rows are on the right side
 
   __device__ explicit Share(const Pairs& p) {
     const int n_left = int(p.n_left < 0 ? p.n_rows : p.n_left), n_right = p.is_one_way ? 0 : int(p.n_rows) - n_left;
@@ -149,17 +157,17 @@ struct Share {
     block_of_rows = of_side + (is_right ? n_left_rows : 0);
     n_blocks_of_rows = n_left_rows + (n_right + S::kRows - 1) / S::kRows;
   }
-  // Those that are done.
+  // The counter of the sharing blocks that have finished.
   template <class Pass>
   __device__ unsigned* n_finished(const Pass& p) const {
     return p.n_finished + 1 + block_of_rows;
   }
 };
 
-// What a block walks over: rows of one side, and columns of the other.
+// What a block walks over: its rows of one side, and its part of the columns of the other side.
 template <class S>
 struct Span {
-  int first_row, row_end;  // kRows rows, but for those from row_end on, the end of their side; positions are int32, and so is N
+  int first_row, row_end;  // kRows rows, cut off at row_end, the end of their side; positions are int32, and so is N
   Run columns;
 
   __device__ explicit Span(const Pairs& p) {
@@ -171,14 +179,14 @@ struct Span {
     const int of_block = p.split.n_tiles * S::kColumns, first = first_column_of(columns) + share.block * of_block;
     columns = {max(columns.start, first), min(columns.end - first, of_block) + first};
   }
-  // Whether a tile of columns is near rows whose positives are in `run`.
+  // Whether a tile of columns is near, for rows whose positives lie in `run`.
   __device__ bool is_near(int first, const Run& run) const {
     const int end = first + S::kColumns;
     return (first < run.end && end > run.start) || first < columns.start || end > columns.end;
   }
 };
 
-// Where a thread stands.
+// The thread's place in the block's tile. g and t are the row and column index of a lane in the matrix instructions (tiles.cuh).
 template <class S>
 struct Place {
   int warp, lane, g, t;
@@ -189,50 +197,58 @@ struct Place {
     g = lane / 4;
     t = lane % 4;
   }
-  // The first row of the block's tile that the warp has.
+  // The warp's first row in the block's tile.
   __device__ int first_row() const { return warp * S::kRowTiles * 16; }
-  // Row of the block's tile that results c[r][.][2 h + e] are of.
+  // The row, in the block's tile, of the results c[r][.][2 h + e].
   __device__ int row(int r, int h) const { return first_row() + 16 * r + 8 * h + g; }
-  // Column of the tile that results c[.][n][2 h + e] are of.
+  // The column, in the tile, of the results c[.][n][2 h + e].
   __device__ int column(int n, int e) const { return 8 * n + 2 * t + e; }
 };
 
+// The layout of the block's shared memory.
 template <class S>
 struct Memory {
   unsigned char* base = shared_memory();
 
   __device__ typename S::Rows rows() const { return {base}; }
   __device__ typename S::Rows columns(int stage) const { return {base + S::kRowBytes + stage * S::kColumnBytes}; }
-  // Coefficient `which` of the columns of a stage.
+  // Coefficient `which` of a stage's columns.
   __device__ float* numbers(int stage, int which) const {
     return reinterpret_cast<float*>(base + S::kRowBytes + S::kStages * S::kColumnBytes + stage * S::kNumberBytes) +
            which * S::kColumns;
   }
-  // The stages' memory, free when the walk is over.
+  // The memory of the stages, which is free after the walk.
   __device__ float* scratch() const { return reinterpret_cast<float*>(base + S::kRowBytes); }
 };
 
-// Calls visit(first column, stage, S / scale) for each tile of columns. The first n_numbers rows of `numbers`, (n_numbers, stride),
-// are loaded with the columns; they must be there past the last one. kHold: the A operands of q stay in registers.
+// The walk. It calls visit(first column, stage, s) for each tile of columns, where s is S / scale in registers. The first
+// n_numbers rows of `numbers`, (n_numbers, stride), are copied with the columns; they must extend past the last column. kHold
+// keeps the A operands of q in registers.
+//
+// Copies run kStages - 1 tiles ahead of the products. Each turn of the loop waits for the oldest stage, starts the copy of a new
+// tile into the stage that has just become free, multiplies, and visits.
 template <class S, bool kHold, class Visit>
-__device__ void walk(const Pairs& p, const Span<S>& span, const float* numbers, int n_numbers,
-                     int64_t stride, const Place<S>& place, Visit&& visit) {
+__device__ void walk(const Pairs& p, const Span<S>& span, const float* numbers, int n_numbers, int64_t stride,
+                     const Place<S>& place, Visit&& visit) {
   using Product = typename S::Product;
   const auto* const zhat = static_cast<const typename S::Element*>(p.zhat);
   const Memory<S> memory;
-  // Matrix units cut their sums off, toward zero, at what the sum so far can hold: over all of the width that takes digits of the
-  // largest S, which near-duplicates need. Exact kinds add the sums of two steps at a time in float32, which rounds to nearest.
+  // Matrix units cut their sums off, toward zero, at the precision of the sum so far. Over the whole width this would lose digits
+  // of the largest S, which near-duplicates need. Exact kinds therefore let the units add only two steps, and add these pieces in
+  // float32, which rounds to nearest.
   constexpr int kPiece = Product::kIsExact ? 2 : 1;
   static_assert(S::kSteps % kPiece == 0);
-  // The compiler would begin all pieces at once, for which there are no registers.
+  // Fully unrolled, the compiler would begin all pieces at once, and there are not enough registers for that.
   [[maybe_unused]] constexpr int kAtOnce = Product::kIsExact ? 2 : S::kSteps;
   const int width = int(p.width), pitch = int(p.pitch);
   const int begin = first_column_of(span.columns), end = span.columns.end;
 
+  // The rows of the block, copied once.
   Copies<typename S::Element, S::kRows, S::kThreads, typename S::Rows>(zhat, span.first_row, span.row_end, width, pitch)
       .begin(memory.rows());
   Copies<typename S::Element, S::kColumns, S::kThreads, typename S::Rows> copies(zhat, begin, end, width, pitch);
   numbers += begin + 4 * int(threadIdx.x);
+  // Starts the copy of a tile of columns and its coefficients. Past the last tile it only ends an empty group, to keep the count.
   const auto load = [&](int first, int stage) {
     if (first < end) {
       copies.begin(memory.columns(stage));
@@ -263,9 +279,10 @@ __device__ void walk(const Pairs& p, const Span<S>& span, const float* numbers, 
   unsigned stage = 0;
   for (int first_column = begin; first_column < end; first_column += S::kColumns) {
     wait_for_copies<S::kStages - 2>();
-    __syncthreads();  // the tile is there for all, and the tile before it is done with
+    __syncthreads();  // every thread's part of the tile has arrived, and no thread still reads the previous tile
     load(first_column + (S::kStages - 1) * S::kColumns, (stage + S::kStages - 1) % S::kStages);
 
+    // S = q k^T for this tile.
     float s[S::kRowTiles][S::kTiles][4] = {};
 #pragma unroll kAtOnce
     for (int first = 0; first < S::kSteps; first += kPiece) {
@@ -309,11 +326,11 @@ __device__ void walk(const Pairs& p, const Span<S>& span, const float* numbers, 
     visit(first_column, stage, s);
     stage = (stage + 1) % S::kStages;
   }
-  wait_for_copies<0>();  // of the rows, where there was no tile
-  __syncthreads();       // the stages are free
+  wait_for_copies<0>();  // for the rows, in case there was no tile
+  __syncthreads();       // now the memory of the stages is free
 }
 
-// ---- sums over a block, in one order ----------------------------------------------------------------------------------------
+// ---- sums over a block, in a fixed order -------------------------------------------------------------------------------------
 
 __device__ inline float sum_of_warp(float x) {
 #pragma unroll
@@ -321,7 +338,7 @@ __device__ inline float sum_of_warp(float x) {
   return x;
 }
 
-// Of the threads' x; valid in thread 0. scratch: one float a warp, free before and after.
+// The sum of x over the threads of a block, valid in thread 0. scratch: one float for each warp, free before and after the call.
 template <int kThreads>
 __device__ float sum_of_block(float x, float* scratch) {
   x = sum_of_warp(x);
@@ -334,8 +351,8 @@ __device__ float sum_of_block(float x, float* scratch) {
   return sum;
 }
 
-// True in the block that is the last of n_blocks to come here: it sees what the others have written before they came. `flag`: a
-// float of shared memory.
+// True in the last of n_blocks blocks to call this. That block sees everything that the other blocks wrote before their calls.
+// `flag` is a float in shared memory.
 __device__ inline bool is_last_block(unsigned* n_finished, unsigned n_blocks, float* flag) {
   __threadfence();
   __syncthreads();

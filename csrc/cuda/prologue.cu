@@ -1,11 +1,11 @@
-// The launcher of the prologue: which instance of the kernel a call takes.
+// The launcher of the prologue: it chooses the instance of the kernel for a call.
 
 #include "prologue.cuh"
 
 namespace clop::cuda {
 namespace {
 
-constexpr int64_t kLargestInt = 0x7fffffff;  // positions are int32 in `groups`, and blocks of a grid are as many
+constexpr int64_t kLargestInt = 0x7fffffff;  // positions are int32 in `groups`; a grid has at most as many blocks
 
 bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 

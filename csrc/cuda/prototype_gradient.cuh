@@ -1,9 +1,12 @@
-// The gradient of the prototypes, for whoever trains them: a segment sum over the rows of each class.
+// The gradient of trained prototypes: a sum over the rows of each class.
 //
-// Tile picture: block (k, s, c) adds, for 256 columns, one a thread, the rows of class k whose place within the class is in the
-// s-th of n_parts, kRowsAtOnce at a time and always in the same order; the parts are then added up. No atomics: the same bits from
-// run to run. The Euclidean distance's gradient needs |zhat - c|, which the warps find first.
-// Bytes: each labelled row of zhat once (Euclidean: once more a block of columns), and n_parts K D partial sums. Flops: O(N D).
+// Tile picture: block (k, s, c) sums over rows of class k, for 256 columns, one a thread. The rows of the class are cut into
+// n_parts; the block takes the s-th part, kRowsAtOnce rows at a time and always in the same order. Torch then adds the parts.
+// There are no atomics, and the bits are the same from run to run. The gradient of the Euclidean distance needs |zhat - c|, which
+// the warps compute first.
+//
+// Bytes: each labelled row of zhat once (Euclidean: once more for each block of columns), and n_parts K D partial sums. Flops:
+// O(N D).
 #pragma once
 
 #include "finish.cuh"
@@ -29,7 +32,7 @@ __global__ void __launch_bounds__(kPrototypeThreads) prototype_kernel(const Prot
   for (int64_t first = begin; first < end; first += kRowsAtOnce) {
     const int count = end - first < kRowsAtOnce ? int(end - first) : kRowsAtOnce;
     if (p.distance == Distance::euclidean) {
-      __syncthreads();  // the lengths before are read
+      __syncthreads();  // every thread has read the previous lengths
       for (int i = threadIdx.x / 32; i < count; i += kPrototypeThreads / 32) {
         const T* const row = zhat + p.by_class[first + i] * p.pitch;
         float square = 0.0f;
@@ -44,7 +47,7 @@ __global__ void __launch_bounds__(kPrototypeThreads) prototype_kernel(const Prot
     for (int i = 0; i < count; ++i) {
       const int64_t position = p.by_class[first + i];
       const float unit = to_float(zhat[position * p.pitch + column]), w = p.weights != nullptr ? p.weights[position] : 1.0f;
-      // The distances depend on zhat - c, all but the cosine, whose derivative with respect to c is -zhat.
+      // The gradient in c is the negative of the gradient in zhat, except for the cosine distance, where it is -zhat.
       switch (p.distance) {
         case Distance::cosine:
           sum -= w * unit;

@@ -1,3 +1,4 @@
+// CUDA and torch's allocator behind runtime.h: messages for CUDA errors, devices and streams, memory.
 #include "runtime.h"
 
 #include <cuda_runtime_api.h>
@@ -7,8 +8,8 @@
 #include "../common/arguments.h"
 #include "loss.h"
 
-// The one symbol that only a torch with CUDA has. Weak, so that the extension loads without it too; torch declares it only
-// under USE_CUDA, and its stable wrapper needs torch 2.13.
+// The only symbol that a torch without CUDA lacks. It is weak, so that the extension loads there too. torch declares it only
+// under USE_CUDA, and torch's stable wrapper needs torch 2.13.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** ret_stream);
 
 namespace clop::cuda {
@@ -25,7 +26,7 @@ std::string device_text(int device) {
   return text + " (" + properties.name + ", sm_" + std::to_string(properties.major) + std::to_string(properties.minor) + ")";
 }
 
-// What went wrong and what helps, for a person.
+// Says for a person what went wrong and what helps.
 std::string explain(cudaError_t error, int device) {
   const std::string built = "built with CUDA " CLOP_CUDA_VERSION " for the architectures " CLOP_CUDA_ARCHS;
   switch (error) {
@@ -37,11 +38,12 @@ std::string explain(cudaError_t error, int device) {
              ": update the driver, or install a build of clop_kernels for an older CUDA";
     }
     case cudaErrorNoDevice:
-      return "there is no NVIDIA GPU that this process can see (CUDA_VISIBLE_DEVICES hides them, or none is there)";
+      return "there is no NVIDIA GPU that this process can see (CUDA_VISIBLE_DEVICES hides it, or there is none)";
     case cudaErrorNoKernelImageForDevice:
     case cudaErrorInvalidDeviceFunction:
       return "the kernels have no code for " + device_text(device) + ": " + built +
-             "; to build for this GPU, CLOP_CUDA_ARCHS=<its number, 80 or above> pip install --no-build-isolation . from source";
+             "; to build for this GPU, run `CLOP_CUDA_ARCHS=<its number, 80 or above> pip install --no-build-isolation .` in the "
+             "source";
     case cudaErrorUnsupportedPtxVersion:
       return "the NVIDIA driver is too old to compile the kernels for " + device_text(device) + ": " + built +
              "; update the driver, or build for this GPU's own architecture (CLOP_CUDA_ARCHS)";
@@ -61,7 +63,7 @@ std::optional<std::string> obstacle(int64_t device) {
   const CurrentDevice current(static_cast<int32_t>(device));
   const auto error = static_cast<cudaError_t>(find_prologue());
   if (error == cudaSuccess) return std::nullopt;
-  cudaGetLastError();  // told here, so that the next launch does not report it
+  cudaGetLastError();  // clear the error, so that the next launch does not report it
   return explain(error, static_cast<int>(device));
 }
 
@@ -80,7 +82,7 @@ CUstream_st* current_stream(int32_t device) {
   if (aoti_torch_get_current_cuda_stream == nullptr)
     throw std::runtime_error("clop_native: this build of torch has no CUDA; its CUDA builds are at https://pytorch.org");
   void* stream = nullptr;
-  // torch's macros for this will not do: 2.11 lacks STABLE_TORCH_ERROR_CODE_CHECK, and TORCH_ERROR_CODE_CHECK names no GPU.
+  // torch's own macros do not fit: 2.11 lacks STABLE_TORCH_ERROR_CODE_CHECK, and TORCH_ERROR_CODE_CHECK does not name the GPU.
   if (aoti_torch_get_current_cuda_stream(device, &stream) != 0)
     throw std::runtime_error("clop_native: torch cannot say which stream of " + device_text(device) + " is the current one");
   return static_cast<CUstream_st*>(stream);
@@ -94,7 +96,7 @@ int64_t n_processors_of(int32_t device) {
 
 // ---- memory ------------------------------------------------------------------------------------------------------------
 
-// Why torch has no memory does not come through its C interface; how much was asked for is said here.
+// torch's C interface does not say why an allocation failed, so the message states how much was asked for.
 Tensor allocate(const char* name, const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
   try {
     return empty(sizes, dtype, aoti_torch_device_type_cuda(), like.get_device_index());
@@ -104,7 +106,7 @@ Tensor allocate(const char* name, const Tensor& like, std::initializer_list<int6
   }
 }
 
-// One tensor for all parts: each costs the host a microsecond.
+// Allocates one tensor for all parts, because each allocation costs the host a microsecond.
 Memory allocate_scratch(const Tensor& like, int n_parts, const int64_t* bytes, void** pointers) {
   constexpr int64_t kAlignment = 256;
   const auto rounded = [](int64_t size) { return (size + kAlignment - 1) / kAlignment * kAlignment; };

@@ -1,5 +1,5 @@
-// What the operators need of a GPU: tensors that are there, its current stream, its memory. runtime.cpp asks CUDA and torch;
-// tests/host/runtime.cpp, in its place, makes a GPU of the CPU, for the kernels that simt.h runs there.
+// The services of a GPU that the operators need: where tensors are, the current stream, memory. runtime.cpp asks CUDA and torch.
+// tests/host/runtime.cpp replaces it in tests: there the CPU plays the GPU, and simt.h runs the kernels.
 #pragma once
 
 #include <torch/csrc/stable/accelerator.h>
@@ -19,15 +19,15 @@ namespace clop::cuda {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-// Why the kernels cannot run on this device, or nothing if they can.
+// Says why the kernels cannot run on this device; empty if they can.
 std::optional<std::string> obstacle(int64_t device);
 
-// Throws if `error`, a cudaError_t, is one: what went wrong and what helps, for a person.
+// If `error`, a cudaError_t, is not 0, throws an exception that says for a person what went wrong and what helps.
 void check(const char* what, int error, int32_t device);
 
 bool is_on_gpu(const Tensor& tensor);
 
-// Makes a device the current one of torch, and of the CUDA runtime that is linked into this extension.
+// Makes a device the current device, both of torch and of the CUDA runtime that is linked into this extension.
 class CurrentDevice {
  public:
   explicit CurrentDevice(int32_t index);
@@ -39,11 +39,13 @@ class CurrentDevice {
 CUstream_st* current_stream(int32_t device);
 int64_t n_processors_of(int32_t device);
 
-// On the device of `like`; what it holds at first is undefined. `name` is for the message where there is no memory.
+// Allocates a tensor on the device of `like`; its contents are undefined. `name` stands in the message if there is not enough
+// memory.
 Tensor allocate(const char* name, const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype);
 
-// Scratch: `count` numbers for each pointer, which begin at a multiple of 16 bytes; null where it is none. It lives as long as the launches
-// are not yet queued; after that the allocator hands its memory to later work of the same stream only.
+// A part of the scratch: memory for `count` numbers, at a multiple of 16 bytes, whose address is written to `pointer` (null for 0
+// numbers). Hold the returned Memory until all launches are queued. Afterwards the allocator gives it only to later work of the
+// same stream.
 template <class T>
 struct Part {
   T*& pointer;

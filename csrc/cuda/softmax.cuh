@@ -1,41 +1,48 @@
-// Second launch of the forward pass: the softmax statistics of every row of S, its term of the loss, and the loss.
+// The second launch of the forward pass: the statistics of every row of S, the row's term of the loss, and the loss.
 //
-// Tile picture: pairs.cuh. Of each row a thread keeps four numbers, over the columns it sees, a quarter of a tile's:
+// Tile picture: pairs.cuh. A thread sees a quarter of the columns of each of its rows. For every row it keeps four numbers:
 //
-//     negative_i = sum_j 2^(S_ij - shift_i)       over pairs that are not positives
-//     positive_i, positive_logits_i               over positives: the same sum, and that of S_ip - log2(e) / tau, which is small where
-//                                                 they dominate, and keeps digits that S_ip has no room for
-//     shift_i                                     log2(e) / tau of unit rows while tau >= 0.026, else the largest S_ij so far
+//     negative_i            sum_j 2^(S_ij - shift_i) over negatives
+//     positive_i            the same sum over positives
+//     positive_logits_i     the sum of S_ip - log2(e) / tau over positives. The difference is small where positives dominate, and
+//                           keeps digits that S_ip has no room for
+//     shift_i               log2(e) / tau for unit rows while tau >= 0.026, else the largest S_ij so far
 //
-// Positives are summed apart, from the very products that all other pairs have, because near-duplicate views need log(1 +
-// negative / positive) to the last digit; sums of zhat over a group would not do (clop_kernels/backends/tiled.py). Where
-// positives are no pairs they are in no sum, and row i's term is log(2^shift_i negative_i).
+// Positives are summed apart, from the same products as all other pairs, because near-duplicate views need log(1 + negative /
+// positive) to the last digit. Sums of zhat over a group would not do (clop_kernels/backends/tiled.py). With negatives_only,
+// positives are in no sum, and row i's term is log(2^shift_i negative_i).
 //
-// Flops 2 N^2 D, exponentials N^2; of two sides 4 L R D and 2 L R. A pair costs one multiply-add, one ex2 and one add besides.
-// Bytes: each block of rows reads zhat once, from L2: N^2 D itemsize / 128, 128 flops a byte at 16 bits; device memory O(N D). Where
-// blocks share rows, each writes 16 bytes a row, and the last one reads them. From shared memory a warp reads each column tile once:
-// 512 bytes for every 4 (32 rows a warp) or 2 (16 rows) instructions of 4096 flops.
-// Predicted for an H200 (132 processors, 1.8 GHz, mma.sync at 620 of wgmma's 990 Tflop/s, 128 bytes of shared memory and 16 ex2 a
-// cycle and processor) at N = 65536, 16 bits: D = 128, 1.1 Tflop, 1.8 ms of matrix units, 1.1 ms of shared memory, 1.1 ms of ex2;
-// D = 256 (16 rows a warp) 3.5 ms of matrix units, 4.5 ms of shared memory, which bounds it. Measured there, host and all, with
-// walks of more instructions and before blocks shared rows: 5.2 ms and 10.2 ms, more than twice as much; a profile has yet to say why.
+// Flops: 2 N^2 D, and N^2 exponentials; with two sides 4 L R D and 2 L R. Besides the product, a pair costs one multiply-add, one
+// ex2 and one add.
 //
-// Instructions a warp for a far tile of 32 columns, D = 128, 16 bits, one shift, in code for sm_90 that has no other path: 235 (305
-// before addresses went on from tile to tile), of which 64 mma, 16 ldmatrix, 4 cp.async, 100 for exponentials and their sums.
+// Bytes: each block of rows reads zhat once from L2. That is N^2 D itemsize / 128 bytes, 128 flops a byte at 16 bits. Device
+// memory sees O(N D). If blocks share rows, each writes 16 bytes a row, and the last one reads them. From shared memory a warp
+// reads each column tile once: 512 bytes for every 4 instructions (32 rows a warp) or 2 instructions (16 rows) of 4096 flops.
 //
-// The last block to finish adds the partial sums of all blocks of rows, in their order, to the loss: no launch of its own, and the
-// same bits from run to run.
+// Predicted for an H200 at N = 65536, 16 bits. (132 processors at 1.8 GHz; mma.sync at 620 of wgmma's 990 Tflop/s; 128 bytes of
+// shared memory and 16 ex2 a cycle and processor.) D = 128: 1.1 Tflop take 1.8 ms on matrix units, 1.1 ms of shared memory and
+// 1.1 ms of ex2. D = 256, with 16 rows a warp: 3.5 ms on matrix units and 4.5 ms of shared memory, which limits it. Measured
+// there: 5.2 ms and 10.2 ms, more than twice as much. That includes the host, and is of an older version, whose walks had more
+// instructions and whose blocks did not share rows. A profile has yet to explain the difference.
+//
+// Instructions of a warp for a far tile of 32 columns at D = 128, 16 bits, one shift, in code for sm_90 that has no other path:
+// 235, of which 64 mma, 16 ldmatrix, 4 cp.async, 100 for exponentials and their sums. It was 305 before addresses advanced from
+// tile to tile.
+//
+// The last block to finish adds the partial sums of all blocks of rows, in their order, to the loss. This needs no launch of its
+// own, and the bits are the same from run to run.
 #pragma once
 
 #include "pairs.cuh"
 
 namespace clop::cuda {
 
+// The statistics of a row.
 struct RowSums {
   static constexpr int kNumbers = 4;
   float shift, negative, positive, positive_logits;
 
-  // One row after another, as the blocks that share rows leave them.
+  // A row as the blocks that share rows store it: its four numbers side by side.
   __device__ static RowSums load_from_l2(const float* from) {
     float x[kNumbers];
     cuda::load_from_l2(x, from);
@@ -43,7 +50,7 @@ struct RowSums {
   }
   __device__ void store(float* to) const { cuda::store(to, {shift, negative, positive, positive_logits}); }
 
-  // The row in (4, N) statistics.
+  // A row in (4, N) statistics: its four numbers lie N apart.
   __device__ static RowSums load(const float* statistics, int64_t n_rows, int position) {
     const float* const from = statistics + position;
     return {from[0], from[n_rows], from[2 * n_rows], from[3 * n_rows]};
@@ -57,6 +64,7 @@ struct RowSums {
   }
 };
 
+// The statistics of a row over two disjoint sets of columns together.
 __device__ inline RowSums merge(const RowSums& x, const RowSums& y) {
   const float shift = fmaxf(x.shift, y.shift);
   const float of_x = exp2_approx(x.shift - shift), of_y = exp2_approx(y.shift - shift);
@@ -64,7 +72,7 @@ __device__ inline RowSums merge(const RowSums& x, const RowSums& y) {
           x.positive_logits + y.positive_logits};
 }
 
-// Of the kLanes lanes whose numbers differ in the lowest bits; the same bits in all of them.
+// Merges the rows of kLanes lanes, whose numbers differ in the lowest bits. All of these lanes get the same bits.
 template <int kLanes>
 __device__ RowSums merge_lanes(RowSums row, int lane) {
 #pragma unroll
@@ -77,8 +85,8 @@ __device__ RowSums merge_lanes(RowSums row, int lane) {
   return row;
 }
 
-// log(1 + x) for -1/2 <= x <= 1 to the last digits of float, near 0 too: 2 artanh(r), r = x / (2 + x), |r| <= 1/3; the first term
-// left out is below r^18 / 19 = 1.4e-10 of the sum.
+// log(1 + x) for -1/2 <= x <= 1 to the last digits of float, also near 0. It is 2 artanh(r) with r = x / (2 + x), |r| <= 1/3. The
+// first omitted term is below r^18 / 19 = 1.4e-10 of the sum.
 __device__ inline float log1p_series(float x) {
   const float r = x / (2.0f + x), square = r * r;
   float series = square * (1.0f / 17) + 1.0f / 15;
@@ -91,12 +99,13 @@ __device__ inline float log1p_series(float x) {
   return 2.0f * (r + r * square * series);
 }
 
-// lse_i - mean_p s_ip in a form that cancels only what the rounding of the inputs has left; lse_i where there are no positives.
+// lse_i - mean_p s_ip, in a form that loses no more digits to cancellation than the inputs' rounding already has. lse_i if there
+// are no positives.
 __device__ inline float contrastive_term(const RowSums& row, int n_positives, const Scale& scale) {
   if (n_positives == 1 && row.negative < row.positive) return log1p_series(row.negative / row.positive);
   const float total = row.negative + row.positive;
-  if (!(total < __int_as_float(0x7f800000))) return total;  // the bits of a NaN or an infinity are not a number's
-  // log2(total) = exponent + log2(mantissa), mantissa in [1/2, 1): the large parts are subtracted first.
+  if (!(total < __int_as_float(0x7f800000))) return total;  // NaN or infinity, whose bits cannot be taken apart below
+  // log2(total) = exponent + log2(mantissa), with the mantissa in [1/2, 1). The large parts are subtracted from each other first.
   const int bits = __float_as_int(total);
   const float exponent = float((bits >> 23) - 126), mantissa = __int_as_float((bits & 0x7fffff) | 0x3f000000);
   const float shift = n_positives > 0 ? row.shift - scale.value : row.shift;
@@ -104,7 +113,7 @@ __device__ inline float contrastive_term(const RowSums& row, int n_positives, co
   return (shift + exponent - mean_positive) * kLn2 + log1p_series(mantissa - 1.0f);
 }
 
-// Adds one tile of S to the sums of the thread's rows.
+// Adds one tile of S to the statistics of the thread's rows. A far tile takes neither masks nor positives.
 template <class S>
 __device__ void add_tile(const Pairs& p, const Span<S>& span, const Scale& scale, bool is_fixed, bool is_near, int first_column,
                          const Place<S>& place, const float (&s)[S::kRowTiles][S::kTiles][4], RowSums (&sums)[S::kRowTiles][2]) {
@@ -116,7 +125,7 @@ __device__ void add_tile(const Pairs& p, const Span<S>& span, const Scale& scale
       RowSums& row = sums[r][h];
       const int position = span.first_row + place.row(r, h);
       const Mask mask(p, position, span.columns, is_near ? run_of(p, position) : Run{0, 0}, first_column + place.column(0, 0));
-      if (!is_fixed) {
+      if (!is_fixed) {  // online softmax: raise the shift to the largest S so far, and rescale the sums
         float largest = row.shift;
 #pragma unroll
         for (int n = 0; n < S::kTiles; ++n)
@@ -125,7 +134,7 @@ __device__ void add_tile(const Pairs& p, const Span<S>& span, const Scale& scale
             if (!is_near || mask.is_pair(8 * n + e)) largest = fmaxf(largest, scale.apply<Product>(s[r][n][2 * h + e], 0.0f));
         row = merge(row, {largest, 0.0f, 0.0f, 0.0f});
       }
-      float of_tile = 0.0f;  // apart, so that a million columns are not a million roundings
+      float of_tile = 0.0f;  // a sum of its own, so that a million columns do not cause a million roundings of the row's sum
       if (!is_near) {
 #pragma unroll
         for (int n = 0; n < S::kTiles; ++n)
@@ -149,18 +158,18 @@ __device__ void add_tile(const Pairs& p, const Span<S>& span, const Scale& scale
 
 // ---- from the sums to the loss -----------------------------------------------------------------------------------------------
 
-// The sums of a row with that of S_ip itself, as a pass over pairs alone gives them.
+// Makes positive_logits the sum of S_ip itself, as a pass over pairs alone returns it.
 __device__ inline RowSums with_whole_logits(const Pairs& p, const Scale& scale, int position, RowSums row) {
   row.positive_logits = fmaf(float(positives_of(p, run_of(p, position))), scale.value, row.positive_logits);
   return row;
 }
 
-// Stores what the backward pass needs of a row, and adds its share of the loss to `parts`.
+// Stores what the backward pass needs of a row, and adds the row's share of the loss to `parts`.
 __device__ inline void finish_term(const Forward& p, const Scale& scale, int position, const RowSums& row,
                                    float (&parts)[kPartialSums]) {
   const int n_positives = positives_of(p, run_of(p, position));
   const float total = row.negative + row.positive;
-  const bool is_anchor = p.negatives_only ? total != 0.0f : n_positives > 0;  // a NaN is not lost
+  const bool is_anchor = p.negatives_only ? total != 0.0f : n_positives > 0;  // a NaN total counts, so that it shows in the loss
   p.shift[position] = row.shift;
   p.inverse_total[position] = is_anchor ? 1.0f / total : 0.0f;
   p.negative[position] = row.negative;
@@ -176,7 +185,7 @@ __device__ inline void finish_term(const Forward& p, const Scale& scale, int pos
   if (p.reduction == Reduction::none) p.loss[row_index] = term + read(p.prototype_weight) * distance;
 }
 
-// The partial sums of the blocks of rows to the loss; the last block calls it.
+// Adds the partial sums of all blocks of rows to the loss. Only the last block calls it.
 template <int kThreads>
 __device__ void finish_loss(const Forward& p, unsigned n_blocks, float* scratch) {
   float sums[kPartialSums];
@@ -205,8 +214,8 @@ __device__ void finish_loss(const Forward& p, unsigned n_blocks, float* scratch)
   *p.loss = contrastive + prototype_weight * distance;
 }
 
-// The end of the pass: the threads' parts to those of a block of rows, and in the last of these blocks all of them to the loss.
-// scratch: 33 floats.
+// The end of the pass: the threads' parts become the partial sums of a block of rows. The last block to finish adds them to the
+// loss. scratch: 33 floats.
 template <int kThreads>
 __device__ void finish_block(const Forward& p, const float (&parts)[kPartialSums], unsigned block_of_rows, unsigned n_blocks,
                              float* scratch) {
@@ -218,19 +227,20 @@ __device__ void finish_block(const Forward& p, const float (&parts)[kPartialSums
   if (is_last_block(p.n_finished, n_blocks, scratch + 32)) finish_loss<kThreads>(p, n_blocks, scratch);
 }
 
-// ---- the pass ------------------------------------------------------------------------------------------------------------------
+// ---- the pass -----------------------------------------------------------------------------------------------------------------
 
-// How many blocks the registers of a processor shall hold at once.
+// How many blocks the registers of a processor should hold at once. The compiler limits registers accordingly.
 template <class S>
 constexpr int kSoftmaxBlocks = S::kThreads <= 128 ? 3 : 1;
 
 template <class S>
 __global__ void __launch_bounds__(S::kThreads, kSoftmaxBlocks<S>) softmax_kernel(const Forward p) {
-  constexpr bool kHold = !S::Product::kIsExact && S::kRowTiles * S::kSteps <= 16;  // at most 64 registers
+  constexpr bool kHold = !S::Product::kIsExact && S::kRowTiles * S::kSteps <= 16;  // they take at most 64 registers
   const Place<S> place;
   const Span<S> span(p);
   const Scale scale(p);
   const bool is_fixed = scale.is_fixed(p);
+  // A tile is near if it may hold positives of the block's rows: those between the first row's run and the last row's run.
   const Run near = {run_of(p, span.first_row).start, run_of(p, min(span.first_row + S::kRows, span.row_end) - 1).end};
 
   RowSums sums[S::kRowTiles][2];
@@ -242,7 +252,7 @@ __global__ void __launch_bounds__(S::kThreads, kSoftmaxBlocks<S>) softmax_kernel
     add_tile<S>(p, span, scale, is_fixed, span.is_near(first_column, near), first_column, place, s, sums);
   });
 
-  // The four lanes that share a row.
+  // Merge the four lanes that hold parts of the same row. From here on a thread has one whole row.
   const Memory<S> memory;
   auto* const of_rows = reinterpret_cast<RowSums*>(memory.scratch());
 #pragma unroll
@@ -255,9 +265,9 @@ __global__ void __launch_bounds__(S::kThreads, kSoftmaxBlocks<S>) softmax_kernel
   __syncthreads();
   static_assert(S::kRows <= S::kThreads, "a thread a row");
   RowSums row = of_rows[threadIdx.x % S::kRows];
-  float* const scratch = reinterpret_cast<float*>(memory.base);  // where the rows of the block were, which are done with
+  float* const scratch = reinterpret_cast<float*>(memory.base);  // where the rows q were, which are no longer needed
 
-  // The blocks that share the rows, in their order.
+  // Merge the blocks that share these rows, in their order. All but the last to finish leave here.
   const Share<S> share(p);
   if (share.n_blocks > 1) {
     const auto place_of = [&](int block) {
@@ -271,6 +281,7 @@ __global__ void __launch_bounds__(S::kThreads, kSoftmaxBlocks<S>) softmax_kernel
     }
   }
 
+  // Each row's term of the loss, or, for a pass over pairs alone, the statistics.
   float parts[kPartialSums] = {};
   const int position = span.first_row + int(threadIdx.x);
   const bool is_row = threadIdx.x < S::kRows && position < span.row_end;

@@ -1,10 +1,11 @@
-// Tiles of rows in shared memory, and their products on matrix units: what the passes over pairs share.
+// Tiles of rows in shared memory, and their products on matrix units, for both passes over pairs.
 //
-// A tile is kRows rows of kRowBytes bytes, D padded with zeros. It comes from memory 16 bytes at a time, whatever D is, and no
-// more than the bytes of D. Its 16-byte chunks are swizzled: chunk c of row r lies at place c ^ (r % 8), so that the eight rows
-// which a matrix unit takes in at once, and the rows that a transposed read goes down, lie in different banks.
+// A tile is kRows rows of kRowBytes bytes, with D padded by zeros. It is copied from memory 16 bytes at a time, whatever D is,
+// and only the bytes of D are read. Its 16-byte chunks are swizzled: chunk c of row r lies at place c ^ (r % 8). Two accesses
+// touch eight rows at once: the load of a matrix unit's operand, and a transposed read down the rows. The swizzle puts these
+// eight rows into different banks.
 //
-// Both products read the operands in steps of 32 bytes of k, 16 numbers of 16 bits or 8 of 32, two 16-byte chunks:
+// Both products read the operands in steps of 32 bytes of k: two 16-byte chunks, that is, 16 numbers of 16 bits or 8 of 32 bits.
 //
 //     S = q k^T       A: rows of q          (16 x step)    B: rows of k, as they are       (8 x step)
 //     G += M k        A: M, from registers  (16 x step)    B: the columns of k, transposed (8 x step)
@@ -18,6 +19,7 @@ namespace clop::cuda {
 
 constexpr int kChunkBytes = 16, kStepBytes = 32;
 
+// A tile in shared memory: where its chunks and numbers are.
 template <int kRowBytes_>
 struct Tile {
   static constexpr int kRowBytes = kRowBytes_;
@@ -25,16 +27,16 @@ struct Tile {
 
   unsigned char* base;
 
-  // Where a chunk is, in bytes from the base.
+  // The place of a chunk, in bytes from the base.
   __device__ static int place(int row, int chunk) { return row * kRowBytes + ((chunk ^ (row & 7)) * kChunkBytes); }
   __device__ unsigned char* chunk(int row, int chunk) const { return base + place(row, chunk); }
-  // Chunk 2 step + half of row `first` + `row`, in a form that takes few registers and instructions: of a step and a multiple of
-  // eight `first` that are known to the compiler, a lane needs one of four places and an immediate offset.
+  // Chunk 2 step + half of row `first` + `row`, in a form that takes few registers and instructions. The compiler knows `step`
+  // and `first`, a multiple of eight. A lane then needs only one of four places and an immediate offset.
   __device__ unsigned char* half_step(int first, int row, int step, int half) const {
     const int of_lane = row * kRowBytes + (half ^ (row & 7)) * kChunkBytes;
     return base + (of_lane ^ (step % 4 * kStepBytes)) + (first * kRowBytes + step / 4 * (4 * kStepBytes));
   }
-  // The number at a column.
+  // The number in a row and column.
   template <class T>
   __device__ const T* at(int row, int column) const {
     constexpr int kPerChunk = kChunkBytes / sizeof(T);
@@ -42,20 +44,22 @@ struct Tile {
   }
 };
 
-// What a thread copies of tiles of kRows rows of zhat, (N, D), that follow each other in memory; zeros past the last row and column.
-// Every row begins at a whole chunk of memory, `pitch` numbers behind the one before, and of its last chunk only what belongs to it
-// is read. A copy of no bytes reads nothing, wherever it points. Addresses go on from tile to tile, for to make them anew costs more
-// instructions than the copies.
+// One thread's share of the copies of tiles. The tiles are kRows rows of zhat, (N, D), and follow each other in memory. Numbers
+// past the last row or column become zero.
+//
+// Every row begins at a whole chunk of memory, `pitch` numbers after the previous row. Of a row's last chunk only the bytes of
+// the row are read. A copy of 0 bytes reads nothing, wherever it points. Addresses advance from tile to tile, because computing
+// them anew takes more instructions than the copies.
 template <class T, int kRows, int kThreads, class Tile>
 struct Copies {
   static constexpr int kPerChunk = kChunkBytes / sizeof(T), kChunks = Tile::kRowBytes / kChunkBytes, kAtOnce = kThreads / kChunks;
-  static_assert(kThreads % kChunks == 0 && kRows % kAtOnce == 0, "every thread copies as many chunks of one column");
-  static_assert(kAtOnce % 8 == 0, "a thread has the same place in all rows");
+  static_assert(kThreads % kChunks == 0 && kRows % kAtOnce == 0, "every thread copies equally many chunks, all of one column");
+  static_assert(kAtOnce % 8 == 0, "the swizzle is the same in all rows of a thread");
 
   const T* from;
-  int n_left;  // rows from there on; none where the chunk is past the last column
+  int n_left;  // rows from `from` on; none if the chunk is past the last column
   int place, bytes, pitch;
-  bool is_whole;  // whether all chunks are
+  bool is_whole;  // whether the width is a whole number of chunks
 
   __device__ Copies(const T* zhat, int first_row, int end_row, int width, int pitch) : pitch(pitch) {
     const int chunk = threadIdx.x % kChunks, row = first_row + int(threadIdx.x) / kChunks;
@@ -65,7 +69,7 @@ struct Copies {
     n_left = bytes > 0 ? end_row - row : 0;
     is_whole = width % kPerChunk == 0;
   }
-  // Begins to copy the next tile.
+  // Begins to copy the next tile into `tile`.
   __device__ void begin(Tile tile) {
 #pragma unroll
     for (int i = 0; i < kRows / kAtOnce; ++i) {
@@ -83,16 +87,19 @@ struct Copies {
 
 // ---- products ------------------------------------------------------------------------------------------------------------
 
-// The parts of a lane in the operands and the result of one instruction, by the layouts of multiply() in tests/host/simt.cpp. C is
-// 16 x 8 floats; with g = lane / 4, t = lane % 4 a lane has c[2 h + e], row g + 8 h and column 2 t + e.
+// The fragments: which numbers of A, B and C a lane holds in one instruction. The layouts are those of multiply() in
+// tests/host/simt.cpp. C is 16 x 8 floats. With g = lane / 4 and t = lane % 4, a lane's c[2 h + e] is in row g + 8 h and column 2
+// t + e.
 //
 // A kind of product has
-//     A a_of(words), B b_of(words)        from the words that load_matrices gives
-//     A a_of_result(c)                    from kResultTiles results side by side
+//     A a_of(words), B b_of(words)        operands from the words that load_matrices gives
+//     A a_of_result(c)                    an operand from kResultTiles neighbouring results
 //     load_transposed(b, tile, row, column, lane)
-//                                         B of the columns [column, column + 8) and the next 8, k the rows from `row` on
+//                                         B of the columns [column, column + 8) and the next 8; k are the rows from `row` on
 //     multiply(c, a, b)                   c += a b
-// and kIsExact, whether products are so exact that log2(e) / tau must be the sum of two floats.
+//     kIsExact                            whether products are so exact that log2(e) / tau must be the sum of two floats
+
+// 16-bit numbers: what bfloat16 and float16 have in common.
 
 template <class T>
 struct Words16 {
@@ -132,8 +139,8 @@ struct F16 : Words16<__half> {
   __device__ static void multiply(float (&c)[4], const A& a, const B& b) { mma_f16(c, a.word, b.word[0], b.word[1]); }
 };
 
-// 32-bit numbers, as kParts numbers of TF32 each: one is the number rounded; two hold 22 bits, and their three larger products
-// are as good as a float's.
+// 32-bit numbers, each split into kParts TF32 numbers. One part is the rounded number. Two parts hold 22 bits, and the three
+// larger of their four products together are as good as a float product.
 template <int kParts>
 struct Tf32 {
   static_assert(kParts == 1 || kParts == 2);
@@ -152,8 +159,8 @@ struct Tf32 {
     if constexpr (kParts == 1) {
       parts[0][index] = round_to_tf32(x);
     } else {
-      // Three instructions, where round_to_tf32 takes four, twice: it looks for NaN, which here the rest keeps, and units drop what
-      // they do not read of the rest, of either sign.
+      // This takes three instructions; round_to_tf32 takes four, and would be needed twice. It handles NaN, but here `rest` keeps
+      // a NaN anyway. The units drop the bits of `rest` that they do not read, whatever its sign.
       const uint32_t rounded = (__float_as_uint(x) + 0x1000u) & ~0x1fffu;
       parts[0][index] = rounded;
       parts[1][index] = __float_as_uint(x - __uint_as_float(rounded));
@@ -173,7 +180,7 @@ struct Tf32 {
     return b;
   }
 
-  // k comes in another order, 0, 2, 4, 6, 1, 3, 5, 7: the one in which a lane has of A what it has of the result.
+  // Here k runs in the order 0, 2, 4, 6, 1, 3, 5, 7. In this order a lane of A holds the same numbers as a lane of the result.
   __device__ static A a_of_result(const float (*c)[4]) {
     A a;
     split(a.word, 0, c[0][0]);
@@ -194,7 +201,7 @@ struct Tf32 {
 
   __device__ static void multiply(float (&c)[4], const A& a, const B& b) {
 #pragma unroll
-    for (int part = kParts - 1; part > 0; --part) {  // the small ones first
+    for (int part = kParts - 1; part > 0; --part) {  // the small products first
       mma_tf32(c, a.word[part], b.word[0][0], b.word[0][1]);
       mma_tf32(c, a.word[0], b.word[part][0], b.word[part][1]);
     }
@@ -202,13 +209,13 @@ struct Tf32 {
   }
 };
 
-// The words of the A operand of step `step`, of 16 rows of a tile: those from `first`, known to the compiler, plus `row` on.
+// Loads the words of one A operand: step `step` of 16 rows of a tile, from row `first` + `row` on. The compiler knows `first`.
 template <class Tile>
 __device__ void load_a(uint32_t (&word)[4], Tile tile, int first, int row, int step, int lane) {
   load_matrices(word, tile.half_step(first, row + lane % 16, step, lane / 16));
 }
 
-// The words of two B operands: of rows [row, row + 8) of a tile and of the next 8.
+// Loads the words of two B operands: rows [row, row + 8) of a tile, and the next 8 rows.
 template <class Tile>
 __device__ void load_b(uint32_t (&word)[4], Tile tile, int row, int step, int lane) {
   load_matrices(word, tile.half_step(row, lane / 16 * 8 + lane % 8, step, lane / 8 % 2));

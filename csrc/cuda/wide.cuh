@@ -1,18 +1,21 @@
-// Rows too wide for a block to hold (D > 256; float32 128): the passes over pairs as panels between products of a library.
+// Rows too wide for a block to hold (D > 256; float32: D > 128): the passes over pairs as kernels between a library's matrix
+// products.
 //
-// Tile picture. A panel is a rectangle of the similarities, at most panel_rows() of clop_kernels/backends/cuda.py rows and columns of
-// it, that a matrix product of the library has left in memory, as float, and that is read while most of it is in L2:
+// Tile picture. A panel is a rectangle of the similarities, of at most panel_rows() rows and columns
+// (clop_kernels/backends/cuda.py). The library's matrix product leaves it in memory as float32, and a kernel reads it while most
+// of it is still in L2:
 //
 //     forward:   S_ij = z_i z_j^T  (library)  ->  panel_softmax_kernel adds the panel to its rows' sums       for all i, j
 //     backward:  S_ij              (library)  ->  panel_pairs_kernel makes M of it, rounded as zhat is
 //                grad_i += M z_j,  grad_j += M^T z_i   (library)                                              for i <= j
 //
-// which that file strings together. A warp takes a row of a panel, lane by lane its columns. With sides, a panel has rows of one
-// and columns of the other, backward those of the left and of the right.
+// clop_kernels/backends/cuda.py strings these steps together. A warp takes a row of a panel; its lanes take the columns in turn.
+// With sides, a panel has rows of one side and columns of the other; backward, rows of the left side and columns of the right
+// side.
 //
-// Flops: 2 N^2 D forward, 3 N^2 D backward, all the library's; of two sides 4 L R D and 6 L R D. Bytes: a panel of P x P costs 4
-// P^2 written and read, and M 2 P^2 written and twice read at 16 bits, for 6 P^2 D flops: at D = 512 300 flops a byte, most of
-// them from L2. What keeps these kernels out of the way of the products is that they touch a pair once.
+// Flops, all in the library: 2 N^2 D forward, 3 N^2 D backward; with two sides 4 L R D and 6 L R D. Bytes of a P x P panel: S
+// costs 4 P^2 bytes written and read, and M at 16 bits 2 P^2 bytes written and read twice, for 6 P^2 D flops. At D = 512 that is
+// 300 flops a byte, most of the bytes from L2. These kernels cost little beside the products, because they touch a pair once.
 #pragma once
 
 #include "gradient.cuh"
@@ -23,8 +26,8 @@ namespace clop::cuda {
 constexpr int kPanelThreads = 256, kPanelWarps = kPanelThreads / 32;
 static_assert(most_blocks(8 * kPanelWarps) >= 8, "partial sums have room for a warp a row");
 
-// Adds a panel to the sums of its rows, statistics: (4, N); the first panel of a row begins them, where
-// it shall be the sum of S_ip itself with what positive_logits lack. A row without columns has none.
+// Adds a panel to the sums of its rows, statistics: (4, N). The first panel of a row begins the sums. With adds_scale, it also
+// adds what positive_logits lack to be sums of S_ip itself. A row that has no columns gets no sums.
 __global__ void __launch_bounds__(kPanelThreads) panel_softmax_kernel(const Panel p) {
   const int row = int(blockIdx.x) * kPanelWarps + int(threadIdx.x / 32), lane = threadIdx.x % 32;
   if (row >= p.n_panel_rows) return;
@@ -57,7 +60,7 @@ __global__ void __launch_bounds__(kPanelThreads) panel_softmax_kernel(const Pane
   sums.store(p.statistics, p.n_rows, position);
 }
 
-// The sums of all rows to the loss.
+// Turns the sums of all rows into the loss.
 __global__ void __launch_bounds__(kPanelThreads) panel_loss_kernel(const Forward p) {
   const int position = int(blockIdx.x) * kPanelThreads + int(threadIdx.x);
   float parts[kPartialSums] = {};
@@ -70,7 +73,7 @@ __global__ void __launch_bounds__(kPanelThreads) panel_loss_kernel(const Forward
   finish_block<kPanelThreads>(p, parts, blockIdx.x, gridDim.x, reinterpret_cast<float*>(shared_memory()));
 }
 
-// pairs: (n_panel_rows, n_panel_columns) in the type of zhat.
+// Turns a panel of S into a panel of M. pairs: (n_panel_rows, n_panel_columns) in the type of zhat.
 template <class T>
 __global__ void __launch_bounds__(kPanelThreads) panel_pairs_kernel(const Panel p) {
   const int row = int(blockIdx.x) * kPanelWarps + int(threadIdx.x / 32), lane = threadIdx.x % 32;
@@ -96,7 +99,7 @@ __global__ void __launch_bounds__(kPanelThreads) panel_pairs_kernel(const Panel 
   }
 }
 
-// A row of sums in memory, column lane + 32 k of each lane.
+// A row of sums in memory. Lane `lane` has the columns lane + 32 k.
 template <class T>
 struct MemoryRow {
   float* g;
@@ -110,7 +113,7 @@ struct MemoryRow {
   __device__ float sum(float x) const { return sum_of_warp(x); }
 };
 
-// p.sums, (N, D), to the gradient of the raw rows.
+// Turns p.sums, (N, D), into the gradient of the raw rows.
 template <class T>
 __global__ void __launch_bounds__(kPanelThreads) panel_finish_kernel(const Backward p) {
   const int position = int(blockIdx.x) * kPanelWarps + int(threadIdx.x / 32), lane = threadIdx.x % 32;

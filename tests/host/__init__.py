@@ -7,6 +7,7 @@ NaN around what the operators are given.
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import functools
 import importlib.util
@@ -14,16 +15,21 @@ import os
 import shutil
 import subprocess
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from clop_kernels.backends import cuda
+from clop_kernels import backends
+from clop_kernels.backends import contract, cuda
 
-from ..oracle import with_nan_between_rows
+from ..support.oracle import with_nan_between_rows
+
+if TYPE_CHECKING:
+    import pytest
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
@@ -114,6 +120,32 @@ rule link
     if built.returncode:
         raise RuntimeError(f"the kernels do not compile for this CPU:\n{built.stdout}{built.stderr}")
     return directory / target
+
+
+@contextmanager
+def as_backend(monkeypatch: pytest.MonkeyPatch, n_processors: int = 1, in_panels: bool = False) -> Iterator[Kernels]:
+    """The backend ``cuda`` on this CPU, with zhat laid out as on a GPU; memory that it allocates begins as NaN.
+
+    A GPU of one processor gives a block its rows for itself; with many processors, blocks share rows where that pays.
+    ``in_panels`` takes the path of wide rows at any width, in panels of 32 rows.
+    """
+    kernels = Kernels(n_processors)
+    here = tuple(
+        dataclasses.replace(b, obstacle=lambda device, dtype: None, module=".cuda") if b.name == "cuda" else b
+        for b in backends.BACKENDS
+    )
+    monkeypatch.setattr(contract, "DENSE_DEVICES", ())
+    monkeypatch.setattr(cuda, "kernels", kernels)
+    monkeypatch.setattr(backends, "BACKENDS", here)
+    if in_panels:
+        monkeypatch.setattr(cuda, "is_wide", lambda width, compute_dtype: True)
+        monkeypatch.setattr(cuda, "panel_rows", lambda compute_dtype: 32)
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield kernels
+    finally:
+        kernels.module.set_order("forward", 0)
+        torch.use_deterministic_algorithms(False)
 
 
 def stub_launches() -> None:

@@ -1,4 +1,4 @@
-// The GPU that the operators see on this CPU.
+// The simulated GPU that the operators see on this CPU.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
-// The kernels of csrc/cuda/ and their launchers, compiled for a CPU, and what a test may ask of the GPU that this makes; simt.h runs
-// them. The operators are in runtime.cpp.
+// The Python module of the harness. It compiles the kernels of csrc/cuda/ and their launchers for a CPU, where simt.h runs them,
+// and lets a test set and ask things of this simulated GPU. The operators are in runtime.cpp.
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -14,7 +14,8 @@
 
 namespace {
 
-// How the last launch of a pass over pairs was split: the blocks that share left rows and right rows, and all blocks.
+// How the last launch of a pass over pairs was split: how many blocks share left rows, how many share right rows, and how many
+// there are.
 using Shares = std::tuple<int, int, int64_t>;
 std::map<std::string, Shares> shares;
 
@@ -43,7 +44,7 @@ using namespace clop::cuda;
 
 namespace {
 
-// Of a gradient in bfloat16 without sides, on a GPU of so many processors: its shares, and how many numbers they leave each other.
+// The plan of a gradient in bfloat16 without sides, on a GPU with n_processors: its shares, and the length of split_sums.
 std::tuple<Shares, int64_t> gradient_plan(int64_t n_rows, int64_t width, int64_t n_processors) {
   static const int32_t groups = 0;
   Backward p = {};
@@ -56,7 +57,7 @@ std::tuple<Shares, int64_t> gradient_plan(int64_t n_rows, int64_t width, int64_t
   return {Shares(plan.split.of_left, plan.split.of_right, plan.n_blocks), split_floats(p, n_processors)};
 }
 
-// ---- the kernels that the harness itself is tested with -------------------------------------------------------------------
+// ---- kernels that test the harness itself ---------------------------------------------------------------------------------
 
 using Floats = py::array_t<float, py::array::c_style>;
 
@@ -68,7 +69,7 @@ Floats run_mma(const std::string& kind, Floats a, Floats b, Floats c) {
 
 Floats run_reverse(const std::string& bug, Floats x) {
   const int n = int(x.size());
-  // Allocations of their own, for AddressSanitizer to see their ends.
+  // Separate allocations, so that AddressSanitizer sees where they end.
   std::unique_ptr<float[]> from(new float[n]), to(new float[n]);
   std::copy(x.data(), x.data() + n, from.get());
   std::fill(to.get(), to.get() + n, -1.0f);

@@ -1,4 +1,4 @@
-// Kernels that the harness itself is tested with: single instructions, and correct kernels beside ones with a planted bug.
+// Kernels that test the harness itself: single instructions, and a kernel that is correct or has one planted bug.
 #pragma once
 
 #include <string>
@@ -9,7 +9,7 @@ namespace probes {
 
 using namespace clop::cuda;
 
-// c += a b by one instruction, operands through shared memory and load_matrices. a: (16, k), b: (k, 8), c: (16, 8).
+// c += a b by one instruction; the operands go through shared memory and load_matrices. a: (16, k), b: (k, 8), c: (16, 8).
 struct Mma {
   std::string kind;
   const float *a, *b;
@@ -48,7 +48,7 @@ inline void mma_kernel(const Mma p) {
   for (int e = 0; e < 4; ++e) p.c[8 * (g + 8 * (e / 2)) + 2 * t + e % 2] = c[e];
 }
 
-// y = x (n,) in reversed order within each block of 64, by way of shared memory; with a bug, or "none".
+// y = x (n,), reversed within each block of 64, by way of shared memory. `bug` names a planted bug, or is "none".
 struct Reverse {
   std::string bug;
   const float* x;
@@ -63,7 +63,7 @@ inline void reverse_kernel(const Reverse p) {
   const int thread = threadIdx.x, first = blockIdx.x * kReversed, index = first + thread;
   if (p.bug == "past the end of shared memory") shared[thread + 1 + kReversed] = 0.0f;
   if (p.bug == "a lane that leaves" && thread == 3) return;
-  // 16 bytes a thread of the first quarter.
+  // A quarter of the threads copy 16 bytes each.
   if (thread < kReversed / 4) {
     const int column = first + 4 * thread, left = p.n - column, bytes = left >= 4 ? 16 : left > 0 ? 4 * left : 0;
     copy_async(shared + 4 * thread, p.x + column + (p.bug == "misaligned copy" ? 1 : 0), bytes);

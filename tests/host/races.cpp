@@ -1,6 +1,6 @@
-// Every kernel of csrc/cuda/ once more, under ThreadSanitizer: it takes the fibers for threads, and what no barrier orders for a race.
-// The operators launch them, as in any other test. With an argument, a kernel of probes.h with that bug. Numbers are not looked at: the
-// Python tests do that.
+// Runs every kernel of csrc/cuda/ under ThreadSanitizer. The sanitizer takes fibers for threads, and reports accesses that no
+// barrier orders as races. The operators launch the kernels, as in any other test. With an argument, the program instead runs the
+// kernel of probes.h with that bug. The results are not checked here: the Python tests do that.
 #include <torch/csrc/stable/ops.h>
 
 #include <cstdio>
@@ -25,7 +25,7 @@ namespace {
 
 std::mt19937 generator(1);
 
-// What an operator takes as options: the loss of two views and four classes of `step`, and what it changes.
+// The options of an operator, all zero at first.
 struct Given {
 #define FIELD(kind, name) CLOP_PARAMETER_OF_##kind name = {};
   CLOP_OPTIONS(FIELD)
@@ -57,7 +57,7 @@ Tensor integers(const std::vector<int64_t>& values) {
   return filled<int64_t>({int64_t(values.size())}, ScalarType::Long, [&](int64_t k) { return values[k]; });
 }
 
-// One step of a loss on a GPU of so many processors. With sides, labels are of one view.
+// One step of a loss with two views and four classes, on a GPU of n_processors. With sides and labels, there is one view.
 void step(int64_t n_rows, int64_t width, ScalarType compute_dtype, bool by_label, double temperature, int64_t n_processors,
           int64_t n_left = -1) {
   host::n_processors = n_processors;
@@ -69,7 +69,7 @@ void step(int64_t n_rows, int64_t width, ScalarType compute_dtype, bool by_label
 
   const Tensor embeddings = normal({n_rows, width}), prototypes = normal({n_classes, width});
   const Tensor labels = filled<int64_t>({n_instances}, ScalarType::Long, [&](int64_t b) { return b % n_classes; });
-  const int64_t pitch = (width + 7) / 8 * 8;  // rows of zhat begin at multiples of 16 bytes, of numbers of at least 2
+  const int64_t pitch = (width + 7) / 8 * 8;  // rows of zhat begin at multiples of 16 bytes; a number has at least 2 bytes
   const Tensor memory = empty({n_rows, pitch}, compute_dtype);
   const Tensor zhat = torch::stable::narrow(const_cast<Tensor&>(memory), 1, 0, width);
   const Tensor upstream = filled<float>({}, ScalarType::Float, [](int64_t) { return 1.0f; });
@@ -85,7 +85,7 @@ void step(int64_t n_rows, int64_t width, ScalarType compute_dtype, bool by_label
     pair_gradient(zhat, table, normal({4, n_rows}) PASS_OPTIONS);
   }
 
-  if (n_rows > 64) return;  // the rest does not depend on the shape
+  if (n_rows > 64) return;  // the other kernels do not depend on the shape
   const Tensor products = normal({n_rows, n_rows}), statistics = empty({4, n_rows}), sums = normal({n_rows, width});
   const auto [again, distances] = prologue(embeddings, zhat, table, labels, prototypes PASS_OPTIONS);
   panel_softmax(products, 0, 0, statistics, zhat, table, false PASS_OPTIONS);
@@ -95,7 +95,7 @@ void step(int64_t n_rows, int64_t width, ScalarType compute_dtype, bool by_label
   panel_finish(sums, n_finished, upstream, std::nullopt, embeddings, zhat, again, table, counts, labels, prototypes,
                true PASS_OPTIONS);
 
-  host::n_processors = 1;  // each has blocks of its own
+  host::n_processors = 1;  // so that prototype_kernel has few blocks
   const Tensor by_class = filled<int64_t>({n_rows}, ScalarType::Long, [](int64_t k) { return k; });
   const Tensor bounds = integers({0, n_rows / 4, n_rows / 2, n_rows / 2, n_rows});
   prototype_gradient(upstream, std::nullopt, zhat, counts, by_class, bounds, prototypes PASS_OPTIONS);
@@ -111,8 +111,8 @@ int main(int n_arguments, char** arguments) {
     launch(probes::reverse_kernel, 2, probes::kReversed, 4 * probes::kReversed, nullptr, p);
     return 0;
   }
-  // Fibers of ThreadSanitizer are dear: two blocks of 128 rows, the second ragged, each shared by two blocks on more than one
-  // processor; and one.
+  // Fibers are expensive under ThreadSanitizer, so the cases are small. 130 rows make two blocks of 128 rows, the second ragged;
+  // on more than one processor two blocks share each. 34 rows make one block of rows.
   for (const int64_t n_rows : {130, 34}) {
     simt::set_order(n_rows > 128 ? simt::Order::forward : simt::Order::reverse, 0);
     step(n_rows, 37, ScalarType::Float, true, 0.1, 1);

@@ -1,7 +1,7 @@
-// csrc/cuda/runtime.h of a GPU that is this CPU, and csrc/cuda/bindings.h as operators clop_host::* for its tensors.
+// csrc/cuda/runtime.h for a simulated GPU, and the operators of csrc/cuda/bindings.h as clop_host::*, for tensors of the CPU.
 //
-// What the operators allocate begins as 0xff in all bytes, a NaN in every format, so that what kernels leave out shows; and each part of
-// their scratch is an allocation of its own, whose end AddressSanitizer sees.
+// Every byte that the operators allocate begins as 0xff, which is a NaN in every format, so that tests notice numbers that a
+// kernel does not write. Each part of the scratch is a separate allocation, so that AddressSanitizer sees where it ends.
 #include "runtime.h"
 
 #include <torch/csrc/stable/library.h>
@@ -42,7 +42,7 @@ Tensor allocate(const char*, const Tensor&, std::initializer_list<int64_t> sizes
   if (simt::launches)
     fill(0xff);
   else if (dtype == ScalarType::Int)
-    fill(0);  // positions, by which torch may look something up
+    fill(0);  // positions: torch may use them as indices
   return tensor;
 }
 

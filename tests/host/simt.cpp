@@ -1,4 +1,4 @@
-// The scheduler of simt.h, and the instructions of a warp.
+// The scheduler behind simt.h, and the instructions of a warp.
 #include "simt.h"
 
 #include <sys/mman.h>
@@ -24,8 +24,8 @@
 // ---- contexts ----------------------------------------------------------------------------------------------------------
 
 #if defined(__x86_64__)
-// Saves what a function must preserve on the stack, and the stack in *save; goes on where `load` was saved. ucontext would
-// call the kernel each time, for the signal mask.
+// Pushes the registers that a function must preserve, stores the stack pointer in *save, and continues where `load` was saved.
+// ucontext would make a system call each time, for the signal mask.
 extern "C" void simt_switch(void** save, void* load);
 asm(R"(
 .text
@@ -60,11 +60,11 @@ constexpr int kLanes = 32, kMostThreads = 1024;
 
 class Context {
  public:
-  // Ready to call `entry`, which never returns.
+  // Prepares a call of `entry`, which never returns.
   void prepare(unsigned char* stack, void (*entry)()) {
     stack_ = stack;
 #if defined(__SANITIZE_ADDRESS__)
-    __asan_unpoison_memory_region(stack, kStackBytes);  // of the frames that its last thread never returned from
+    __asan_unpoison_memory_region(stack, kStackBytes);  // its last thread never returned from its frames
 #endif
 #if defined(__x86_64__)
     void** top = reinterpret_cast<void**>(stack + kStackBytes);
@@ -92,14 +92,14 @@ class Context {
     arrive();
   }
 
-  // What comes first after a switch.
+  // Must be the first call after a switch.
   void arrive() {
 #if defined(__SANITIZE_ADDRESS__)
     const void* from;
     size_t size;
     __sanitizer_finish_switch_fiber(fake_stack_, &from, &size);
     if (is_main) return;
-    // Told by the first switch away from it: where the stack of the scheduler is.
+    // The first switch away from the scheduler tells where the scheduler's stack is.
     if (main_of_ != nullptr) main_of_->stack_ = static_cast<unsigned char*>(const_cast<void*>(from)), main_of_->size_ = size;
 #endif
   }
@@ -152,12 +152,13 @@ struct Block {
 };
 
 Block block;
-// What ThreadSanitizer knows of a launch: all threads begin after it, and it ends after all of them. Blocks have no order.
+// ThreadSanitizer's order of a launch: all threads begin after it, and it ends after all of them. Blocks have no order among
+// themselves.
 [[maybe_unused]] char launched, finished;
 Order order = Order::forward;
 std::mt19937_64 shuffler;
 
-// Kept from launch to launch. A page below each may not be touched: a stack that overflows must not reach its neighbour.
+// Stacks are kept from launch to launch. The page below each is protected: a stack that overflows must not reach its neighbour.
 unsigned char* stack_of(unsigned thread) {
   constexpr size_t kPage = 4096;
   static std::vector<unsigned char*> stacks;
@@ -203,7 +204,7 @@ void run_thread() {
   wait_as(State::done);
 }
 
-// Lanes [begin, end) of a warp that can go on, each until it waits. Returns whether there was one.
+// Runs the lanes of a warp that are ready, each until it waits. Returns whether any lane ran.
 bool run_warp(unsigned warp) {
   const unsigned first = warp * kLanes, count = std::min(block.n_threads - first, unsigned(kLanes));
   unsigned lanes[kLanes];
@@ -252,9 +253,9 @@ double power_of_two(int exponent) {
   return value;
 }
 
-// sum + row . column, as an A100 adds: products are exact; every term, the sum so far included, is cut off, toward zero, one bit
-// below the last place of a float as large as the largest term; and so is their sum when it becomes a float. Newer units keep more
-// bits, and take more terms at once. (Khattak and Mikaitis, arXiv 2512.07004.)
+// sum + row . column, as an A100 adds. Products are exact. Every term, also the sum so far, is cut off toward zero, one bit below
+// the last place of a float as large as the largest term. The total is cut off again when it becomes a float. Newer units keep
+// more bits and take more terms at once. (Khattak and Mikaitis, arXiv 2512.07004.)
 float add_products(float sum, const float* row, const float* column, int n) {
   constexpr int kBits = 23 + 1;
   double terms[9] = {sum}, largest = std::fabs(sum);
@@ -266,7 +267,7 @@ float add_products(float sum, const float* row, const float* column, int n) {
   for (int k = 0; k <= n; ++k) total += terms[k];
   if (largest == 0.0 || !std::isfinite(total)) return float(total);
   const int exponent = std::ilogb(largest);
-  const double scale = power_of_two(kBits - exponent);  // of products of floats: a normal number
+  const double scale = power_of_two(kBits - exponent);  // a normal number, because the terms are products of floats
   total = 0.0;
   for (int k = 0; k <= n; ++k) total += std::trunc(terms[k] * scale);
   total /= scale;
@@ -275,9 +276,10 @@ float add_products(float sum, const float* row, const float* column, int n) {
   return std::fabs(nearest) > std::fabs(total) ? std::nextafter(nearest, 0.0f) : nearest;
 }
 
-// D = A B + C for m16n8k16 of 16-bit numbers and m16n8k8 of TF32, by the fragment layouts of the PTX ISA. With g = lane / 4 and
-// t = lane % 4, a word w of A holds row g + 8 (w % 2); of B, column g. A word is the k-th number of its row (TF32: k = t + 4 w')
-// or a pair of them (k = 2 t + 8 w', and the next), w' = w / 2 in A and w in B. C: rows g and g + 8, columns 2 t and 2 t + 1.
+// D = A B + C for m16n8k16 of 16-bit numbers and m16n8k8 of TF32, with the fragment layouts of the PTX ISA. Let g = lane / 4 and
+// t = lane % 4. Word w of A is in row g + 8 (w % 2); word w of B is in column g. A TF32 word is number k = t + 4 w' of its row; a
+// 16-bit word is the pair k = 2 t + 8 w' and the next. Here w' = w / 2 in A and w' = w in B. C: rows g and g + 8, columns 2 t and
+// 2 t + 1.
 void multiply(Op op, Warp& warp) {
   const int per_word = op == Op::mma_tf32 ? 1 : 2, depth = 8 * per_word;
   float a[16][16], b[8][16];
@@ -297,8 +299,8 @@ void multiply(Op op, Warp& warp) {
     }
 }
 
-// Four matrices of 8 rows of 16 bytes; lanes 8 m to 8 m + 7 brought the rows of matrix m. As they are, a lane gets word t of row
-// g of each; transposed, 16-bit numbers g of rows 2 t and 2 t + 1.
+// Four matrices of 8 rows of 16 bytes. Lanes 8 m to 8 m + 7 bring the rows of matrix m. As they are, a lane gets word t of row g
+// of each matrix; transposed, it gets the 16-bit numbers g of rows 2 t and 2 t + 1.
 void distribute(Warp& warp, bool transposed) {
   for (int lane = 0; lane < kLanes; ++lane)
     for (int m = 0; m < 4; ++m) {
@@ -340,7 +342,7 @@ void launch(unsigned n_blocks, unsigned n_threads, size_t shared_bytes, const st
     throw std::runtime_error("simt: a block of " + std::to_string(n_threads) +
                              " threads; expected a multiple of 32, 1024 at most");
   if (shared_bytes > 227 * 1024) throw std::runtime_error("simt: " + std::to_string(shared_bytes) + " bytes of shared memory");
-  // Its own allocation, so that AddressSanitizer knows where it ends.
+  // A separate allocation, so that AddressSanitizer knows where it ends.
   const std::unique_ptr<void, void (*)(void*)> shared(std::aligned_alloc(128, (shared_bytes + 127) / 128 * 128), std::free);
   block.kernel = &kernel;
   block.n_blocks = n_blocks;

@@ -1,20 +1,21 @@
-// A grid of CUDA threads on a CPU: what device headers need of CUDA, when a C++ compiler that knows nothing of it compiles them.
+// A grid of CUDA threads on a CPU. A C++ compiler that knows nothing of CUDA compiles the kernels with this header, which defines
+// everything that they need of CUDA.
 //
-// Every thread of a block is a fiber with a stack of its own; blocks run one after the other. A fiber runs until it waits for
-// others: at a barrier for its block, at an instruction of a whole warp for its warp. Which fiber goes on is the scheduler's
-// choice (Order), and it is unkind: one warp runs as far as it can before the next is let go, from the first warp, from the
-// last, or in an order that changes at random. Where a barrier is missing, one of these orders reads what is not there yet. Blocks
-// run in the same order: a sum of what they leave must not depend on which of them ends first.
+// Every thread of a block is a fiber with its own stack; blocks run one after the other. A fiber runs until it waits for others:
+// at a barrier for its block, at an instruction of a whole warp for its warp. The scheduler chooses the next fiber (Order), and
+// is unkind on purpose: one warp runs as far as it can before the next warp starts, beginning with the first warp, with the last,
+// or in an order that changes at random. If a barrier is missing, one of these orders reads data that is not there yet. Blocks
+// run in the same order, so a test also notices if a sum depends on which block ends first.
 //
-// Kinder than a GPU it must not be either:
-//  - shared memory begins as NaN, and ends where the launch says (AddressSanitizer sees the end);
-//  - cp.async writes NaN at once and its data only when the issuing thread waits for its group;
-//  - lanes that meet in different instructions, a barrier that some threads of the block have passed by, and a warp that
-//    waits for a lane that has left are errors;
-//  - under ThreadSanitizer fibers are its threads, and only barriers order what they do: it reports every race of a run.
+// The simulation must not forgive what a GPU would not forgive:
+//  - Shared memory begins as NaN, and ends where the launch says (AddressSanitizer sees the end).
+//  - cp.async writes NaN at once, and its data only when the issuing thread waits for its group.
+//  - These are errors: lanes of a warp in different instructions, a barrier that some threads of the block never reach, a warp
+//    that waits for a lane that has left.
+//  - ThreadSanitizer takes fibers for threads that only barriers order, and reports every race of a run.
 //
-// Not modelled: the order of additions within an mma (sums are exact, rounded once), the error of ex2.approx, memory order
-// between blocks, independent progress of warps.
+// An mma cuts its sums off as an A100 does (simt.cpp). Not modelled: the error of ex2.approx, memory order between blocks, and
+// warps that progress independently.
 #pragma once
 
 #include <math.h>
@@ -36,19 +37,19 @@ namespace simt {
 
 enum class Order { forward, reverse, shuffled };
 
-// For the launches that follow.
+// Sets the order in which later launches run their threads and blocks.
 void set_order(Order order, uint64_t seed);
 
-// Whether launches run. If not, they return at once: what is left of a call is the host's.
+// If false, launches return at once without running a kernel. What remains of a call is the host's work.
 extern bool launches;
 
-// What a program wants to know of launches whose parameters it names in a specialisation.
+// A hook: a program that specialises it for a type of parameters sees every launch with such parameters.
 template <class Params>
 struct Observer {
   static void see(const Params&, unsigned) {}
 };
 
-// Calls kernel() as every thread of the grid. Throws std::runtime_error where the kernel does what no kernel may.
+// Calls kernel() as every thread of the grid. Throws std::runtime_error if the kernel breaks a rule.
 void launch(unsigned n_blocks, unsigned n_threads, size_t shared_bytes, const std::function<void()>& kernel);
 
 struct Index {
@@ -62,11 +63,11 @@ unsigned char* shared_memory();
 [[noreturn]] void fail(const char* what);
 void synchronize_block();
 
-// Instructions of a warp: each lane brings words and takes words.
+// Instructions of a whole warp. Each lane brings words and takes words.
 enum class Op { synchronize, shuffle_xor, load_matrices, load_matrices_transposed, mma_bf16, mma_f16, mma_tf32 };
 void exchange(Op op, const uint32_t* in, int n_in, uint32_t* out, int n_out);
 
-// Copies of this thread that are under way.
+// An asynchronous copy of this thread that has not landed.
 struct Copy {
   unsigned char* to;
   const unsigned char* from;
@@ -74,7 +75,7 @@ struct Copy {
 };
 void begin_copy(const Copy& copy);
 void commit_copies();
-bool next_landed_copy(int groups_left, Copy& copy);  // of those that must have landed when so many groups may be left
+bool next_landed_copy(int groups_left, Copy& copy);  // the next copy outside the last groups_left groups, if there is one
 
 bool is_shared(const void* address);
 void acquire_release(void* address);  // for ThreadSanitizer
@@ -186,7 +187,7 @@ inline uint32_t pack_bf16(float low, float high) {
 }
 inline uint32_t pack_f16(float low, float high) { return __float2half_rn(low).bits | uint32_t(__float2half_rn(high).bits) << 16; }
 
-// Byte by byte where it must be seen by the sanitizers as this thread's own access.
+// Moves byte by byte, so that the sanitizers see accesses of this thread.
 inline void move_bytes(unsigned char* to, const unsigned char* from, int bytes) {
   for (int i = 0; i < bytes; ++i) to[i] = from[i];
 }

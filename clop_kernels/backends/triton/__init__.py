@@ -1,30 +1,32 @@
-"""Triton kernels: the loss fused, on every GPU that Triton compiles for, with nothing compiled at install.
+"""Triton kernels: the loss fused, on every GPU that Triton compiles for. Nothing is compiled at install time.
 
     prologue.py             raw embeddings -> unit rows in the order of the positive groups, prototype distances
     softmax.py              rows against columns: the softmax statistics, the loss
-    gradient.py             rows against columns: the gradient's pairwise sums; wide.py where whole rows do not fit on chip
+    gradient.py             rows against columns: the gradient's pairwise sums; wide.py for rows that do not fit on chip
     finish.py               the pairwise sums -> the gradient of the raw embeddings
     prototype_gradient.py   the gradient of trained prototypes
-    device.py               what kernels share: which columns a program's rows are compared with, whose positives are where
-    launches.py             the launches of a call as data;  tiles.py  which tile is used where;  warm_up.py
+    device.py               device functions that kernels share: the columns that a program visits, and where positives are
+    launches.py             the launches of a call as data
+    tiles.py                the tile of each kernel on each GPU
+    warm_up.py              compiling ahead of time
 
-Launches: 3 forward and 3 backward, the temperature's gradient included. float32 of D > 32, and D > 256, take 2 backward for each
-pair of panels of 4096 rows in place of 1. Trained prototypes, ``reduction="none"`` and sorting by more than RANKED_INSTANCES
-labels, or by the labels of two sides, take a few more, and TF32 takes 1 more a pass, which rounds the operands. Where no row can
-have a positive, and only the prototype term is left, no kernel looks at a pair: 2 and a memset forward, 1 and a memset backward.
+Launches: 3 forward and 3 backward, including the temperature's gradient. Wide rows (D > 256, in float32 D > 32) take 2 launches
+for each pair of panels of 4096 rows in place of 1 backward launch. Trained prototypes, ``reduction="none"``, sorting by more than
+RANKED_INSTANCES labels, and sorting by the labels of two sides take a few more. TF32 takes 1 more in each pass, which rounds the
+operands. If no row can have a positive, only the prototype term is left, and no kernel visits pairs: 2 launches and a memset
+forward, 1 and a memset backward.
 
-The passes over pairs alone, for a loss over a process group, are the launches of softmax.py, and of gradient.py or wide.py, with
-other inputs and outputs: 1 and 1, or 2 for each pair of panels. Where columns are split, a few small ones add the summands up;
-float16 takes 1 more, that takes M_SCALE off the sums.
+The separate passes over pairs, for a loss over a process group, use the kernels of softmax.py, and of gradient.py or wide.py,
+with other inputs and outputs: 1 launch each, or 2 for each pair of panels. If columns are split, a few small operations add the
+summands. float16 takes 1 more, which divides the sums by M_SCALE.
 
-What a kernel is compiled for are the width, the dtypes and the GPU: one serves every loss and every number of rows. (The first,
-which reads the embeddings, is compiled anew for other strides than those of contiguous ones.)
-``python -m clop_kernels warm-up`` compiles them ahead (warm_up.py).
+The compiled kernels depend on the width, the dtypes and the GPU. One compiled kernel serves every loss and every number of rows.
+(The first one, which reads the embeddings, is compiled again for strides other than those of contiguous embeddings.)
+``python -m clop_kernels warm-up`` compiles the kernels ahead of time (warm_up.py).
 
-float64 stays with the other backends: no matrix unit that Triton drives is exact in it. This module is imported when the
-backend is first used, so that importing the package does not need Triton. Run on an H200;
-without a GPU proved by Triton's interpreter against the float64 reference, and by ahead-of-time compilation for sm_80, sm_90,
-sm_100 and sm_120.
+float64 is left to the other backends, because no matrix unit that Triton uses is exact in float64. This module is imported at
+first use, so that importing the package does not need Triton. The kernels have run on an H200. Without a GPU, Triton's
+interpreter compares them with the float64 reference, and ahead-of-time compilation checks sm_80, sm_90, sm_100 and sm_120.
 """
 
 from __future__ import annotations
@@ -42,16 +44,17 @@ from . import launches, tiles
 from .launches import Problem
 
 CHECKS_VALUES = True
-"""The kernels look at every label anyway, and assert on the device."""
+"""The kernels read every label anyway, and assert on the device."""
 
 plan_of = functools.lru_cache(maxsize=256)(lambda make, *problem: make(*problem))
-"""``make(*problem)``, one of the functions of launches.py that make a plan. A training has few: one a pass and batch size."""
+"""``make(*problem)``, cached; ``make`` is a function of launches.py that makes a plan. A training run has one plan for each pass
+and batch size."""
 
 
 def forward(
     embeddings: Tensor, labels: Tensor | None, prototypes: Tensor | None, options: LossOptions
 ) -> tuple[Tensor, Residuals]:
-    """(N, D) embeddings, (B,) int64 labels, (K, D) prototypes -> the loss, and what the backward pass needs."""
+    """(N, D) embeddings, (B,) int64 labels, (K, D) prototypes -> the loss and the residuals."""
     n_rows, device = embeddings.shape[0], embeddings.device
     zhat, used = unit_rows(embeddings, options.compute_dtype), used_prototypes(prototypes, labels)
     problem = Problem.of(embeddings, zhat, labels, used, options, tiles.target_of(device))
@@ -62,7 +65,7 @@ def forward(
     else:
         assert labels is not None
         groups = label_groups(labels, options.n_views, options.n_left).table()
-    # Results of an operator may not share memory, so each has its own.
+    # The results of an operator must not share memory, so each has its own.
     norms, shift, inverse_total, negative = (torch.empty(n_rows, dtype=torch.float32, device=device) for _ in range(4))
     counts = torch.empty(2, dtype=torch.float32, device=device)
     residuals = Residuals(zhat, norms, shift, inverse_total, negative, groups, counts)
@@ -87,7 +90,7 @@ def backward(
     options: LossOptions,
     needs: Needs,
 ) -> Gradients:
-    """The upstream gradient, () or (N,), to the gradients of the raw embeddings, the temperature and the prototypes."""
+    """The upstream gradient, () or (N,) -> the gradients of the raw embeddings, the temperature and the prototypes."""
     n_rows = embeddings.shape[0]
     used = used_prototypes(prototypes, labels)
     grad_embeddings = grad_temperature = grad_prototypes = None
@@ -120,7 +123,7 @@ def backward(
 
 def pair_softmax(zhat: Tensor, groups: Tensor, n_left: int | None, options: LossOptions) -> Softmax:
     """See :mod:`clop_kernels.backends.contract`."""
-    zhat = as_unit_rows(zhat)  # for which the kernels of a loss are compiled
+    zhat = as_unit_rows(zhat)  # the layout for which the kernels of a loss are compiled
     problem = Problem.of_pairs(zhat, n_left, options, tiles.target_of(zhat.device))
     values = launches.values_of_pairs(zhat, groups, options.temperature)
     with tiles.device_guard(zhat.device):

@@ -1,16 +1,16 @@
-"""What several kernels share on the device: who is compared with whom, whose positives are where, exact products and logs.
+"""Device functions that several kernels share: which rows are compared, where positives are, exact products and logarithms.
 
-Kernels work on *positions*: rows sorted by positive group (:mod:`clop_kernels.groups`), so that the positives of a row
-are a run of positions [start, end): around it, less itself, and of rows with two sides on the other one. They lie in tiles
-near the diagonal, or what takes its place between two sides. Those *near* tiles pay for masks; all others, the *far* tiles,
-have none, not even for the ragged end of the columns, which counts as near.
+Kernels work on *positions*: rows sorted by positive group (:mod:`clop_kernels.groups`). A row's positives are therefore a run of
+positions [start, end). Without sides, the run surrounds the row and includes it. With two sides, it is on the other side.
+Positives lie in tiles near the diagonal, or near the corresponding line between two sides. These *near* tiles use masks. All
+other tiles, the *far* tiles, use no masks at all. A ragged last tile, which is not full of columns, counts as near.
 
-Every kernel over pairs takes :class:`Pairs`, numbers that say who is compared, and from it a :class:`Span`, its own rows and
-columns. They are numbers and not forms of the kernel: far tiles look at none of them, so that one compiled kernel serves
-every loss.
+Every kernel over pairs receives :class:`Pairs`, the numbers that say which rows are compared. From these it computes a
+:class:`Span`, its own rows and columns. These are run-time numbers, not compile-time constants, and far tiles read none of them.
+One compiled kernel therefore serves every loss.
 
-An empty tensor stands for one that is not there, and a number says so. Rows of zhat are WIDTH numbers, and PITCH numbers apart
-(:func:`clop_kernels.backends.contract.unit_rows`).
+A missing tensor is passed as an empty tensor, and a number says that it is missing. A row of zhat has WIDTH numbers, and rows are
+PITCH numbers apart (:func:`clop_kernels.backends.contract.unit_rows`).
 """
 
 from __future__ import annotations
@@ -27,39 +27,39 @@ LN_2 = tl.constexpr(0.6931471805599453)
 
 NO_LOGIT = tl.constexpr(float("-inf"))
 LEAST_SHIFT = tl.constexpr(-1.0e38)
-"""Where the running maximum begins: finite, so that no two infinities are subtracted."""
+"""The start of the running maximum. It is finite, so that infinities are never subtracted from each other."""
 
 
 class Pairs(NamedTuple):
-    """Who is compared with whom, as every kernel over pairs is told by arguments of these names."""
+    """Which rows are compared. Every kernel over pairs has arguments with these names."""
 
-    groups: tl.tensor  # (3, n_rows) int32, by position: row, start, end; read where ``views`` is 0
+    groups: tl.tensor  # (3, n_rows) int32, by position: row, start, end; read if ``views`` is 0
     n_rows: tl.tensor
-    n_left: tl.tensor  # rows on the left side, the first positions; -1: there are no sides, and a row meets all others
-    views: tl.tensor  # positives are the views of an instance, so many side by side; of two sides 1; 0: ``groups`` has them
-    is_one_way: tl.tensor  # of two sides only rows on the left have programs
-    negatives_only: tl.tensor  # positives are no pairs, like a row and itself
+    n_left: tl.tensor  # the number of rows on the left side, which come first; -1: no sides, a row meets all others
+    views: tl.tensor  # positives by instance: the number of adjacent views, with two sides 1; positives by label: 0
+    is_one_way: tl.tensor  # with two sides: only left rows have programs
+    negatives_only: tl.tensor  # positives are excluded from the pairs, as a row and itself are
 
 
 class Span(NamedTuple):
-    """What one program compares: rows of one side with columns that they meet, which are positions too.
+    """The rows and columns that one program compares, as positions. All rows are on one side.
 
-    Tiles of BLOCK_N columns are numbered from ``column_base``, and so are the columns of :func:`near_columns` and
-    :func:`far_column`: what is loaded for every pair is loaded through :func:`from_position`.
+    Tiles of BLOCK_N columns are counted from ``column_base``, and so are the columns of :func:`near_columns` and
+    :func:`far_column`. Loads in the loops go through :func:`from_position`, which explains why.
     """
 
     first: tl.tensor  # the program's first row
-    row_end: tl.tensor  # one past the last row of their side
-    column_base: tl.tensor
-    column_end: tl.tensor
-    near: tl.tensor  # the tiles [near, near_end) may hold positives, and the diagonal if it is among the pairs
+    row_end: tl.tensor  # one past the last row of that side
+    column_base: tl.tensor  # the first column
+    column_end: tl.tensor  # one past the last column
+    near: tl.tensor  # the tiles [near, near_end) may hold positives, and hold the diagonal if there is one
     near_end: tl.tensor
-    n_near: tl.tensor  # how many tiles are masked: those, and a ragged last one that is not among them
+    n_near: tl.tensor  # the number of masked tiles: [near, near_end), and a ragged last tile outside it
     n_far: tl.tensor
 
 
 class Scale(NamedTuple):
-    """log2(e) / tau as the sum of two float32 numbers. One alone would be off by its rounding in every similarity alike."""
+    """log2(e) / tau as the sum of two float32 numbers. With one, its rounding error would be the same in every similarity."""
 
     value: tl.tensor
     rest: tl.tensor
@@ -67,7 +67,7 @@ class Scale(NamedTuple):
 
 @triton.jit
 def logit_scale(temperature, scale, scale_rest):
-    """The scale that the host has made, or, where that is 0, of the () float32 ``temperature``, which the host never reads."""
+    """The scale from the host. If it is 0, computes it from the () float32 ``temperature``, which the host never reads."""
     if scale == 0.0:
         precise = LOG2_E / tl.load(temperature).to(tl.float64)
         scale = precise.to(tl.float32)
@@ -77,7 +77,7 @@ def logit_scale(temperature, scale, scale_rest):
 
 @triton.jit
 def known_weight(weight, prototype_weight):
-    """The prototype weight that the host knows, or, where that is below 0, the () float32 ``weight``, which it never reads."""
+    """The prototype weight from the host. If it is below 0, loads the () float32 ``weight``, which the host never reads."""
     if prototype_weight < 0.0:
         prototype_weight = tl.load(weight)
     return prototype_weight
@@ -85,20 +85,19 @@ def known_weight(weight, prototype_weight):
 
 @triton.jit
 def as_operand(x, dtype: tl.constexpr, PRECISION: tl.constexpr):
-    """x as an operand of tl.dot.
+    """x as an operand of tl.dot, rounded if the matrix unit uses TF32.
 
-    Units of TF32 cut a float32 off after ten bits of its mantissa. That would make all operands too small; the errors of rounded
-    ones cancel.
+    A TF32 unit truncates a float32 after ten bits of its mantissa, which makes all operands too small. Rounding errors cancel.
     """
     if PRECISION == "tf32":
         rounded = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-        x = tl.where(x == x, rounded, x)  # a NaN of all ones would become a zero
+        x = tl.where(x == x, rounded, x)  # keeps NaN: a NaN whose bits are all ones would be rounded to zero
     return x.to(dtype)
 
 
 @triton.jit
 def row_of(position, groups, n_instances, views, mask):
-    """The row of the user's tensor at a position. Views of an instance are side by side; of two sides ``views`` is 1."""
+    """The row of the user's tensor at a position. By instance, views are adjacent; with two sides ``views`` is 1."""
     if views == 0:  # noqa: SIM108
         row = tl.load(groups + position, mask=mask, other=0)
     else:
@@ -108,7 +107,7 @@ def row_of(position, groups, n_instances, views, mask):
 
 @triton.jit
 def group_of(position, pairs, mask):
-    """[start, end): the run of positions that holds the positives of a position, and without sides itself."""
+    """[start, end): the positive run of a position. Without sides it includes the position itself."""
     if pairs.views == 0:
         start = tl.load(pairs.groups + pairs.n_rows + position, mask=mask, other=0)
         end = tl.load(pairs.groups + 2 * pairs.n_rows + position, mask=mask, other=0)
@@ -123,14 +122,14 @@ def group_of(position, pairs, mask):
 
 @triton.jit
 def n_positives_of(start, end, pairs):
-    """n_i, from the run of its positives; below 1 where there are none."""
+    """n_i, from the bounds of the positive run; below 1 without positives."""
     n_positives = end - start - tl.where(pairs.n_left < 0, 1, 0)
     return tl.where(pairs.negatives_only != 0, 0, n_positives)
 
 
 @triton.jit
 def span_of(block, pairs, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """What a block of rows is compared with. Of two sides those of the shorter one, whose walk is longer, go first."""
+    """The :class:`Span` of a block of rows. With two sides, the shorter side's blocks come first: they walk over more columns."""
     has_sides = pairs.n_left >= 0
     n_left = tl.where(has_sides, pairs.n_left, pairs.n_rows)
     n_right = pairs.n_rows - n_left
@@ -142,7 +141,7 @@ def span_of(block, pairs, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     row_end = tl.where(is_left, n_left, pairs.n_rows)
     column_base = tl.where(has_sides & is_left, n_left, 0)
     column_end = tl.where(has_sides & (not is_left), n_left, pairs.n_rows)
-    # Runs of positives are in the order of their rows: those of the first and the last row enclose all others.
+    # Starts and ends are non-decreasing, so the runs of the first and the last row enclose the runs of all rows between.
     last = tl.minimum(first + BLOCK_M, row_end) - 1
     start, _ = group_of(first, pairs, first < row_end)
     _, end = group_of(last, pairs, last < row_end)
@@ -157,13 +156,13 @@ def span_of(block, pairs, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def share_of(n_tiles, split, n_splits):
-    """[first, end): the tiles, of near or of far ones, that are a split's."""
+    """[first, end): the share of one split among ``n_tiles`` near or far tiles."""
     return split * n_tiles // n_splits, (split + 1) * n_tiles // n_splits
 
 
 @triton.jit
 def near_columns(index, span, BLOCK_N: tl.constexpr):
-    """The columns in the near tile of that index, counted from ``column_base``."""
+    """The columns of a near tile, counted from ``column_base``. The last index may be the ragged last tile."""
     last = tl.cdiv(span.column_end - span.column_base, BLOCK_N) - 1
     tile = tl.where(span.near + index < span.near_end, span.near + index, last)
     return tile * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -171,29 +170,30 @@ def near_columns(index, span, BLOCK_N: tl.constexpr):
 
 @triton.jit
 def far_column(index, span, BLOCK_N: tl.constexpr):
-    """The first column in the far tile of that index, counted from ``column_base``; all that follow in the tile are there."""
+    """The first column of a far tile, counted from ``column_base``. All BLOCK_N columns of a far tile exist."""
     return tl.where(index < span.near, index, index + span.near_end - span.near) * BLOCK_N
 
 
 @triton.jit
 def from_position(zhat, position, PITCH: tl.constexpr):
-    """zhat from a position on, for rows counted from there.
+    """A pointer to zhat at a position, for rows that are then counted from there.
 
-    The compiler knows how such a count is made, and that the rows of a tile share an address but for constants. A position that
-    it knows nothing of, such as where a side begins, would cost it 64 bits a row: wide rows' softmax spilled them on sm_90.
+    Counted rows let the compiler see that the addresses in a tile differ only by constants. If an unknown position, such as the
+    start of a side, were added to each row, the compiler would keep 64 bits for each row. On sm_90 the softmax of wide rows
+    spilled these registers.
     """
     return zhat + tl.cast(position, tl.int64) * PITCH
 
 
 @triton.jit
 def own_rows(zhat, rows, span, PITCH: tl.constexpr):
-    """The program's rows for loads in a loop: zhat from where they are counted, their count, and its end."""
+    """The program's rows, for loads in a loop: a pointer to the first, their numbers from there, and the end of the count."""
     return from_position(zhat, span.first, PITCH), tl.arange(0, rows.shape[0]), span.row_end - span.first
 
 
 @triton.jit
 def load_rows(zhat, positions, end, columns, PITCH: tl.constexpr, WIDTH: tl.constexpr, BLOCK_D: tl.constexpr):
-    """zhat at positions (M,) and columns (BLOCK_D,), zero from position ``end`` on; a position times the pitch may pass 2^31."""
+    """zhat at positions (M,) and columns (BLOCK_D,); zero from position ``end`` on. Position times pitch may exceed 2^31."""
     pointers = zhat + positions.to(tl.int64)[:, None] * PITCH + columns[None, :]
     if WIDTH % BLOCK_D == 0:
         return tl.load(pointers, mask=positions[:, None] < end, other=0.0)
@@ -203,10 +203,10 @@ def load_rows(zhat, positions, end, columns, PITCH: tl.constexpr, WIDTH: tl.cons
 
 @triton.jit
 def load_far(zhat, first, columns, PITCH: tl.constexpr, WIDTH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr):
-    """zhat at BLOCK_N positions from ``first`` on, all of which are there, and columns (BLOCK_D,).
+    """zhat at BLOCK_N positions from ``first`` on, all of which exist, and columns (BLOCK_D,).
 
-    The addresses of the first tile stay in registers, and one number is added to all, which takes the fewest instructions. Rows
-    beyond 128 numbers leave no registers for them: offsets, half as large, stay there.
+    The addresses of the first tile stay in registers, and one number is added to all of them; this takes the fewest instructions.
+    Rows wider than 128 leave too few registers for addresses. For them, offsets stay in registers, which are half as large.
     """
     offsets = tl.arange(0, BLOCK_N)[:, None] * PITCH
     if WIDTH <= 128:
@@ -221,7 +221,7 @@ def load_far(zhat, first, columns, PITCH: tl.constexpr, WIDTH: tl.constexpr, BLO
 
 @triton.jit
 def scaled(products, scale, EXACT_SCALE: tl.constexpr):
-    """S = zhat_i . zhat_j * log2(e) / tau. In half precision the rest of the scale is far below the operands' rounding."""
+    """S = zhat_i . zhat_j * log2(e) / tau. In half precision, ``scale.rest`` is far below the rounding of the operands."""
     if EXACT_SCALE:
         return products * scale.value + products * scale.rest
     else:
@@ -230,9 +230,9 @@ def scaled(products, scale, EXACT_SCALE: tl.constexpr):
 
 @triton.jit
 def masks(rows, columns, start, end, span, pairs):
-    """(M, N) masks: columns that the rows are compared with, and those of them that are positives, in their runs [start, end).
+    """Two (M, N) masks: the columns that the rows are compared with, and the positives among these columns.
 
-    Without sides a run holds the row itself; with sides it cannot.
+    Positives are the columns in the run [start, end), without the row itself.
     """
     in_run = (columns[None, :] >= start[:, None]) & (columns[None, :] < end[:, None])
     no_pairs_end = tl.where(pairs.negatives_only != 0, end, start)
@@ -243,9 +243,9 @@ def masks(rows, columns, start, end, span, pairs):
 
 @triton.jit
 def log1p(x):
-    """log(1 + x) for -1/2 <= x <= 1 to the last digits of float32, near 0 too, where the hardware's log has none.
+    """log(1 + x) for -1/2 <= x <= 1, accurate to the last digits of float32. The hardware's log has no correct digits near 0.
 
-    2 artanh(r), r = x / (2 + x), |r| <= 1/3: the first term left out is below r^18 / 19 = 1.4e-10 of the sum.
+    The series is 2 artanh(r) with r = x / (2 + x), |r| <= 1/3. The first term left out is below r^18 / 19 = 1.4e-10 of the sum.
     """
     r = x / (2.0 + x)
     square = r * r

@@ -1,17 +1,17 @@
-"""Last launch of the backward pass: the pairwise sums become the gradient of the raw embeddings.
+"""Last launch of the backward pass: turns the pairwise sums into the gradient of the raw embeddings.
 
-For every row, the contrastive term's 1/tau sum_j M_ij zhat_j and the prototype's pull are added up, taken through the
-derivative of the normalisation, and stored once, in the input's dtype, at the row's place in the user's tensor::
+For each row it adds the contrastive part, 1/tau sum_j M_ij zhat_j, and the pull of the prototype, applies the derivative of the
+normalisation, and stores the result once, in the dtype of the input, at the row's place in the user's tensor::
 
     dz_i = (g_i - (zhat_i . g_i) zhat_i) / |z_i|,    g_i = dL_contrastive/dzhat_i + w_i lambda dd(zhat_i, c)/dzhat_i
 
-Where rows are taken as they are, dz_i = g_i.
+Unnormalised rows have dz_i = g_i.
 
-The temperature's gradient needs the same dot products: S is linear in 1/tau and in each of its two rows, so
-dL/dtau = -1/(2 tau) sum_i zhat_i . dL_contrastive/dzhat_i. A program leaves a partial sum, and the last to finish adds them all,
-in their order: no launch of its own, and the same bits from run to run.
+The gradient of the temperature needs the same dot products. S is linear in 1/tau and in each of its two rows, so
+dL/dtau = -1/(2 tau) sum_i zhat_i . dL_contrastive/dzhat_i. Each program stores a partial sum. The last program to finish adds all
+of them, in a fixed order. This needs no further launch, and gives the same bits from run to run.
 
-Tile picture: whole rows, BLOCK_M of them a program. Bytes: for each split 4 N D of sums, N D of zhat in, N D out. Flops: O(N D).
+Tile picture: a program takes BLOCK_M whole rows. Bytes: 4 N D of sums for each split, N D of zhat in, N D out. Flops: O(N D).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ LARGEST_FLOAT16 = tl.constexpr(65504.0)
 
 @triton.jit
 def distance_gradient(unit, target, distance):
-    """d distance / d zhat, (M, BLOCK_D) float32; zero where a row lies on its prototype."""
+    """d distance / d zhat, (M, BLOCK_D) float32; zero for a row that lies on its prototype."""
     offset = unit - target
     if distance == 0:
         offset = -target + tl.zeros_like(unit)
@@ -49,29 +49,29 @@ def distance_gradient(unit, target, distance):
     do_not_specialize_on_alignment=["row_weights", "groups", "labels", "prototypes", "upstream", "temperature", "weight"],
 )  # fmt: skip
 def finish_kernel(
-    sums,  # (splits, N, D) float32, by position: sum_j M_ij zhat_j times M_SCALE, a summand a split
+    sums,  # (splits, N, D) float32, by position: sum_j M_ij zhat_j times M_SCALE, over the columns of each split
     zhat,  # (N, D), by position
     norms,  # (N,), by position
-    row_weights,  # (N,) float32, by position: w_i, read if is_weighted; else they are 1 each
-    groups,  # (3, N) int32, read where ``views`` is 0
+    row_weights,  # (N,) float32, by position: w_i, read if is_weighted; else all weights are 1
+    groups,  # (3, N) int32, read if ``views`` is 0
     labels,  # (B,) int64
-    prototypes,  # (K, D) float32 contiguous; none if n_classes is 0
-    upstream,  # () float32: what w is in units of
-    counts,  # (2,) float32: anchors, labelled rows
+    prototypes,  # (K, D) float32 contiguous; empty if n_classes is 0
+    upstream,  # () float32: the unit of w_i
+    counts,  # (2,) float32: the numbers of anchors and of labelled rows
     temperature,  # device.logit_scale
     scale,
     scale_rest,
     weight,  # device.known_weight
     prototype_weight,
-    grad_embeddings,  # (N, D) contiguous, by row
-    temperature_sums,  # (programs,) float32: parts of dL/dtau
+    grad_embeddings,  # (N, D) contiguous, by row, written
+    temperature_sums,  # (programs,) float32, written: each program's part of dL/dtau
     grad_temperature,  # () float32, written: dL/dtau
-    n_finished,  # () int32, 0: how many programs are done
+    n_finished,  # () int32, 0 at the start: the number of programs that have finished
     n_rows,
     n_instances,
     n_classes,
     views,  # as in device.Pairs
-    n_splits,  # 0: nothing was compared
+    n_splits,  # 0: there are no pairs
     is_weighted,
     normalize,
     distance,  # index into contract.DISTANCES
@@ -109,18 +109,18 @@ def finish_kernel(
         gradient += distance_gradient(unit, target, distance) * pull[:, None]
 
     if normalize != 0:
-        # zhat = z / max(|z|, EPS): the norm takes the radial part out of the gradient, where it is not below EPS.
+        # zhat = z / max(|z|, EPS). Dividing by the norm removes the radial part of the gradient; dividing by EPS does not.
         norm = tl.load(norms + rows, mask=is_row, other=1.0)
         radial = tl.where(norm < EPS, 0.0, tl.sum(gradient * unit, 1))
         gradient = (gradient - radial[:, None] * unit) / tl.maximum(norm, EPS)[:, None]
         if grad_embeddings.dtype.element_ty == tl.float16:
-            # 1 / EPS is beyond float16. A row of zeros gets the largest gradient there is, not an infinity that would cost
-            # every step; any other row's overflow stays infinite, for a gradient scaler to see.
+            # 1 / EPS is beyond float16. A row of zeros gets the largest finite gradient, because with an infinity a gradient
+            # scaler would skip every step. Any other row keeps an infinite gradient, which the gradient scaler must see.
             bounded = tl.minimum(tl.maximum(gradient, -LARGEST_FLOAT16), LARGEST_FLOAT16)
             gradient = tl.where((norm < EPS)[:, None] & (gradient == gradient), bounded, gradient)
     pointers = grad_embeddings + row.to(tl.int64)[:, None] * WIDTH + width[None, :]
     tl.store(pointers, gradient.to(grad_embeddings.dtype.element_ty), mask=is_row[:, None] & (width[None, :] < WIDTH))
 
-    tl.debug_barrier()  # as in loss_kernel
+    tl.debug_barrier()  # for the same reason as in loss_kernel
     if tl.atomic_add(n_finished, 1, sem="acq_rel") == tl.num_programs(0) - 1:
         tl.store(grad_temperature, sum_of(temperature_sums, 0, tl.num_programs(0), 256))

@@ -1,42 +1,43 @@
-"""Backward, D <= 256 (float32: 32): the pairwise sums of the gradient in one launch; finish.py makes the gradient.
+"""The backward pass for D <= 256 (float32: D <= 32): the pairwise sums of the gradient in one launch. finish.py does the rest.
 
-With e_ij = 2^(S_ij), w_i the upstream gradient of row i's term, a_i = w_i / total_i and n_i its number of positives::
+Let e_ij = 2^(S_ij), w_i the upstream gradient of row i's term, a_i = w_i / total_i, and n_i the number of its positives::
 
     dL/dzhat_i = 1/tau sum_{j != i} M_ij zhat_j        M_ij = e_ij (a_i + a_j)                      j not a positive
                                                        M_ij = e_ij (b_i + b_j) - (c_i + c_j)        j a positive of i
     n_i > 1:  b_i = a_i,  c_i = w_i / n_i              n_i = 1:  b_i = 0,  c_i = w_i negative_i / total_i
 
-which for n_i = 1 is the same number, found without a subtraction. Pairs that are not compared (PAIRS and n_left, device.py)
-have M_ij = 0; the sum over j is over the others. M is symmetric and needs no sum over the other rows, so a program that owns
-rows i makes their whole sum: no atomics, the same bits from run to run.
+The last line gives the same M for n_i = 1, without a subtraction that would cancel. Pairs that are not compared (device.Pairs)
+have M_ij = 0. M is symmetric, so a program that owns rows i computes their whole sum without the sums of other rows: no atomics,
+and the same bits from run to run.
 
-a, b, c and the shift are made once, before, by coefficients_kernel: a_i is all that a far tile needs of a row or column, and a
-division for each column of each tile took 190 of 674 instructions. In a pass over pairs alone they are given, for not all of a
-row's positives are at hand; one way only rows on the left have a sum.
+coefficients_kernel computes a, b, c and the shift once, beforehand. A far tile then needs only a_i for each row and column; a
+division for each column of each tile took 190 of 674 instructions. The separate pass over pairs (pair_gradient) receives the
+coefficients, because one rank does not hold all positives of a row. With two sides it computes only the sums of the left rows.
 
-Tile picture. A program owns BLOCK_M rows and walks over all columns, BLOCK_N at a time. It is attention with
-K = V = zhat: one column tile k on chip serves both products::
+Tile picture. A program owns BLOCK_M rows and walks over all columns, BLOCK_N at a time. This is attention with K = V = zhat: one
+column tile k on chip serves both products::
 
     S = q k^T  (M, N) registers  ->  M, rounded to the compute dtype  ->  gradient += M k  (M, D) registers
 
-Near tiles, the ones that may hold positives, the diagonal or the ragged end, take the masked form; far tiles none of it.
+Near tiles, which may hold positives, the diagonal or the ragged end, take the masked form. Far tiles use no masks.
 
-The columns are those of one of ``n_splits`` programs that share the rows, as in softmax.py. Each leaves its own sums, and
-finish.py adds them in the order of the splits: N D floats to write and to read for each, of at most a few rounds of programs.
+``n_splits`` programs share a block of rows, as in softmax.py. Each stores its own sums, and finish.py adds them in the order of
+the splits. Each split writes and reads N D floats, for at most a few rounds of programs.
 
-The sums leave as float32, and the O(N D) rest has a launch of its own: in this kernel it would hold three (M, D) tiles at
-once, which at D = 128 and 256 spilled 0.5 and 1.6 KB a thread, the bytes that the detour through memory costs anyway.
+The sums are stored as float32, and the remaining O(N D) work has its own launch. In this kernel that work would need three (M, D)
+tiles at once, which at D = 128 and 256 spilled 0.5 and 1.6 KB a thread. The spills would move as many bytes as the detour through
+memory does.
 
-Flops 4 N^2 D, exponentials N^2 (online: 2 N^2); float32 operations per pair: scale, a_i + a_j, multiply, round. Bytes:
-zhat once a block of rows from L2, N^2 D itemsize / BLOCK_M in all, 2 BLOCK_M flops a byte in bfloat16; HBM O(N D). Rows of two
-sides, L + R = N: a program's columns are the other side's, and for N^2 read 2 L R.
+Flops 4 N^2 D, exponentials N^2 (online: 2 N^2). float32 operations for each pair: scale, a_i + a_j, multiply, round. Bytes: each
+block of rows loads zhat once from L2, N^2 D itemsize / BLOCK_M in all; that is 2 BLOCK_M flops a byte in bfloat16. HBM: O(N D).
+With two sides, L + R = N, a program's columns are on the other side: replace N^2 by 2 L R.
 
-Units. w_i is 1 for an anchor, or the upstream gradient over its largest, so that M <= 2 whatever the loss is scaled by;
-float16, whose numbers end at 6e-8, multiplies M by M_SCALE on top.
+Units. w_i is 1 for an anchor, or its upstream gradient divided by the largest one, so that M <= 2 however the loss is scaled. In
+float16, whose numbers end at 6e-8, M is also multiplied by M_SCALE.
 
-Tiles of small M are not skipped. At tau = 0.1 a bound of half a bfloat16 digit per row either never holds, or, where ten
-classes are well separated, it holds for the sum of all that pushes them apart and costs 40% of the gradient: M_ij is small
-against w_i there, and not against the gradient. Rounding M to bfloat16 costs 0.03% on the same rows.
+Tiles with small M are not skipped. At tau = 0.1, a bound of half a bfloat16 digit per row either never holds; or, if ten classes
+are well separated, it skips all pairs that push the classes apart, which costs 40% of the gradient. There M_ij is small compared
+with w_i, but not compared with the gradient. Rounding M to bfloat16 costs 0.03% on the same rows.
 """
 
 from __future__ import annotations
@@ -66,17 +67,17 @@ from .device import (
 
 
 class Factors(NamedTuple):
-    """What M is made of at some positions, of all pairs or of positives: a, or in its place b, and the shift."""
+    """The coefficients at some positions that multiply the exponentials: a for ordinary pairs, b for positives."""
 
-    factor: tl.tensor  # times M_SCALE
-    shift: tl.tensor  # anything if not ONLINE
+    factor: tl.tensor  # a or b, times M_SCALE
+    shift: tl.tensor  # meaningless without ONLINE
 
 
 class OfRows(NamedTuple):
-    """What near tiles need of a program's rows."""
+    """The data of a program's rows that near tiles need."""
 
     positions: tl.tensor
-    start: tl.tensor  # [start, end): the run of their positives
+    start: tl.tensor  # [start, end): the positive runs
     end: tl.tensor
     a: Factors
     b: Factors
@@ -85,7 +86,7 @@ class OfRows(NamedTuple):
 
 @triton.jit
 def load_of_pairs(positions, coefficients, n_rows, end, ONLINE: tl.constexpr, M_SCALE: tl.constexpr, ALL: tl.constexpr):
-    """a_i and the shift of some positions; a_i = 0 from position ``end`` on."""
+    """The a and the shift of some positions; a = 0 from position ``end`` on. ALL: every position is below ``end``."""
     mask = None if ALL else positions < end
     other = None if ALL else 0.0
     a = tl.load(coefficients + positions, mask=mask, other=other) * M_SCALE
@@ -97,7 +98,7 @@ def load_of_pairs(positions, coefficients, n_rows, end, ONLINE: tl.constexpr, M_
 
 @triton.jit
 def load_of_positives(positions, coefficients, n_rows, end, M_SCALE: tl.constexpr):
-    """b_i and c_i, times M_SCALE, of some positions below ``end``."""
+    """The b and c of some positions, times M_SCALE; 0 from position ``end`` on."""
     mask = positions < end
     b = tl.load(coefficients + n_rows + positions, mask=mask, other=0.0) * M_SCALE
     c = tl.load(coefficients + 2 * n_rows.to(tl.int64) + positions, mask=mask, other=0.0) * M_SCALE
@@ -106,7 +107,7 @@ def load_of_positives(positions, coefficients, n_rows, end, M_SCALE: tl.constexp
 
 @triton.jit
 def load_of_rows(rows, a, coefficients, span, pairs, M_SCALE: tl.constexpr):
-    """What near tiles need of rows besides ``a``, their :class:`Factors`."""
+    """The :class:`OfRows` of some rows, whose ``a`` is loaded already."""
     b, c = load_of_positives(rows, coefficients, pairs.n_rows, span.row_end, M_SCALE)
     start, end = group_of(rows, pairs, rows < span.row_end)
     return OfRows(rows, start, end, a, Factors(b, a.shift), c)
@@ -114,7 +115,7 @@ def load_of_rows(rows, a, coefficients, span, pairs, M_SCALE: tl.constexpr):
 
 @triton.jit
 def far_pairs(s, of_rows, of_columns, ONLINE: tl.constexpr):
-    """(M, N) tile of M_ij where no j is a positive of i, from their :class:`Factors`."""
+    """An (M, N) tile of M_ij without positives, from the :class:`Factors` of its rows and columns."""
     if ONLINE:
         of_row = tl.exp2(s - of_rows.shift[:, None]) * of_rows.factor[:, None]
         return of_row + tl.exp2(s - of_columns.shift[None, :]) * of_columns.factor[None, :]
@@ -124,7 +125,7 @@ def far_pairs(s, of_rows, of_columns, ONLINE: tl.constexpr):
 
 @triton.jit
 def near_pairs(s, of_rows, columns, a_j, coefficients, span, pairs, ONLINE: tl.constexpr, M_SCALE: tl.constexpr):
-    """(M, N) tile of M_ij: positives, pairs that are not compared, and columns past the end, which are zero."""
+    """An (M, N) tile of M_ij with positives. Pairs that are not compared, and columns past the end, are zero."""
     compared, among_positives = masks(of_rows.positions, columns, of_rows.start, of_rows.end, span, pairs)
     s = tl.where(compared, s, NO_LOGIT)
     b_j, c_j = load_of_positives(columns, coefficients, pairs.n_rows, span.column_end, M_SCALE)
@@ -240,7 +241,7 @@ def coefficients_kernel(
     shift,  # (N,), by position; so are the next three
     inverse_total,
     negative,
-    row_weights,  # w_i, read if is_weighted; else they are 1 each
+    row_weights,  # w_i, read if is_weighted; else all weights are 1
     groups,  # down to negatives_only: device.Pairs
     n_rows,
     n_left,
@@ -251,7 +252,7 @@ def coefficients_kernel(
     n_finished,  # () int32, set to 0 for finish_kernel
     BLOCK_M: tl.constexpr,
 ):
-    """First launch of the backward pass of a loss: what M is made of. O(N)."""
+    """First launch of the backward pass of a loss: computes the coefficients of M, in O(N)."""
     pairs = Pairs(groups, n_rows, n_left, views, 0, negatives_only)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     is_row = rows < n_rows

@@ -1,12 +1,12 @@
-"""The launches of one call, as data: which kernel, on what grid, with which arguments and tiles.
+"""The launches of a call as data: the kernels, with their grids, arguments and tiles.
 
-A :class:`Plan` depends on a :class:`Problem` alone, which holds no tensor and no number that training changes, and is kept: a
-call puts its tensors into it, and launches what is compiled already. :mod:`clop_kernels.backends.triton` does;
-``python -m benchmarks.resources`` compiles the very same launches ahead of time for GPUs that need not be there.
+A :class:`Plan` depends only on a :class:`Problem`, which holds no tensors and no numbers that change during training. Plans are
+therefore cached: :mod:`clop_kernels.backends.triton` fills in the tensors of a call, and launches kernels that are already
+compiled. ``python -m benchmarks.resources`` compiles the same launches ahead of time, for GPUs that need not be present.
 
-A kernel is compiled anew for each type and constant among its arguments. Those depend on the width, the dtypes and the GPU
-alone, for the first kernel on the strides of the embeddings too; what else a loss is told are numbers and tensors, empty ones
-where there is none.
+Triton compiles a kernel again for every new combination of argument types and compile-time constants. These depend only on the
+width, the dtypes and the GPU; for the first kernel also on the strides of the embeddings. All other arguments are run-time
+numbers and tensors. A missing tensor is passed as an empty one.
 """
 
 from __future__ import annotations
@@ -32,21 +32,23 @@ from .tiles import Target, Tile
 from .wide import pair_kernel, product_kernel
 
 Values = dict[str, Any]
-"""Arguments of kernels by name: the tensors of a call, and its numbers."""
+"""Arguments of kernels by name: the tensors and the numbers of a call."""
 
 
 class Problem(NamedTuple):
-    """What the launches of a call depend on.
+    """Everything on which the launches of a call depend.
 
     Attributes:
-        options: whose numbers are left out.
-        n_rows, width: of zhat; pitch: its numbers from one row to the next.
-        dtype, strides: of the embeddings.
-        n_classes: how many prototypes, 0 where no row has a label.
+        options: the options, with their numbers set to 0.
+        n_rows, width: the shape of zhat.
+        pitch: the distance from one row of zhat to the next, in numbers.
+        dtype, strides: those of the embeddings.
+        n_classes: the number of prototypes; 0 without labels.
         is_labelled: whether there are labels.
-        is_one_way: of a pass over pairs alone: rows on the right get no results.
+        is_one_way: for a separate pass over pairs: right rows get no results.
         precision: see :func:`precision`.
-        device: where compiled kernels are loaded.
+        device: the device on which compiled kernels are loaded.
+        target: see :class:`.tiles.Target`.
     """
 
     options: LossOptions
@@ -64,12 +66,12 @@ class Problem(NamedTuple):
 
     @property
     def n_left(self) -> int:
-        """As kernels have it: -1 without sides."""
+        """The number of left rows, in the form that kernels take: -1 without sides."""
         return -1 if self.options.n_left is None else self.options.n_left
 
     @property
     def n_results(self) -> int:
-        """Rows that get some."""
+        """The number of rows that get results."""
         return self.n_left if self.is_one_way else self.n_rows
 
     @property
@@ -78,12 +80,12 @@ class Problem(NamedTuple):
 
     @property
     def is_compared(self) -> bool:
-        """Whether there is a pair to look at."""
+        """Whether any pair exists."""
         return self.options.has_pairs and self.options.n_left not in (0, self.n_rows)
 
     @property
     def is_ranked(self) -> bool:
-        """Whether the prologue itself orders the rows by label."""
+        """Whether the prologue kernel sorts the rows by label."""
         by_label = self.options.positives == "label" and self.options.n_left is None
         return by_label and self.is_labelled and self.n_rows // self.options.n_views <= RANKED_INSTANCES
 
@@ -95,7 +97,7 @@ class Problem(NamedTuple):
     def of(
         embeddings: Tensor, zhat: Tensor, labels: Tensor | None, prototypes: Tensor | None, options: LossOptions, target: Target
     ) -> Problem:
-        """Of a loss; ``prototypes`` that no row has a label for are None."""
+        """The problem of a loss. ``prototypes`` is None if there are no labels."""
         n_classes = 0 if prototypes is None else prototypes.shape[0]
         strides = embeddings.stride()
         n_rows, width = zhat.shape
@@ -116,17 +118,17 @@ class Problem(NamedTuple):
 
     @staticmethod
     def of_pairs(zhat: Tensor, n_left: int | None, options: LossOptions, target: Target) -> Problem:
-        """Of a pass over pairs that stands alone: of two sides one way."""
+        """The problem of a separate pass over pairs, which with two sides is one way."""
         options = options.of_pairs(n_left)
         problem = Problem.of(zhat, zhat, None, None, options, target)
         return problem._replace(is_one_way=n_left is not None)
 
 
 def precision(dtype: torch.dtype, target: Target) -> str:
-    """tl.dot's input_precision for operands of ``dtype``.
+    """The input_precision of tl.dot for operands of ``dtype``.
 
-    Exact float32 takes three TF32 products where the matrix units have TF32. Emulated on a CPU they are as accurate as float32
-    products: gradient errors of 2.6e-7 to 9e-7 at D of 32 to 512 and temperatures of 0.1 and 0.02, float32's own to 10%.
+    If the matrix units have TF32, exact float32 takes three TF32 products. Emulated on a CPU, they are as accurate as float32
+    products: for D from 32 to 512 and temperatures of 0.1 and 0.02, gradient errors are 2.6e-7 to 9e-7, within 10% of float32's.
     """
     if dtype != torch.float32 or target.capability < 80:
         return "ieee"
@@ -134,16 +136,16 @@ def precision(dtype: torch.dtype, target: Target) -> str:
 
 
 def m_scale(dtype: torch.dtype) -> float:
-    """What M is multiplied by before it is rounded."""
+    """The factor of M before it is rounded."""
     return FLOAT16_SCALE if dtype == torch.float16 else 1.0
 
 
-# ---- what a plan is made of ------------------------------------------------------------------------------------------------
+# ---- the parts of a plan ---------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch: all arguments of the kernel by name, constexprs too, and how it is to be compiled."""
+    """One kernel launch: all arguments of the kernel by name, including constexprs, and the compile options."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -151,18 +153,21 @@ class Launch:
     options: dict[str, Any]
 
     def run(self) -> Any:
-        """Returns what Triton has compiled; its interpreter compiles nothing."""
+        """Launches the kernel, and returns its compiled form; the interpreter compiles nothing."""
         return self.kernel[self.grid](**self.arguments, **self.options)
 
 
 @dataclass
 class Step:
-    """A launch that waits for its tensors.
+    """A launch whose tensors are not yet known.
 
     Attributes:
-        constants: its arguments; None for those that come with a call.
-        names: what a call calls those, by the kernel's own name.
-        compiled: what Triton compiled for it, once it has run.
+        kernel: the Triton kernel.
+        grid: the grid of programs.
+        constants: all arguments by the kernel's names; None for arguments that come with a call.
+        options: the compile options.
+        names: for arguments that come with a call: the kernel's name -> the name in :data:`Values`.
+        compiled: the compiled kernel, once the step has run.
     """
 
     kernel: Any
@@ -188,11 +193,11 @@ class Step:
 
 
 class Scratch(NamedTuple):
-    """Memory on the device that a call takes for itself.
+    """Device memory that a call allocates for itself.
 
     Attributes:
-        is_zero: whether it begins as zeros.
-        is_result: whether it outlives the launches.
+        is_zero: whether it must start as zeros.
+        is_result: whether it is returned, and so outlives the launches.
     """
 
     shape: tuple[int, ...]
@@ -203,31 +208,32 @@ class Scratch(NamedTuple):
 
 
 DIRECT_DEVICES = ("cuda",)
-"""Where Triton's launchers take addresses for tensors."""
+"""Devices on which Triton's launchers accept an address in place of a tensor."""
 
 _ALIGNMENT = 128
-"""Of what is cut from one piece of memory, in bytes."""
+"""The alignment of the parts of one allocation, in bytes."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The launches of a pass, in their order, and their scratch by name."""
+    """The launches of a pass, in order, and their scratch memory by name."""
 
     steps: tuple[Step, ...]
     scratch: dict[str, Scratch]
 
     def launches(self, values: Values) -> Iterator[Launch]:
-        """``values`` hold what is read and written, :func:`values_of_loss` and others; the scratch comes in here."""
+        """The launches with their tensors. ``values`` come from :func:`values_of_loss` and others; scratch is added here."""
         values = values | self._allocated(values["zhat"], self.scratch)
         for step in self.steps:
             yield step.launch(values)
 
     def run(self, values: Values) -> Values:
-        """Launches all; returns the results among the scratch.
+        """Launches all steps, and returns the results.
 
-        Triton finds out at each launch which of its compiled kernels fits the arguments. In one plan that is always the same, as
-        long as tensors begin at multiples of 16 bytes. So from the second run on that is launched, with addresses, for which
-        Triton need not ask what they are, and with scratch that is one piece of memory: each call to PyTorch costs the host time.
+        At each launch, Triton searches for the compiled kernel that fits the arguments. Within one plan this is always the same
+        kernel, if all tensors start at multiples of 16 bytes. From the second run on, the plan therefore launches that kernel
+        directly. It passes addresses, which Triton need not inspect, and takes its scratch from one allocation, because each call
+        to PyTorch costs host time.
         """
         like = values["zhat"]
         is_usual = like.device.type in DIRECT_DEVICES and all(values[name].data_ptr() % 16 == 0 for name in self._aligned)
@@ -256,7 +262,7 @@ class Plan:
 
     @functools.cached_property
     def _aligned(self) -> list[str]:
-        """The tensors of a call for whose alignment kernels are compiled. What torch allocates is aligned."""
+        """The tensors of a call whose alignment affects compilation. Scratch is left out, since torch allocates it aligned."""
         found = [
             step.names[parameter.name]
             for step in self.steps
@@ -267,7 +273,7 @@ class Plan:
 
     @functools.cached_property
     def _pool(self) -> tuple[dict[str, int], int, dict[str, Scratch]]:
-        """Where scratch begins that is cut from one piece of memory, the bytes of that, and the other scratch."""
+        """The offsets of scratch in one shared allocation, the size of that allocation, and the scratch outside it."""
         offsets, n_bytes, others = {}, 0, {}
         for name, one in self.scratch.items():
             if one.is_zero or one.is_result:
@@ -292,9 +298,9 @@ class Plan:
 def _step(
     kernel: Any, grid: tuple[int, ...], tile: Tile, constants: Values, names: Mapping[str, str] = {}, debug: bool = False
 ) -> Step:
-    """Takes from ``constants`` what the kernel asks for, blocks from the tile; the rest comes with a call.
+    """A step of a kernel. Arguments come from ``constants``, block sizes from the tile, and all others from the call.
 
-    ``names``: of what a kernel calls otherwise. ``debug``: assertions are compiled in.
+    ``names`` maps a kernel's argument name to the name in :data:`Values`, if they differ. ``debug`` compiles assertions in.
     """
     constants = {"BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k, "BLOCK_D": tile.block_k} | constants
     options = {"num_warps": tile.num_warps, "num_stages": tile.num_stages, "enable_fp_fusion": True, "debug": debug}
@@ -308,7 +314,7 @@ def _step(
 
 
 def forward(p: Problem) -> Plan:
-    """The three launches of the forward pass, in TF32 four, without pairs two."""
+    """The launches of the forward pass: three, with TF32 four, without pairs two."""
     whole, by_row = tiles.whole_rows(p.width), tiles.BY_ROW
     n_splits = softmax_splits(p) if p.is_compared else 1
     constants = _of_loss(p) | {
@@ -341,12 +347,13 @@ _WRITTEN = {f"{name}_out": name for name in ("shift", "inverse_total", "negative
 
 
 def backward(p: Problem, is_weighted: bool) -> Plan:
-    """The launches that make the gradient of the embeddings: three, of wide rows two and two a panel; one without pairs.
+    """The launches of the backward pass: three; for wide rows two, and two for each panel; without pairs one.
 
-    In TF32 one more, for the forward pass may have had another precision. ``is_weighted``: an upstream gradient for each row.
+    With TF32 there is one more, because the forward pass may have had another precision. ``is_weighted``: the upstream gradient
+    has one number for each row.
     """
     whole, by_row = tiles.whole_rows(p.width), tiles.BY_ROW
-    n_splits = gradient_splits(p) if p.is_compared else 0  # no splits: nothing was compared
+    n_splits = gradient_splits(p) if p.is_compared else 0  # 0 tells finish_kernel that there are no pairs
     constants = _of_loss(p) | {"n_splits": n_splits, "is_weighted": int(is_weighted)}
     scratch = {
         "coefficients": Scratch((4, p.n_rows)),
@@ -364,7 +371,7 @@ def backward(p: Problem, is_weighted: bool) -> Plan:
 
 
 def prototypes_backward(p: Problem, is_weighted: bool) -> Plan:
-    """The launch that makes the prototypes' gradient, "partial_gradients", (parts, K, D), to be added up."""
+    """The launch for the prototypes' gradient: "partial_gradients", (parts, K, D), which the caller adds up."""
     n_parts = prototype_parts(p.n_classes, p.target)
     constants = _of_loss(p) | {"n_splits": n_parts, "is_weighted": int(is_weighted)}
     step = _step(prototype_kernel, (p.n_classes, n_parts), tiles.whole_rows(p.width), constants)
@@ -372,31 +379,31 @@ def prototypes_backward(p: Problem, is_weighted: bool) -> Plan:
 
 
 def pair_softmax(p: Problem) -> Plan:
-    """The pass over pairs alone that leaves "statistics", (splits, 4, rows): contract.Softmax in summands."""
+    """The separate forward pass over pairs: "statistics", (splits, 4, rows), a contract.Softmax for each split."""
     n_splits = softmax_splits(p)
     plan = _softmax(p, _of_pairs(p) | {"n_splits": n_splits})
     return Plan(plan.steps, {"statistics": Scratch((n_splits, 4, p.n_results), is_result=True), **plan.scratch})
 
 
 def pair_gradient(p: Problem) -> Plan:
-    """The pass over pairs alone that makes "sums", (splits, rows, D), times M_SCALE and in summands."""
+    """The separate backward pass over pairs: "sums", (splits, rows, D), times M_SCALE, one summand for each split."""
     n_splits = gradient_splits(p)
     plan = _pairwise_sums(p, _of_pairs(p) | {"n_splits": n_splits})
     return Plan(plan.steps, {"sums": Scratch((n_splits, p.n_results, p.width), is_result=True), **plan.scratch})
 
 
 def prototype_parts(n_classes: int, target: Target) -> int:
-    """Of so many parts each class is the sum: four programs a processor, where there are not more classes."""
+    """The number of parts of each class: four programs for each processor in total, and at least one for each class."""
     return max(1, 4 * target.n_processors // n_classes)
 
 
 def softmax_splits(p: Problem) -> int:
-    """How many summands softmax_kernel leaves of each row's statistics."""
+    """The number of splits of softmax_kernel."""
     return _splits(p, tiles.softmax(p.width, p.compute_dtype, p.target))
 
 
 def gradient_splits(p: Problem) -> int:
-    """How many summands there are of sum_j M_ij zhat_j: one of wide rows."""
+    """The number of summands of sum_j M_ij zhat_j; 1 for wide rows."""
     if tiles.is_wide(p.width, p.compute_dtype):
         return 1
     return _splits(p, tiles.gradient(p.width, p.compute_dtype, p.target))
@@ -413,7 +420,7 @@ _NOTHING = Plan((), {})
 
 
 def _softmax(p: Problem, constants: Values) -> Plan:
-    """The statistics of all rows into "statistics"."""
+    """The launches that compute "statistics"."""
     rounding, names = _for_matrix_units(p, constants)
     tile = tiles.softmax(p.width, p.compute_dtype, p.target)
     step = _step(softmax_kernel, (_blocks(p, tile), constants["n_splits"]), tile, constants, names)
@@ -421,7 +428,7 @@ def _softmax(p: Problem, constants: Values) -> Plan:
 
 
 def _pairwise_sums(p: Problem, constants: Values) -> Plan:
-    """sum_j M_ij zhat_j into "sums"."""
+    """The launches that compute "sums", sum_j M_ij zhat_j."""
     rounding, names = _for_matrix_units(p, constants)
     if tiles.is_wide(p.width, p.compute_dtype):
         products = _wide_products(p, constants, names)
@@ -433,7 +440,7 @@ def _pairwise_sums(p: Problem, constants: Values) -> Plan:
 
 
 def _for_matrix_units(p: Problem, constants: Values) -> tuple[Plan, dict[str, str]]:
-    """The launch that rounds the rows, if there must be one (device.as_operand), and what the pass over pairs reads for zhat."""
+    """The launch that rounds the rows, if one is needed (device.as_operand), and the tensor that then takes zhat's place."""
     if p.precision != "tf32":
         return _NOTHING, {}
     whole = tiles.whole_rows(p.width)
@@ -443,7 +450,7 @@ def _for_matrix_units(p: Problem, constants: Values) -> tuple[Plan, dict[str, st
 
 
 def _wide_products(p: Problem, constants: Values, names: dict[str, str]) -> Plan:
-    """sum_j M_ij zhat_j into "sums", panel by panel."""
+    """The launches that compute "sums" of wide rows, panel by panel."""
     n_left, n_rows, side = p.n_left, p.n_rows, tiles.PANEL
     row_end, column_base = (n_rows, 0) if n_left < 0 else (n_left, n_left)
     constants = constants | {"PANEL": side}
@@ -457,7 +464,8 @@ def _wide_products(p: Problem, constants: Values, names: dict[str, str]) -> Plan
                 "row_end": rows.stop,
                 "first_column": j,
                 "column_end": columns.stop,
-                # The first row of panels meets every block of columns for the first time, the first column those of a left side.
+                # A row's sums start at its first column of panels, and a column's sums at the first row of panels. Later
+                # panels add.
                 "adds": int(j > column_base),
                 "adds_transposed": int(i > 0),
                 "n_straight": _programs(len(rows), product_tile),
@@ -476,7 +484,7 @@ def _programs(n_rows: int, tile: Tile) -> int:
 
 
 def _blocks(p: Problem, tile: Tile) -> int:
-    """Blocks of rows, which are of one side each: span_of."""
+    """The number of blocks of rows. The rows of a block are on one side, as in device.span_of."""
     if p.n_left < 0:
         return _programs(p.n_rows, tile)
     return _programs(p.n_left, tile) + (0 if p.is_one_way else _programs(p.n_rows - p.n_left, tile))
@@ -486,7 +494,7 @@ def _blocks(p: Problem, tile: Tile) -> int:
 
 
 def _of_loss(p: Problem) -> Values:
-    """The constants that kernels of a loss have in common."""
+    """The constants that the kernels of a loss share."""
     return _of_pairs(p) | {
         "n_instances": p.n_rows // p.options.n_views,
         "n_classes": p.n_classes,
@@ -498,7 +506,7 @@ def _of_loss(p: Problem) -> Values:
 
 
 def _of_pairs(p: Problem) -> Values:
-    """Those that say which rows there are, and who is compared."""
+    """The constants about the rows, and about which rows are compared."""
     options = p.options
     return {
         "n_rows": p.n_rows,
@@ -506,10 +514,10 @@ def _of_pairs(p: Problem) -> Values:
         "views": 0 if options.positives == "label" else 1 if options.n_left is not None else options.n_views,
         "is_one_way": int(p.is_one_way),
         "negatives_only": int(options.negatives_only),
-        # Rows of any length have similarities of any size.
+        # Unnormalised rows have unbounded similarities.
         "largest_unshifted": LARGEST_UNSHIFTED_LOGIT[torch.float32] * LOG2_E if options.normalize else 0.0,
         "WIDTH": p.width,
-        "PITCH": p.pitch,  # between its rows nothing is read: contract.unit_rows
+        "PITCH": p.pitch,  # the gaps between rows are never read: contract.unit_rows
         "PRECISION": p.precision,
         "EXACT_SCALE": p.compute_dtype == torch.float32,
         "M_SCALE": m_scale(p.compute_dtype),
@@ -517,20 +525,21 @@ def _of_pairs(p: Problem) -> Values:
 
 
 NUMBERS_OF_KERNELS = ("scale", "scale_rest", "prototype_weight")
-"""What changes from call to call and is no tensor: see :func:`values_of_pairs` and :func:`values_of_loss`."""
+"""The values that change from call to call and are not tensors: see :func:`values_of_pairs` and :func:`values_of_loss`."""
 
 _LEAST_SCALE = torch.finfo(torch.float32).tiny
-"""Of a temperature that is a float: a scale of 0 says that it is a tensor. All that is below makes similarities of 0 anyway."""
+"""The smallest scale of a temperature that is a float, because a scale of 0 means that the temperature is a tensor. Any smaller
+scale gives similarities of 0 anyway."""
 
 
 @functools.cache
 def _nothing(dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Stands for a tensor that is not there."""
+    """An empty tensor in the place of a missing one."""
     return torch.empty(0, dtype=dtype, device=device)
 
 
 def values_of_pairs(zhat: Tensor, groups: Tensor, temperature: Number) -> Values:
-    """What the passes over pairs read."""
+    """The values that the passes over pairs read."""
     scale, scale_rest = logit_scale(temperature)
     is_tensor = isinstance(temperature, Tensor)
     return {
@@ -543,7 +552,7 @@ def values_of_pairs(zhat: Tensor, groups: Tensor, temperature: Number) -> Values
 
 
 def values_of_loss(residuals: Residuals, labels: Tensor | None, prototypes: Tensor | None, options: LossOptions) -> Values:
-    """What the kernels of a loss read, or the first of them write for the others."""
+    """The values that the kernels of a loss read, and the residuals that the forward pass writes."""
     zhat, weight = residuals.zhat, options.prototype_weight
     return {
         **values_of_pairs(zhat, residuals.groups, options.temperature),

@@ -1,15 +1,17 @@
-"""First launch: one pass over the raw embeddings that leaves unit rows in the order of the positive groups.
+"""First launch of the forward pass: turns the raw embeddings into unit rows, sorted by positive group.
 
-For every row, zhat = z / max(|z|, EPS), or z as it is, rounded to the compute dtype, the norm |z|, and the distance of zhat (as
-rounded, which is what all later products see) to the prototype of its label.
+Each row gives zhat = z / max(|z|, EPS) (unnormalised: z itself) rounded to the compute dtype, the norm |z|, and the distance of
+zhat to the prototype of its label. The distance uses the rounded zhat, because all later products use it too.
 
-Tile picture: a program takes BLOCK_M whole rows, BLOCK_D >= D of the width each; no loop over D, so a row is read once.
-Bytes: N D of input and N D of zhat; a row's prototype comes from cache. Flops: O(N D).
+Tile picture: a program takes BLOCK_M whole rows, with BLOCK_D >= D of the width. There is no loop over D, so each row is read
+once.
+Bytes: N D of input and N D of zhat; the prototypes come from cache. Flops: O(N D).
 
-Order. By instance, position k is view k % V of instance k // V, and of two sides row k: arithmetic, no table. By label the
-table ``groups`` gives it: up to RANKED_INSTANCES labels this kernel makes the table itself, each row counting the labels that
-sort before its own, B^2 integer comparisons that no one notices; beyond, B^2 would be felt, and the table comes sorted from
-:func:`clop_kernels.groups.label_groups`. The order is the same, so is every bit of the result. Of two sides it is always sorted.
+Order. By instance, position k is view k % V of instance k // V, or with two sides row k; this needs no table. By label, the table
+``groups`` gives the order. Up to RANKED_INSTANCES labels, this kernel makes the table itself: each row counts the labels that
+sort before its own. These B^2 integer comparisons take a negligible time. For more labels they would not, and the table comes
+sorted from :func:`clop_kernels.groups.label_groups`. Both ways give the same order, and so the same bits. With two sides, the
+table is always sorted there.
 """
 
 from __future__ import annotations
@@ -25,13 +27,13 @@ EPS = tl.constexpr(_EPS)
 
 @triton.jit
 def sort_key(label, instance):
-    """A labelled instance sorts by its label; an unlabelled one has a negative key that no other instance has."""
+    """The sort key: the label, or for an unlabelled instance a negative key that no other instance has."""
     return tl.where(label >= 0, label, -1 - instance.to(tl.int64))
 
 
 @triton.jit
 def ranked_position(row, is_row, labels, groups, n_rows, n_instances, n_views, BLOCK_B: tl.constexpr):
-    """The position of each row by counting, and its line of the table ``groups``. Lanes count apart, and are added at the end."""
+    """The position of each row, found by counting. Also writes the table ``groups``. Lanes count separately; sums come last."""
     instance = row % n_instances
     key = sort_key(tl.load(labels + instance, mask=is_row, other=0), instance)
     before = tl.zeros((row.shape[0], BLOCK_B), tl.int32)
@@ -56,7 +58,7 @@ def ranked_position(row, is_row, labels, groups, n_rows, n_instances, n_views, B
 
 @triton.jit
 def load_targets(prototypes, label, columns, n_classes, WIDTH: tl.constexpr):
-    """The prototype of each label, (M, BLOCK_D) float32; of a label that has none, some other: its value is not used."""
+    """The prototype of each label, (M, BLOCK_D) float32. A label without a prototype gets another one, which is not used."""
     nearest = tl.minimum(tl.maximum(label, 0), n_classes - 1)
     return tl.load(prototypes + nearest[:, None] * WIDTH + columns[None, :], mask=columns[None, :] < WIDTH, other=0.0)
 
@@ -70,16 +72,16 @@ def prologue_kernel(
     row_stride,
     column_stride,
     labels,  # (B,) int64, read if there are prototypes or is_ranked
-    prototypes,  # (K, D) float32 contiguous; none if n_classes is 0
-    groups,  # (3, N) int32: written if is_ranked, read where ``views`` is 0
-    zhat,  # (N, D) compute dtype, by position
-    norms,  # (N,) float32, by position
-    distances,  # (N,) float32, by position: 0 for a row without label or prototype, NaN for a row that is not finite
+    prototypes,  # (K, D) float32 contiguous; empty if n_classes is 0
+    groups,  # (3, N) int32: written if is_ranked; else read if ``views`` is 0
+    zhat,  # (N, D) compute dtype, by position, written
+    norms,  # (N,) float32, by position, written
+    distances,  # (N,) float32, by position, written: 0 without a label or prototypes, NaN for a row that is not finite
     n_finished,  # () int32, set to 0 for loss_kernel
     n_rows,
     n_instances,
     n_classes,
-    n_views,  # of an instance
+    n_views,  # the views of an instance
     views,  # as in device.Pairs
     is_ranked,
     normalize,
@@ -103,7 +105,8 @@ def prologue_kernel(
     offsets = row.to(tl.int64)[:, None] * row_stride + columns.to(tl.int64)[None, :] * column_stride
     raw = tl.load(embeddings + offsets, mask=inside, other=0.0).to(tl.float32)
 
-    # Scaled by its largest entry first, so that no square overflows: any finite row has a finite direction, and norm.
+    # Each row is first scaled by its largest entry, so that no square overflows. Any finite row then has a finite direction
+    # and norm.
     largest = tl.maximum(tl.max(tl.abs(raw), 1), EPS)
     unit = tl.div_rn(raw, largest[:, None])
     norm = tl.sqrt_rn(tl.sum(unit * unit, 1))
@@ -136,7 +139,7 @@ def prologue_kernel(
 @triton.jit(do_not_specialize=["n_rows"])
 def operands_kernel(
     zhat,  # (N, D)
-    operands,  # (N, D), laid out as zhat is
+    operands,  # (N, D), written, in the layout of zhat
     n_rows,
     WIDTH: tl.constexpr,
     PITCH: tl.constexpr,
@@ -144,7 +147,7 @@ def operands_kernel(
     BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Unit rows as matrix units shall have them, where that is not as they are stored: of float32 for units of TF32."""
+    """Rounds the unit rows for the matrix units, if these need another form than the stored one: float32 rows for TF32."""
     rows = (tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)).to(tl.int64)
     columns = tl.arange(0, BLOCK_D)
     inside = (rows[:, None] < n_rows) & (columns[None, :] < WIDTH)

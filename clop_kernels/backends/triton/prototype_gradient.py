@@ -1,7 +1,8 @@
-"""The gradient of the prototypes, for whoever trains them: a segment sum over the rows of each class.
+"""The gradient of trained prototypes: a segment sum over the rows of each class.
 
-Tile picture: program (k, s) adds the rows of class k whose place within the class is in the s-th of n_splits parts, BLOCK_M
-whole rows at a time, always in the same order; the parts are then added up. No atomics: the same bits from run to run.
+Tile picture: the rows of class k are divided into n_splits parts, and program (k, s) adds the rows of part s,
+BLOCK_M whole rows at a time. PyTorch then adds the parts. The order is always the same and there are no atomics,
+so the bits are the same from run to run.
 Bytes: each labelled row of zhat once, and n_splits K D partial sums. Flops: O(N D).
 """
 
@@ -22,13 +23,13 @@ def prototype_kernel(
     zhat,  # (N, D), by position
     by_class,  # (N,) int64: positions, sorted by label
     bounds,  # (K + 1,) int64: class k is by_class[bounds[k]:bounds[k + 1]]
-    row_weights,  # (N,) float32, read if is_weighted; else they are 1 each
+    row_weights,  # (N,) float32, read if is_weighted; else all weights are 1
     prototypes,  # (K, D) float32
-    upstream,
+    upstream,  # as in finish_kernel; so is the next one
     counts,
     weight,  # device.known_weight
     prototype_weight,
-    partial_gradients,  # (n_splits, K, D) float32
+    partial_gradients,  # (n_splits, K, D) float32, written
     n_rows,
     n_classes,
     n_splits,
@@ -59,7 +60,7 @@ def prototype_kernel(
         is_row = place < finish
         rows = tl.load(by_class + place, mask=is_row, other=n_rows)
         unit = load_rows(zhat, rows, n_rows, width, PITCH, WIDTH, BLOCK_D).to(tl.float32)
-        # The distances depend on zhat - c, all but the cosine, whose derivative with respect to c is -zhat.
+        # The cosine distance has the derivative -zhat with respect to c. The other distances depend on zhat - c.
         direction = unit
         if distance != 0:
             direction = distance_gradient(unit, target, distance)

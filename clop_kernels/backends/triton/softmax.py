@@ -1,34 +1,36 @@
-"""Second and third launch: the softmax statistics of every row of S = zhat zhat^T log2(e) / tau, its term, and the loss.
+"""Second and third forward launch: the softmax statistics of each row of S = zhat zhat^T log2(e) / tau, then the loss.
 
-Tile picture. A program owns BLOCK_M rows and walks over columns, BLOCK_N at a time; nothing of S leaves registers::
+Tile picture. A program owns BLOCK_M rows and walks over columns, BLOCK_N at a time. S never leaves registers::
 
                   far   near  near   far     ragged (near)
     rows i  [ q ] | S |  | P | | P |  | S |   | S |        negative_i += sum_j 2^S_ij     over pairs that are not positives
                                                            positive_i, sum of S_ip        over positives, in near tiles only
 
-Where a whole row fits (see tiles.py), its tile q stays on chip and a column tile costs one load; beyond, both operands pass
-by in chunks of BLOCK_K of the width.
+If a whole row fits on chip (see tiles.py), the program's rows q stay there, and a column tile costs one load. Wider rows load
+both operands in chunks of BLOCK_K of the width.
 
-The columns are those of one of ``n_splits`` programs that share the rows: where there are few blocks of rows, that is how all
-processors get work, and tiles stay as tall as matrix units ask for. Each leaves its statistics, 16 bytes a row, and loss_kernel
-adds them in the order of the splits.
+``n_splits`` programs share a block of rows, and each walks over its part of the columns. If there are few blocks of rows, all
+processors get work this way, and tiles stay as tall as matrix units need. Each program stores its statistics, 16 bytes a row, and
+loss_kernel adds them in the order of the splits.
 
-Flops 2 N^2 D, exponentials N^2, and per pair two float32 operations: scale and add. Bytes: zhat once a block of rows from L2,
-N^2 D itemsize / BLOCK_M in all, whatever the number of splits; BLOCK_M flops a byte in bfloat16. Wide rows: see tiles.py.
+Flops 2 N^2 D, exponentials N^2, and two float32 operations for each pair: scale and add. Bytes: each block of
+rows loads zhat once from L2, N^2 D itemsize / BLOCK_M in all for any number of splits; that is BLOCK_M flops a
+byte in bfloat16. Wide rows: see tiles.py.
 
-Rows of two sides, L + R = N: a program owns rows of one and walks over the columns of the other, so no tile is of rows that
-are not compared. The picture is the same with the run of positives in place of the diagonal. 4 L R D flops, 2 L R
-exponentials and 2 L R D itemsize / BLOCK_M bytes: for L = R half of the above.
+With two sides, L + R = N: a program owns rows of one side and walks over the columns of the other, so no tile holds rows that are
+not compared. The picture is the same, with the positive runs in place of the diagonal. 4 L R D flops, 2 L R exponentials and
+2 L R D itemsize / BLOCK_M bytes; for L = R this is half of the above.
 
-Rows that are not normalised have similarities of any size, and take the online maximum whatever the temperature.
+Unnormalised rows have unbounded similarities, and take the online maximum at any temperature.
 
-Negatives only: positives are left out as a row itself is, and a row's term is the logarithm of its sum.
+Negatives only: positives are left out of the sums, as a row itself is, and a row's term is the logarithm of its sum.
 
-A pass over pairs alone leaves the sums themselves, one way of the rows on the left only: half the programs, flops and bytes.
+The separate pass over pairs (pair_softmax) stores the sums themselves. With two sides it computes only the left rows, with half
+the programs, flops and bytes.
 
-The positives are summed apart from the rest because near-duplicate views need log(1 + negative / positive) to the last
-digit, and they are taken from these very tiles, not from sums of zhat over a group, whose gradient cancels in float32
-(backends/tiled.py has the figures).
+Positives are summed apart from the rest, because near-duplicate views need log(1 + negative / positive) to the
+last digit. They are taken from these tiles and not from sums of zhat over a group, whose gradient cancels in
+float32 (backends/tiled.py has the figures).
 """
 
 from __future__ import annotations
@@ -76,9 +78,10 @@ def similarities(
     IS_FAR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """zhat_i . zhat_j for rows (M,) of one matrix and BLOCK_N columns, which are rows of another: of a far tile the first one.
+    """zhat_i . zhat_j for (M,) rows of one matrix and BLOCK_N columns, which are rows of another matrix.
 
-    q is the rows' tile where a whole row fits, and unused where not.
+    For a far tile, ``columns`` is the first column; else it is all of them. q is the tile of the rows if a whole row fits on
+    chip, and is unused otherwise.
     """
     products = tl.zeros((rows.shape[0], BLOCK_N), tl.float32)
     if BLOCK_K >= WIDTH:
@@ -102,7 +105,7 @@ def similarities(
 
 @triton.jit
 def shifted(s, shift, negative, positive):
-    """S less the running maximum of its rows, that maximum, and the sums so far in units of it."""
+    """S minus the new running maximum of each row, that maximum, and the sums so far, rescaled to it."""
     larger = tl.maximum(shift, tl.max(s, 1))
     rescale = tl.exp2(shift - larger)
     return s - larger[:, None], larger, negative * rescale, positive * rescale
@@ -126,9 +129,9 @@ def row_sums(
     PRECISION: tl.constexpr,
     EXACT_SCALE: tl.constexpr,
 ):
-    """Of each row and a split's columns: shift, sums of 2^(S_ij - shift) over negatives and positives, and the positives' S_ip.
+    """The statistics of each row over one split's columns: the fields of contract.Softmax.
 
-    Without ONLINE the shift is zero and stays so, else it is the running maximum.
+    Without ONLINE the shift stays zero. With ONLINE it is the running maximum.
     """
     zero = tl.zeros_like(rows).to(tl.float32)
     shift = zero + LEAST_SHIFT if ONLINE else zero
@@ -162,7 +165,8 @@ def row_sums(
             s, shift, negative, positive = shifted(s, shift, negative, positive)
         negative += tl.sum(tl.exp2(s), 1)
     if ONLINE:
-        # It is no less anyway. But of two paths that end alike the compiler would make one end, and keep the tiles of both.
+        # This changes nothing, since shift is never below LEAST_SHIFT. But if both paths ended in the same way, the compiler
+        # would merge their ends, and keep the tiles of both paths in registers.
         shift = tl.maximum(shift, LEAST_SHIFT)
     return shift, negative, positive, positive_logits
 
@@ -182,8 +186,8 @@ def softmax_kernel(
     temperature,  # device.logit_scale
     scale,
     scale_rest,
-    largest_unshifted,  # up to this scale no similarity needs a shift; of rows of any length none is so small: 0
-    statistics,  # (splits, 4, rows) float32, written: contract.Softmax of each split's columns, by position
+    largest_unshifted,  # up to this scale no similarity needs a shift; 0 for unnormalised rows, which always take one
+    statistics,  # (splits, 4, rows) float32, written: contract.Softmax over each split's columns, by position
     n_splits,
     WIDTH: tl.constexpr,
     PITCH: tl.constexpr,
@@ -199,7 +203,7 @@ def softmax_kernel(
     rows = span.first + tl.arange(0, BLOCK_M)
     scale = logit_scale(temperature, scale, scale_rest)
 
-    # Unused, and so left out, if wide.
+    # Unused for wide rows; the compiler then removes the load.
     q = load_rows(zhat, rows, span.row_end, tl.arange(0, BLOCK_K), PITCH, WIDTH, BLOCK_K)
     if scale.value <= largest_unshifted:
         shift, negative, positive, positive_logits = row_sums(
@@ -223,15 +227,15 @@ def softmax_kernel(
 
 @triton.jit
 def contrastive_term(shift, negative, positive, positive_logits, n_positives):
-    """lse_i - mean_p s_ip in a form that cancels only what the rounding of the inputs has left, lse_i alone for n_i = 0."""
+    """lse_i - mean_p s_ip, or lse_i for n_i = 0. Its cancellation loses no more than the rounding of the inputs already lost."""
     total = negative + positive
-    # log2(total) = exponent + log2(mantissa), mantissa in [1/2, 1): the large parts are subtracted first.
+    # log2(total) = exponent + log2(mantissa), with the mantissa in [1/2, 1). The large parts are subtracted first.
     bits = total.to(tl.int32, bitcast=True)
     exponent = ((bits >> 23) - 126).to(tl.float32)
     mantissa = ((bits & 0x7FFFFF) | 0x3F000000).to(tl.float32, bitcast=True)
     mean_positive = positive_logits / tl.maximum(n_positives, 1).to(tl.float32)
     term = ((shift - mean_positive) + exponent) * LN_2 + log1p(mantissa - 1.0)
-    # The bits of a NaN or an infinity are not a number's.
+    # Exponent and mantissa of a NaN or an infinity have no meaning.
     term = tl.where(total < float("inf"), term, total)
     is_dominated = (n_positives == 1) & (negative < positive)
     return tl.where(is_dominated, log1p(negative / tl.where(is_dominated, positive, 1.0)), term)
@@ -239,7 +243,7 @@ def contrastive_term(shift, negative, positive, positive_logits, n_positives):
 
 @triton.jit
 def merged(statistics, rows, is_row, n_rows, n_splits):
-    """shift, negative, positive and positive_logits of some rows over the columns of all splits, added in their order."""
+    """The statistics of some rows over the columns of all splits, added in the order of the splits."""
     shift = tl.load(statistics + rows, mask=is_row, other=0.0)
     negative = tl.load(statistics + n_rows + rows, mask=is_row, other=0.0)
     positive = tl.load(statistics + 2 * n_rows + rows, mask=is_row, other=0.0)
@@ -258,7 +262,7 @@ def merged(statistics, rows, is_row, n_rows, n_splits):
 
 @triton.jit
 def sum_of(partial_sums, which, n_programs, BLOCK: tl.constexpr):
-    """Of all programs' partial sums, in their order. Other programs have written them: they are read from L2."""
+    """The sum of all programs' partial sums, in a fixed order. They are read from L2, since other programs have written them."""
     total = tl.zeros((BLOCK,), tl.float32)
     for first in range(0, n_programs, BLOCK):
         index = first + tl.arange(0, BLOCK)
@@ -274,7 +278,7 @@ def sum_of(partial_sums, which, n_programs, BLOCK: tl.constexpr):
     do_not_specialize_on_alignment=["groups", "labels", "temperature", "weight"],
 )  # fmt: skip
 def loss_kernel(
-    statistics,  # (splits, 4, N), as softmax_kernel leaves them
+    statistics,  # (splits, 4, N) float32, from softmax_kernel
     distances,  # (N,), by position
     labels,  # (B,) int64
     groups,  # down to negatives_only: device.Pairs
@@ -286,24 +290,24 @@ def loss_kernel(
     scale,
     weight,  # device.known_weight
     prototype_weight,
-    shift_out,  # (N,), by position; so are the next two
-    inverse_total_out,  # 0 for a row that is no anchor, whose share of every gradient is then zero
+    shift_out,  # (N,), by position, written; so are the next two
+    inverse_total_out,  # 0 for a row that is no anchor, which makes its part of every gradient zero
     negative_out,
-    loss,  # () float32, or with is_per_row (N,), by row
-    counts,  # (2,) float32: anchors, labelled rows
-    partial_sums,  # (5, programs): of the contrastive terms, distances, anchors, labelled rows, labels out of range
-    n_finished,  # () int32, 0: how many programs are done
+    loss,  # () float32, or with is_per_row (N,), by row, written
+    counts,  # (2,) float32, written: the numbers of anchors and of labelled rows
+    partial_sums,  # (5, programs), written: contrastive terms, distances, anchors, labelled rows, labels out of range
+    n_finished,  # () int32, 0 at the start: the number of programs that have finished
     n_instances,
-    n_classes,  # labels below it are in range; 0: no prototypes, all are
+    n_classes,  # labels below n_classes are in range; 0: no prototypes, and all labels are in range
     n_splits,
     is_labelled,
     is_mean,
     is_per_row,
     BLOCK_M: tl.constexpr,
 ):
-    """Third launch: of each row the softmax of all splits, what the backward pass needs of it, its term, and the loss.
+    """Third launch: merges the statistics of all splits, stores the residuals, and computes each row's term and the loss.
 
-    The last program to finish adds the partial sums of all, in their order: the same bits from run to run.
+    The last program to finish adds the partial sums of all programs in a fixed order: the same bits from run to run.
     """
     program = tl.program_id(0)
     n_programs = tl.num_programs(0)
@@ -314,7 +318,7 @@ def loss_kernel(
     n_positives = n_positives_of(start, end, pairs)
     shift, negative, positive, positive_logits = merged(statistics, rows, is_row, n_rows.to(tl.int64), n_splits)
     total = negative + positive
-    # Where positives are no pairs, a row with negatives is an anchor: not total > 0, so that a NaN among them shows in its term.
+    # Negatives only: a row with negatives is an anchor. The test is total != 0, not total > 0, so that a NaN reaches the loss.
     is_anchor = tl.where(negatives_only != 0, total != 0.0, n_positives > 0) & is_row
     tl.store(shift_out + rows, shift, mask=is_row)
     inverse_total = 1.0 / tl.where(is_anchor, total, 1.0)
@@ -334,7 +338,7 @@ def loss_kernel(
     tl.store(partial_sums + 3 * n_programs + program, tl.sum((label >= 0).to(tl.float32), 0))
     tl.store(partial_sums + 4 * n_programs + program, tl.sum(is_misfit.to(tl.float32), 0))
 
-    tl.debug_barrier()  # the stores of all threads come before one of them says that they have been made
+    tl.debug_barrier()  # all threads must have stored their partial sums before one thread announces them
     if tl.atomic_add(n_finished, 1, sem="acq_rel") == n_programs - 1:
         contrastive = sum_of(partial_sums, 0, n_programs, BLOCK_M)
         distance_sum = sum_of(partial_sums, 1, n_programs, BLOCK_M)

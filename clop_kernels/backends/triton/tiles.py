@@ -1,29 +1,31 @@
-"""Which tile a kernel gets on which GPU, and over how many programs columns are split: no tuning at import or first call.
+"""The tile of each kernel on each GPU, and the number of programs that share the columns. Nothing is tuned at run time.
 
-A tile depends on the width, the dtype and the GPU, and never on the number of rows: nothing is compiled when that changes.
-Each compiles without spilling and within the shared memory of its part, which ``python -m benchmarks.resources``
-shows for sm_80, sm_90, sm_100 and sm_120 and CI holds. Where several did, the entry is the one with the most flops per
-byte of L2, unless measurements decided: ``python -m benchmarks.tile_sweep`` makes them, and tests/test_tile_sweep.py holds them.
+A tile depends on the width, the dtype and the GPU, but never on the number of rows: another batch size compiles nothing. Every
+tile compiles without spilling and fits in the shared memory of its GPU. ``python -m benchmarks.resources`` shows this for sm_80,
+sm_90, sm_100 and sm_120, and CI checks it. If several tiles qualify, the entry has the most flops per byte of L2, unless
+measurements decided. ``python -m benchmarks.tile_sweep`` makes the measurements, and tests/test_tile_sweep.py checks the entries
+against them.
 
-What an H200 decided, in bfloat16, for sm_90 (benchmarks/results/tiles/sm_90.csv, where columns were not split yet):
+Decided by measurements on an H200 (sm_90), in bfloat16 (benchmarks/results/tiles/sm_90.csv, made before columns were split):
 
-- gradient, D = 128: 64 x 128 with 4 warps and two stages, of which a processor holds two programs: 77% of the rate of a plain
-  matrix product for N = 65536, where 128 x 128 with 8 warps had 58%.
-- gradient, D = 256: 128 x 64. With three stages four rounds of programs take 0.88 of the time of two.
-- softmax, D = 128: three stages at 128 x 64 take 0.75 to 0.83 of the time of two; for N = 65536 that is 87% of the rate of a
+- gradient, D = 128: 64 x 128 with 4 warps and two stages, of which a processor holds two programs. At N = 65536 it reaches 77% of
+  the rate of a plain matrix product; 128 x 128 with 8 warps had 58%.
+- gradient, D = 256: 128 x 64. At N = 65536 (four rounds of programs), three stages take 0.88 of the time of two.
+- softmax, D = 128: at 128 x 64, three stages take 0.75 to 0.83 of the time of two. At N = 65536 this is 87% of the rate of a
   matrix product.
 
-Not measured yet, so chosen by what follows: other widths, float32, wide rows, other GPUs, and split columns anywhere.
+Not measured yet, and so decided by the compiler's resource reports below: other widths, float32, wide rows, other GPUs, and split
+columns everywhere.
 
-What the reports decided:
+Decided by the resource reports:
 
-- bfloat16 and float16, D <= 256: whole rows stay on chip. On sm_90 a gradient tile of 128 x 128 fits below D = 128;
-  elsewhere 128 columns spill, and at D = 256 older and smaller parts take 64 rows.
-- float32 takes three TF32 products for one, and the split operands of whole rows spill from D = 64 on (up to 2 KB a
-  thread, at D = 256 16 KB): from D > 32 it takes the path of wide rows, in chunks of the width, which also does fewer flops.
-- Wide rows pass both operands through L2, so their tiles are square and large where registers allow: 64 flops a byte at
-  128 x 128 and 85 at 128 x 256 in bfloat16. `pairs`, a third of the backward pass's flops, stays at 128 x 64, 43 flops a
-  byte: its form with both softmax paths spills beyond.
+- bfloat16 and float16, D <= 256: whole rows stay on chip. On sm_90 a gradient tile of 128 x 128 fits below D = 128. On other GPUs
+  128 columns spill, and at D = 256 older and smaller GPUs take 64 rows.
+- float32 needs three TF32 products for one. The split operands of whole rows spill from D = 64 on (up to 2 KB a thread; 16 KB at
+  D = 256). For D > 32, float32 therefore takes the path of wide rows, in chunks of the width, which also needs fewer flops.
+- Wide rows load both operands through L2, so their tiles are square, and as large as registers allow: in bfloat16, 64 flops a
+  byte at 128 x 128 and 85 at 128 x 256. `pairs`, a third of the flops of the backward pass, stays at 128 x 64 and 43 flops a
+  byte: it contains both softmax paths, and spills in larger tiles.
 """
 
 from __future__ import annotations
@@ -42,9 +44,9 @@ class Tile:
 
     Attributes:
         block_m, block_n: rows and columns.
-        block_k: how much of the width it takes at a time: the whole, padded, where that fits.
-        num_warps, num_stages: Triton's.
-        max_registers: what a thread may take; None leaves it to the compiler, which spills a few to fit two programs a processor.
+        block_k: the part of the width that is taken at a time; the whole padded width if it fits.
+        num_warps, num_stages: the options of Triton with these names.
+        max_registers: the limit for a thread. None: the compiler decides, and spills a few to fit two programs on a processor.
     """
 
     block_m: int
@@ -55,7 +57,7 @@ class Tile:
     max_registers: int | None = None
 
     def at_once(self, itemsize: int, target: Target) -> int:
-        """How many programs the GPU holds at a time, by their registers and their shared memory."""
+        """The number of programs that the GPU runs at a time, limited by registers and shared memory."""
         n_warps = 2048 // (self.max_registers or 255)
         shared = (self.block_m + self.num_stages * self.block_n) * self.block_k * itemsize
         return target.n_processors * max(1, min(n_warps // self.num_warps, target.shared_memory // shared))
@@ -63,11 +65,11 @@ class Tile:
 
 @dataclass(frozen=True)
 class Target:
-    """What the choice of a tile depends on.
+    """The properties of a GPU on which the choice of a tile depends.
 
     Attributes:
-        capability: of an NVIDIA GPU, 90 for sm_90; 0 for any other device.
-        n_processors: streaming multiprocessors, or what the vendor calls them.
+        capability: for an NVIDIA GPU, 90 for sm_90; 0 for any other device.
+        n_processors: the number of streaming multiprocessors, or of the vendor's equivalent.
     """
 
     capability: int
@@ -75,23 +77,23 @@ class Target:
 
     @property
     def is_datacenter(self) -> bool:
-        """sm_90 and sm_100: 227 KB of shared memory, and matrix units that read it."""
+        """Whether the GPU is sm_90, sm_100 or sm_103: 227 KB of shared memory, and matrix units that read from it."""
         return self.capability in (90, 100, 103)
 
     @property
     def is_ampere(self) -> bool:
-        """sm_80 to sm_89, for which wide rows' kernels spill at some of the others' tiles."""
+        """Whether the GPU is sm_80 to sm_89, where the kernels of wide rows spill at some tiles that other GPUs use."""
         return 80 <= self.capability < 90
 
     @property
     def shared_memory(self) -> int:
-        """Bytes a processor has for the tiles of its programs; 64 KB stand for a GPU of which nothing is known."""
+        """The bytes of shared memory on a processor. An unknown GPU counts as 64 KB."""
         return 1024 * (227 if self.is_datacenter else {80: 163, 86: 99, 89: 99, 120: 99}.get(self.capability, 64))
 
 
 @functools.cache
 def target_of(device: torch.device) -> Target:
-    """The target that a device is. The CPU, for Triton's interpreter, has several processors, so that columns are split."""
+    """The target of a device. A CPU (for Triton's interpreter) counts as four processors, so that tests split columns."""
     if device.type == "cpu":
         return Target(0, 4)
     properties = torch.get_device_module(device).get_device_properties(device)
@@ -101,7 +103,7 @@ def target_of(device: torch.device) -> Target:
 
 
 def device_guard(device: torch.device) -> AbstractContextManager[Any]:
-    """Makes ``device`` the current one: Triton launches there, on its current stream."""
+    """Makes ``device`` the current one, because Triton launches on the current device and its current stream."""
     if device.type == "cpu" or device.index == torch.get_device_module(device).current_device():
         return _NOTHING
     return torch.get_device_module(device).device(device)
@@ -111,11 +113,11 @@ _NOTHING = nullcontext()
 
 
 BY_ROW = Tile(128, 1, 1, 4, 1)
-"""Of kernels that have a few numbers a row."""
+"""The tile of kernels that read a few numbers for each row."""
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up; Triton's own, made for kernels, takes 20 times as long on the host."""
+    """a / b, rounded up. Triton's own cdiv is made for kernels, and takes 20 times as long on the host."""
     return -(-a // b)
 
 
@@ -124,34 +126,34 @@ def next_power_of_2(n: int) -> int:
 
 
 def padded(width: int) -> int:
-    """The width that a tile of whole rows has: a power of two, and 16 at least, which matrix units ask for."""
+    """The width of a tile of whole rows: a power of two, and at least 16, the minimum of matrix units."""
     return max(16, next_power_of_2(width))
 
 
 def is_wide(width: int, dtype: torch.dtype) -> bool:
-    """Whether whole rows do not fit on chip as operands of both products."""
+    """Whether rows are too wide to fit on chip as operands of both products."""
     return width > (32 if dtype == torch.float32 else 256)
 
 
 def whole_rows(width: int) -> Tile:
-    """For passes over rows, O(N D): about 4096 elements a program, wide rows with more warps."""
+    """The tile of the O(N D) passes over rows: about 4096 elements for each program, and more warps for wide rows."""
     block = padded(width)
     return Tile(max(1, min(32, 4096 // block)), 1, block, min(16, max(4, block // 512)), 1)
 
 
 MOST_ROUNDS = 4
-"""Split columns make at most so many rounds of programs, which bounds the memory of their sums."""
+"""The largest number of rounds of programs that splitting columns may create. It bounds the memory of their sums."""
 
 TILES_OF_A_PROGRAM = 3
-"""What a program costs besides its tiles, in tiles: loads of its rows and of the first columns, stores of its sums."""
+"""The fixed cost of a program, in tiles: it loads its rows and the first columns, and stores its sums."""
 
 
 ALONE = 0.6
-"""The time of a program that has a processor for itself, where two fit, in that of two: D = 128 on an H200."""
+"""If two programs fit on a processor, the time of one that runs there alone, relative to two at once: D = 128 on an H200."""
 
 
 def time_of(n_blocks: int, n_tiles: int, at_once: int, n_processors: int, n_splits: int) -> float:
-    """How long a pass takes, in tiles: programs run in rounds of ``at_once``, a round as long as the tiles of one program."""
+    """The time of a pass, in tiles. Programs run in rounds of ``at_once``; a round lasts as long as the tiles of one program."""
     n_rounds, rest = divmod(n_blocks * n_splits, at_once)
     of_rest = 0 if rest == 0 else ALONE if rest <= n_processors < at_once else 1
     return (n_rounds + of_rest) * (cdiv(n_tiles, n_splits) + TILES_OF_A_PROGRAM)
@@ -159,17 +161,17 @@ def time_of(n_blocks: int, n_tiles: int, at_once: int, n_processors: int, n_spli
 
 @functools.cache
 def splits(n_blocks: int, n_tiles: int, at_once: int, n_processors: int) -> int:
-    """Over how many programs the columns of a block of rows are split.
+    """The number of programs over which the columns of a block of rows are split.
 
-    One program a block leaves processors idle where there are fewer blocks, or a few more, than a round has: 2048 rows are 16
-    blocks of 128, on 132 processors. The choice is the fewest splits of those that take the least time by :func:`time_of`; no GPU
-    has confirmed it yet.
+    With one program for each block, processors are idle if there are fewer blocks than a round holds, or a few more. For example,
+    2048 rows are 16 blocks of 128, on 132 processors. The result takes the least time by :func:`time_of`, with as few splits as
+    possible. This has not yet been confirmed on a GPU.
 
     Args:
-        n_blocks: of rows, in both sides.
-        n_tiles: of columns, that the block with the most walks over.
-        at_once: programs the GPU holds at a time.
-        n_processors: of the GPU.
+        n_blocks: the number of blocks of rows, on both sides.
+        n_tiles: the largest number of column tiles that a block walks over.
+        at_once: the number of programs that the GPU runs at a time.
+        n_processors: the number of processors of the GPU.
     """
     in_int32 = (2**31 - 1) // max(1, n_tiles)  # the kernels multiply tiles by splits
     most = max(1, min(n_tiles, MOST_ROUNDS * at_once // max(1, n_blocks), in_int32))
@@ -186,12 +188,12 @@ def softmax(width: int, dtype: torch.dtype, target: Target) -> Tile:
     columns = 32 if block in (16, 32, 256) and not target.is_datacenter else 64
     tile = _tile(rows, columns, block, 3 if target.capability == 90 and block == 128 else 2, target)
     if target.capability == 90 and block <= 128 and dtype != torch.float32:
-        return replace(tile, max_registers=128)  # two programs a processor, without a spill; elsewhere with one
+        return replace(tile, max_registers=128)  # two programs fit on a processor without a spill; on other GPUs they spill
     return tile
 
 
 def gradient(width: int, dtype: torch.dtype, target: Target) -> Tile:
-    """For rows that are not wide."""
+    """The tile of gradient_kernel, for rows that are not wide."""
     block = padded(width)
     if dtype == torch.float32:
         return _tile(64, 32, block, 2, target)
@@ -203,7 +205,7 @@ def gradient(width: int, dtype: torch.dtype, target: Target) -> Tile:
 
 
 PANEL = 4096
-"""The side of the square of M that wide rows keep: 32 MB in half precision, 64 MB in float32, of few rows less."""
+"""The side of the panel of M that wide rows write to memory: 32 MB in half precision, 64 MB in float32, less for few rows."""
 
 
 def pairs(dtype: torch.dtype) -> Tile:
@@ -217,5 +219,5 @@ def product(dtype: torch.dtype, target: Target) -> Tile:
 
 
 def _tile(rows: int, columns: int, block_k: int, num_stages: int, target: Target) -> Tile:
-    """128 rows take 8 warps, and all registers that there are: left to choose, the compiler spills a few for occupancy."""
+    """A tile in which 128 rows take 8 warps, and a thread may use all registers. Without a limit, the compiler spills a few."""
     return Tile(rows, columns, block_k, 8 if rows == 128 else 4, num_stages, 255 if target.capability else None)

@@ -1,8 +1,8 @@
-"""Compiles the kernels of a training ahead of it, in parallel, into the cache where Triton looks for them.
+"""Compiles the kernels of a training run ahead of time, in parallel, into Triton's cache.
 
-What is compiled depends on the width of the rows, their dtype, the dtype of the products and the GPU, and on nothing else of a
-loss but whether the embeddings are contiguous. The launches of one loss, on tensors without memory, are therefore all that a
-training will ask for.
+The compiled kernels depend on the width of the rows, their dtype, the dtype of the products, the GPU, and whether the embeddings
+are contiguous. They depend on nothing else of a loss. The launches of one loss, on tensors without memory, are therefore all the
+kernels that a training run needs.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from .tiles import Target
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU that need not be there, as Triton's GPUTarget describes it.
+    """A GPU that need not be present, as Triton's GPUTarget describes it.
 
     Attributes:
-        backend: "cuda", or what else Triton has.
-        arch: of an NVIDIA GPU its compute capability, 90 for sm_90.
-        warp_size: threads.
+        backend: "cuda", or another backend of Triton.
+        arch: for an NVIDIA GPU the compute capability, 90 for sm_90.
+        warp_size: the number of threads in a warp.
     """
 
     backend: str
@@ -40,10 +40,10 @@ class Gpu:
 
     @classmethod
     def here(cls) -> Gpu:
-        """The current one.
+        """The current GPU.
 
         Raises:
-            RuntimeError: if there is none.
+            RuntimeError: if there is no GPU.
         """
         from triton.runtime import driver
 
@@ -52,12 +52,12 @@ class Gpu:
 
     @property
     def target(self) -> Target:
-        """No tile depends on the number of processors, which is not known here."""
+        """The target of the tiles. The number of processors is unknown here, but no tile depends on it."""
         return Target(self.arch if self.backend == "cuda" and isinstance(self.arch, int) else 0, 1)
 
 
 class Driver:
-    """What a launch asks of Triton's driver before its kernel is compiled: for a GPU that need not be there."""
+    """Takes the place of Triton's driver for a GPU that need not be present. A launch asks it before its kernel is compiled."""
 
     def __init__(self, gpu: Gpu) -> None:
         self._gpu = gpu
@@ -76,13 +76,13 @@ class Driver:
 
 @dataclass(frozen=True)
 class Training:
-    """What the kernels of a training depend on, besides the GPU.
+    """The properties of a training run on which its kernels depend, besides the GPU.
 
     Attributes:
-        width: D, numbers in a row.
-        dtype: of the embeddings.
-        compute_dtype: of the products: autocast's, or that of the embeddings.
-        allows_tf32: whether products of float32 may be TF32.
+        width: D, the numbers in a row.
+        dtype: the dtype of the embeddings.
+        compute_dtype: the dtype of the products: that of autocast, or of the embeddings.
+        allows_tf32: whether float32 products may use TF32.
     """
 
     width: int
@@ -92,7 +92,7 @@ class Training:
 
 
 def kernels_of(training: Training, gpu: Gpu) -> list[Launch]:
-    """A launch of each kernel that a training needs."""
+    """One launch of each kernel that a training run needs."""
     options = LossOptions(_empty(), 1.0, n_views=2, positives="label", compute_dtype=training.compute_dtype)
     precision = torch.backends.cuda.matmul.fp32_precision
     torch.backends.cuda.matmul.fp32_precision = "tf32" if training.allows_tf32 else "ieee"
@@ -106,8 +106,11 @@ def kernels_of(training: Training, gpu: Gpu) -> list[Launch]:
 
 
 def warm_up(trainings: list[Training], gpu: Gpu, n_jobs: int) -> Iterator[tuple[Training, str, float]]:
-    """Compiles all kernels of some trainings, ``n_jobs`` at a time: as each is done, whose it is, its name and the seconds."""
-    # Processes that know nothing of this one: it may hold a GPU.
+    """Compiles all kernels of some training runs, ``n_jobs`` at a time.
+
+    Yields the training run, the kernel's name and the seconds of each kernel, as soon as it is compiled.
+    """
+    # Spawned processes share no state with this one, which may hold a GPU.
     with ProcessPoolExecutor(n_jobs, multiprocessing.get_context("spawn")) as pool:
         tasks = {
             pool.submit(_compile, training, gpu, number): training
@@ -124,7 +127,7 @@ def _compile(training: Training, gpu: Gpu, number: int) -> tuple[str, float]:
     driver.set_active(Driver(gpu))
     kernels = kernels_of(training, gpu)
     for launch in kernels:
-        launch.kernel.cache_key  # noqa: B018 On Triton 3.6 a key depends on those asked for before: ask in a training's order
+        launch.kernel.cache_key  # noqa: B018 In Triton 3.6 a key depends on the keys computed before: use a training's order
     launch = kernels[number]
     begin = time.perf_counter()
     launch.kernel.run(grid=launch.grid, warmup=True, **launch.arguments, **launch.options)
@@ -132,7 +135,7 @@ def _compile(training: Training, gpu: Gpu, number: int) -> tuple[str, float]:
 
 
 def launches_of(options: LossOptions, n_rows: int, width: int, dtype: torch.dtype, target: Target) -> Iterator[Launch]:
-    """The launches of a loss of (n_rows, width) labelled rows with prototypes, and of all its gradients, on the device "meta"."""
+    """The launches of a loss of (n_rows, width) labelled rows with prototypes, and of its gradients, on the device "meta"."""
     n_classes, is_per_row = 10, options.reduction == "none"
     z, grad_embeddings = (_empty(n_rows, width, dtype=dtype) for _ in range(2))
     zhat = unit_rows(z, options.compute_dtype)

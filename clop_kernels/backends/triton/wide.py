@@ -1,24 +1,26 @@
-"""Backward, D > 256 (float32: 32): similarity tiles that stay in cache, between two matrix products.
+"""The backward pass for D > 256 (float32: D > 32): tiles of M go through memory, in cache, between two matrix products.
 
-A whole row no longer fits on chip. Chunks of the width would recompute all similarities for each chunk: at D = 1024 in
-chunks of 256 that is 10 N^2 D flops where 4 are needed. Instead a panel of M (gradient.py), PANEL x PANEL in the compute
+A whole row no longer fits on chip. Taking the width in chunks would compute all similarities again for each chunk: at D = 1024,
+in chunks of 256, that is 10 N^2 D flops where 4 are needed. Instead a panel of M (gradient.py), PANEL x PANEL in the compute
 dtype, is written once to a buffer of constant size, and multiplied from there::
 
     j: 0    1    2    3
-    i: 0     [ M    x    x    x ]    pair_kernel      M_ij on and above the diagonal only, for M is symmetric
+    i: 0     [ M    x    x    x ]    pair_kernel      M_ij on and above the diagonal only, because M is symmetric
        1     [      M    x    x ]    product_kernel   sums_i += M_ij zhat_j,  sums_j += M_ij^T zhat_i
-       2     [           M    x ]    finish.py        when all are done
+       2     [           M    x ]    finish.py        after the last panel
        3     [                M ]
 
-Rows of two sides: panels of left rows and right columns, each once, are all that is compared, and serve both sides just so.
-A panel never reaches from one side into the other. One way it is multiplied once, for the left rows.
+With two sides, the panels are those of left rows and right columns, each once. They serve both sides in the same way. A panel
+never reaches from one side into the other. In a one-way pass, a panel is multiplied once, for the left rows.
 
-Flops: N^2 D + 2 N^2 D, fewer than the 4 N^2 D of the one-launch kernel; of two sides 2 L R D + 4 L R D instead of 8 L R D.
-Bytes of a panel: PANEL^2 itemsize written and read twice, against 6 PANEL^2 D flops: D flops a byte in bfloat16, more than the
-operands' own 43 to 85 (tiles.py). In bfloat16 a panel of 4096 stays in an L2 of 50 MB; in float32, 64 MB, it does not. Predicted:
-from device memory the 6.4 GB of N = 32768 take 2 ms, beside three TF32 products for one; with panels of 2048 an H200 took 42 ms.
+Flops: N^2 D + 2 N^2 D, fewer than the 4 N^2 D of the one-launch kernel; with two sides 2 L R D + 4 L R D instead of 8 L R D.
+Bytes: a panel of PANEL^2 numbers is written once and read twice, for 6 PANEL^2 D flops. That is D flops a
+byte in bfloat16, more than the operands' own 43 to 85 (tiles.py). In bfloat16, a panel of 4096 stays in an L2
+of 50 MB. In float32, at 64 MB, it does not.
+Predicted for float32 at N = 32768: the panels move 6.4 GB through device memory in 2 ms, which is little beside the products, of
+which each takes three in TF32. With panels of 2048, an H200 took 42 ms.
 Memory: 32 MB in bfloat16, 64 MB in float32; for N below PANEL, N PANEL numbers.
-Launches: 2 a panel, (N / PANEL)^2 / 2 panels; of two sides L / PANEL times R / PANEL.
+Launches: 2 for each panel, (N / PANEL)^2 / 2 panels; with two sides L / PANEL times R / PANEL.
 The order of all sums is fixed: the same bits from run to run.
 """
 
@@ -34,7 +36,7 @@ from .softmax import similarities
 
 @triton.jit
 def is_near_tile(first_row, first_column, span, pairs, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Whether a tile may hold positives or the diagonal, or is ragged."""
+    """Whether a tile may hold positives or the diagonal, or is not full."""
     first = tl.minimum(first_row, span.row_end - 1)
     last = tl.minimum(first_row + BLOCK_M, span.row_end) - 1
     start, _ = group_of(first, pairs, first < span.row_end)
@@ -45,7 +47,7 @@ def is_near_tile(first_row, first_column, span, pairs, BLOCK_M: tl.constexpr, BL
 
 @triton.jit
 def pair_tile(s, rows, columns, is_near, coefficients, span, pairs, ONLINE: tl.constexpr, M_SCALE: tl.constexpr):
-    """(M, N) tile of M_ij from S."""
+    """An (M, N) tile of M_ij, from S."""
     a_i = load_of_pairs(rows, coefficients, pairs.n_rows, span.row_end, ONLINE, M_SCALE, False)
     a_j = load_of_pairs(columns, coefficients, pairs.n_rows, span.column_end, ONLINE, M_SCALE, False)
     if is_near:
@@ -73,8 +75,8 @@ def pair_kernel(
     scale_rest,
     largest_unshifted,  # as in softmax_kernel
     panel,  # (rows, PANEL) compute dtype, written: M of the rows from first_row and the columns from first_column
-    first_row,  # of two sides on the left,
-    first_column,  # and on the right
+    first_row,  # with two sides, a left row
+    first_column,  # with two sides, a right row
     WIDTH: tl.constexpr,
     PITCH: tl.constexpr,
     PANEL: tl.constexpr,
@@ -86,7 +88,7 @@ def pair_kernel(
     M_SCALE: tl.constexpr,
 ):
     pairs = Pairs(groups, n_rows, n_left, views, 1, negatives_only)
-    span = span_of(0, pairs, BLOCK_M, BLOCK_N)  # of rows on the left, whichever they are
+    span = span_of(0, pairs, BLOCK_M, BLOCK_N)  # only for the bounds of left rows and their columns, equal for all blocks
     local_rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     local_columns = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     rows = first_row + local_rows
@@ -128,7 +130,7 @@ def panel_product(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """sums[first_row:] (+)= M @ zhat[first_column:], or M^T; BLOCK_N of the width, BLOCK_K columns of M at a time."""
+    """sums[first_row:] (+)= M @ zhat[first_column:], or with M^T. BLOCK_N of the width, and BLOCK_K columns of M at a time."""
     local_rows = program * BLOCK_M + tl.arange(0, BLOCK_M)
     width = tl.program_id(1) * BLOCK_N + tl.arange(0, BLOCK_N)
     part = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
@@ -146,8 +148,8 @@ def panel_product(
     inside = inside_rows & (width[None, :] < WIDTH)
     pointers = from_position(sums, first_row, WIDTH) + local_rows[:, None] * WIDTH + width[None, :]
     if adds != 0:
-        # By the memory itself: a load of what is there would double the registers of a tile, and spill them. One program adds
-        # to a number, and launches come one after the other, so the bits are the same from run to run.
+        # The memory adds: loading the old sums would double the registers of a tile and spill them. Only one program of a launch
+        # adds to a number, and launches run one after the other, so the bits are the same from run to run.
         tl.atomic_add(pointers, part, mask=inside, sem="relaxed")
     else:
         tl.store(pointers, part, mask=inside)
@@ -155,16 +157,16 @@ def panel_product(
 
 @triton.jit(do_not_specialize=["first_row", "row_end", "first_column", "column_end", "adds", "adds_transposed", "n_straight"])
 def product_kernel(
-    panel,  # (rows, PANEL): M of the rows [first_row, row_end) and the columns [first_column, column_end); past those, anything
+    panel,  # (rows, PANEL): M of the rows [first_row, row_end) and columns [first_column, column_end); the rest is arbitrary
     zhat,  # (N, D), by position
     sums,  # (N, D) float32, by position
     first_row,
     row_end,
     first_column,
     column_end,
-    adds,  # to what the sums of the rows hold, or in its place
-    adds_transposed,  # to those of the columns
-    n_straight,  # so many programs take rows; the others, none on the diagonal and one way, take columns
+    adds,  # 1: add to the sums of the rows; 0: overwrite them
+    adds_transposed,  # the same for the sums of the columns
+    n_straight,  # the number of programs that compute sums of rows; the others, if any, compute sums of columns
     WIDTH: tl.constexpr,
     PITCH: tl.constexpr,
     PANEL: tl.constexpr,
