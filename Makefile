@@ -33,6 +33,9 @@ $(call WITH,all demo dev docs bench wheels): pyproject.toml constraints.txt tool
 	@$(BIN)/python tools/environment.py $(@F)
 	@touch $@
 
+# torch comes first, because it decides which Triton is installed.
+$(call WITH,all demo bench wheels): | $(READY)/package
+
 venv: $(call WITH,package all) ## everything that development needs; then `. .venv/bin/activate`
 
 # ---- tests --------------------------------------------------------------------------------------------------------------------
