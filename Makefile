@@ -1,86 +1,120 @@
-# Every target makes its own environment, .venv, from nothing but python3 (3.10 or later) and a package registry.
+# Every target makes its own environment, .venv, and installs what it needs there: python3 (3.11 or newer) and a package registry
+# are enough. PYTHON=python3.12 chooses another Python; run `make clean` first if .venv exists already.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-READY := $(VENV)/ready
 NATIVE := $(wildcard csrc/*.cpp csrc/*/*) tools/native_build.py
 
-.PHONY: help test sanitize demo bench docs resources wheels oldest newest lint types clean
+.PHONY: help venv test test-fast sanitize demo bench docs resources wheels oldest newest format lint types clean
 
-help:
-	@echo "make test    the test suite"
-	@echo "make sanitize    the tests of the CPU kernels, and of the CUDA kernels on a CPU, again under AddressSanitizer and UBSan"
-	@echo "make demo    train an encoder on real digits, with the plain loss and with the fused one; writes train_digits.png"
-	@echo "make bench   time and memory beside plain PyTorch, torch.compile and other libraries, and a report of it in build/bench, 10 minutes"
-	@echo "make docs    the documentation, as pages that open from a folder: build/docs/index.html"
-	@echo "make resources    every kernel on four GPUs: registers, shared memory, instructions of its far loop; of Triton the newest version"
-	@echo "                  and the oldest; compiles what has changed. RESOURCES=--update writes their tables"
-	@echo "make wheels  a pure wheel, and a native one for the CUDA toolkit that is found, each tested in an environment of its own"
-	@echo "make oldest  the package on the oldest versions that it runs on, built from source there and tested;  make newest    the newest"
-	@echo "make lint    ruff, lint and format;  make types    mypy;  make clean    remove what make made"
+help: ## print this list
+	@echo "Each target installs what it needs into .venv first; the first use takes minutes, and prints its steps."
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | awk -F'\t' '{ printf "  make %-10s %s\n", $$1, $$2 }'
 
-# What the native extension is built with comes first, for only a build without isolation finds it.
-$(READY): pyproject.toml setup.py constraints.txt $(NATIVE)
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch ninja 'setuptools>=77'
-	$(BIN)/python tools/native_build.py
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-build-isolation --editable '.[test,bench,demo,dev,docs,recipes,wheels]'
-	touch $@
+# ---- the environment: one file in .venv/ready for each group of packages that is installed ------------------------------------
 
-# A process a core, with one thread, for matrices of tests are small.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical
+READY := $(VENV)/ready
+WITH = $(addprefix $(READY)/,$(1))
 
-# A file stays in one process, and so do its fixtures.
-test: $(READY)
-	$(PYTEST) --dist loadfile
+# The tools in constraints.txt need Python 3.11; the package itself runs on 3.10. --clear removes what a failed attempt has left.
+$(READY)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "PYTHON=$(PYTHON) is Python %d.%d, but make needs 3.11 or newer." \
+		" Install one, or name it: make PYTHON=python3.12 ..." % tuple(sys.version_info[:2]))'
+	@echo "==> creating $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv --clear $(VENV)
+	@mkdir -p $(READY) && touch $@
 
-# The interpreter is not instrumented: the runtimes of the sanitizers come in first, and leaks, all of them its own, are not asked for.
+$(READY)/package: pyproject.toml setup.py constraints.txt $(NATIVE) tools/environment.py | $(READY)/python
+	@$(BIN)/python tools/environment.py package
+	@touch $@
+
+# `all` is what the whole test suite needs; it holds every other group.
+$(call WITH,all demo dev docs bench wheels): pyproject.toml constraints.txt tools/environment.py | $(READY)/python
+	@$(BIN)/python tools/environment.py $(@F)
+	@touch $@
+
+# torch comes first, because it decides which Triton is installed.
+$(call WITH,all demo bench wheels): | $(READY)/package
+
+venv: $(call WITH,package all) ## everything that development needs; then `. .venv/bin/activate`
+
+# ---- tests --------------------------------------------------------------------------------------------------------------------
+
+# One process a core with one thread each, because the matrices of tests are small. A file stays in one process, with its fixtures.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile
+
+test: $(call WITH,package all) ## the whole test suite
+	$(PYTEST)
+
+test-fast: $(call WITH,package all) ## the test suite without the tests that are marked slow
+	$(PYTEST) -m "not slow"
+
+# The interpreter is not instrumented, so the sanitizers' runtimes are loaded first. All leaks are the interpreter's own, so they are
+# not looked for.
 BUILD := $(BIN)/python -m pip install --quiet --no-deps --no-build-isolation --editable .
 RUNTIMES := $(foreach library,libasan.so libubsan.so libstdc++.so.6,$(shell $(CXX) -print-file-name=$(library)))
 
 SANITIZED := LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1 CLOP_HOST_SANITIZE=address,undefined \
-	$(PYTEST)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical
 
-sanitize: $(READY)
+sanitize: $(call WITH,package all) ## the tests of the compiled kernels, under AddressSanitizer and UBSan
 	$(SANITIZED) tests/host
 	CLOP_CUDA=0 CLOP_NATIVE=1 CLOP_SANITIZE=address,undefined $(BUILD)
 	$(SANITIZED) tests/cpu tests/contract \
 		-k "(cpu or native) and not memory_that and not does_not_load"; \
 		status=$$?; $(BUILD); exit $$status
 
-demo: $(READY)
+# Each has an environment of its own, build/oldest or build/newest.
+oldest: ## build and test the package on the oldest supported versions
+	PYTHON=$(PYTHON) tools/test_versions.sh $@
+
+newest: ## build and test the package on the newest tested versions
+	PYTHON=$(PYTHON) tools/test_versions.sh $@
+
+# ---- measurements -------------------------------------------------------------------------------------------------------------
+
+demo: $(call WITH,package demo) ## train an encoder on digits, plain loss against fused loss; writes train_digits.png
 	$(BIN)/python examples/train_digits.py
 
 # PRESET=readme BENCH=benchmarks/results/cpu makes the results that the README shows: half an hour on two cores.
 PRESET ?= quick
 BENCH ?= build/bench
 
-bench: $(READY)
+bench: $(call WITH,package bench) ## time and memory against other libraries; writes a report to build/bench in 10 minutes
 	$(BIN)/python -m pytest benchmarks
 	$(BIN)/python -m benchmarks.compare --preset $(PRESET) --output $(BENCH) --report
 
-# What the builder says of its own next version is nothing about these pages.
-docs: $(READY)
-	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
-
-# RESOURCES=--update writes the tables of both versions of Triton.
-resources: $(READY)
+resources: $(call WITH,package all) ## compile changed kernels, check registers and spills; RESOURCES=--update writes tables
 	$(BIN)/python -m benchmarks.resources_cuda
 	$(BIN)/python -m benchmarks.resources $(RESOURCES)
 	tools/test_versions.sh kernels $(RESOURCES)
 
-wheels: $(READY)
+# ---- pages, wheels, style -----------------------------------------------------------------------------------------------------
+
+# The builder's warning about its own next version does not concern these pages.
+docs: $(call WITH,docs) ## build the documentation: build/docs/index.html
+	@echo "==> building the pages"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "==> open build/docs/index.html"
+
+wheels: $(call WITH,package wheels) ## build the wheels into dist/, and test each in a new environment
 	$(BIN)/python tools/build_wheels.py
 
-oldest newest:
-	PYTHON=$(PYTHON) tools/test_versions.sh $@
+CPP = $(shell find csrc tests -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 
-lint: $(READY)
+format: $(call WITH,dev) ## format Python and C++, and fix what ruff can fix
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(if $(wildcard .clang-format),$(BIN)/clang-format -i $(CPP))
+
+lint: $(call WITH,dev) ## check style and format of Python and C++
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(if $(wildcard .clang-format),$(BIN)/clang-format --dry-run --Werror $(CPP))
 
-types: $(READY)
+types: $(call WITH,package all) ## check types with mypy
 	$(BIN)/mypy
 
-clean:
-	rm -rf $(VENV) build dist *.egg-info clop_kernels/_native.abi3.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks train_digits.png learning_rate_bound.* collapse
+clean: ## remove everything that make has made
+	rm -rf $(VENV) build dist *.egg-info clop_kernels/_native.abi3.so .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks \
+		train_digits.png learning_rate_bound.* collapse

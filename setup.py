@@ -1,4 +1,4 @@
-"""All metadata is in pyproject.toml; the native extension comes from tools/native_build.py."""
+"""All metadata is in pyproject.toml. This file only adds the native extension, which tools/native_build.py builds."""
 
 import sys
 from pathlib import Path

@@ -1,11 +1,11 @@
-"""Builds the wheels into dist/, looks into them, and tests each in a new environment that has no compiler of CUDA.
+"""Builds the wheels into dist/, inspects them, and tests each one in a new environment without nvcc.
 
-    clop_kernels-V-py3-none-any.whl                  plain Python: any machine
-    clop_kernels-V+cu130-cp310-abi3-manylinux*.whl   the native extension too, one for each --cuda-home
-    clop_kernels-V+cpu-cp310-abi3-manylinux*.whl     the same without CUDA kernels, where there is no nvcc
+    clop_kernels-V-py3-none-any.whl                  plain Python, for any machine
+    clop_kernels-V+cu130-cp310-abi3-manylinux*.whl   with the native extension; one for each --cuda-home
+    clop_kernels-V+cpu-cp310-abi3-manylinux*.whl     with the native extension but no CUDA kernels, where there is no nvcc
 
-Run it in an environment with torch and the extra `wheels` of this package, as `make wheels` does. All is built from a source
-distribution in a temporary directory, so nothing that lies about in the source tree can get into a wheel.
+Run it in an environment that has torch and the extra `wheels` of this package, as `make wheels` does. Every wheel is built from a
+source distribution in a temporary folder, so stray files of the source tree cannot get into a wheel.
 """
 
 from __future__ import annotations
@@ -14,7 +14,9 @@ import argparse
 import importlib.util
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import tarfile
@@ -30,7 +32,7 @@ ROOT = native_build.ROOT
 
 OF_TORCH = ("libtorch.so", "libtorch_cpu.so")
 OF_EVERY_LINUX = ("ld-linux", "libc.so", "libdl.so", "libgcc_s.so", "libm.so", "libpthread.so", "librt.so", "libstdc++.so")
-"""All that the extension may need of the machine it runs on: in particular no library of CUDA's."""
+"""The only libraries that the extension may need. None of CUDA's libraries is among them."""
 
 TESTS = ("api/test_losses.py", "cpu/test_extension.py", "project/test_binary.py")
 
@@ -70,41 +72,52 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--cuda-home",
         action="append",
         metavar="DIR",
-        help="a CUDA toolkit, once for each CUDA major version; default: CUDA_HOME, CUDA_PATH or the nvcc on the PATH",
+        help="the folder of a CUDA toolkit; repeat it for further CUDA major versions "
+        "(default: CUDA_HOME, CUDA_PATH or the nvcc on the PATH)",
     )
     parser.add_argument(
         "--archs",
+        type=_archs,
         default=native_build.DEFAULT_ARCHS,
-        help="what to compile CUDA kernels for; +PTX adds code that newer GPUs compile for themselves (default: %(default)s)",
+        metavar="LIST",
+        help="GPU architectures that CUDA kernels are compiled for, with semicolons between them; +PTX adds code that newer GPUs "
+        "compile for themselves (default: %(default)s)",
     )
-    parser.add_argument("--output", type=Path, default=ROOT / "dist", metavar="DIR", help="default: %(default)s")
+    parser.add_argument(
+        "--output", type=Path, default=ROOT / "dist", metavar="DIR", help="folder of the wheels (default: %(default)s)"
+    )
     parser.add_argument(
         "--tests",
         nargs="+",
         default=TESTS,
         metavar="FILE",
-        help="of tests/, run against each wheel (default: %(default)s)",
+        help=f"files of tests/ that are run against each wheel (default: {' '.join(TESTS)})",
     )
     parser.add_argument(
         "--constraint",
         type=Path,
         default=ROOT / "constraints.txt",
         metavar="FILE",
-        help="pip's, for the tests (default: %(default)s)",
+        help="pip's constraints for the packages that the tests need (default: %(default)s)",
     )
     parser.add_argument("--no-test", action="store_true", help="build and inspect only")
     return parser.parse_args(arguments)
 
 
+def _archs(text: str) -> str:
+    if not all(re.fullmatch(native_build.ARCH, arch) for arch in text.split(";")):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected a list like {native_build.DEFAULT_ARCHS}")
+    return text
+
+
 def variants_of(options: argparse.Namespace) -> list[tuple[str, dict[str, str]]]:
-    """(local version, environment of its build) of each wheel; the pure one has no local version."""
+    """(local version, environment of its build) of each wheel. The pure wheel has no local version."""
     variants = [("", {"CLOP_NATIVE": "0"})]
     for home in options.cuda_home or [None]:
         environment = {"CLOP_NATIVE": "1", "CLOP_CUDA_ARCHS": options.archs}
         if home is not None:
-            environment |= {"CLOP_CUDA": "1", "CUDA_HOME": home}
-        os.environ.update(environment)  # where find_cuda looks
-        cuda = native_build.find_cuda()
+            environment["CUDA_HOME"] = home
+        cuda = native_build.find_cuda(home, options.archs)
         if isinstance(cuda, str):
             say(f"no wheel with CUDA kernels: {cuda}")
             variants.append(("cpu", environment | {"CLOP_CUDA": "0"}))
@@ -117,7 +130,7 @@ def variants_of(options: argparse.Namespace) -> list[tuple[str, dict[str, str]]]
 
 
 def unpacked_source(work: Path) -> Path:
-    """The tree that a source distribution unpacks to."""
+    """The folder that a source distribution of this checkout unpacks to."""
     run([sys.executable, "-c", BUILD.format("build_sdist"), work / "sdist"], cwd=ROOT, quiet=True)
     (archive,) = (work / "sdist").glob("*.tar.gz")
     with tarfile.open(archive) as file:
@@ -127,13 +140,13 @@ def unpacked_source(work: Path) -> Path:
 
 
 def build_wheel(source: Path, local: str, environment: dict[str, str], raw: Path, output: Path) -> Path:
-    """Builds one wheel, and gives a native one the platform that auditwheel finds."""
+    """Builds one wheel. A native wheel is renamed to the manylinux platform that auditwheel determines."""
     build: list[str | Path] = [sys.executable, "-c", BUILD.format("build_wheel"), raw]
     run(build, cwd=source, environment=environment | {"CLOP_LOCAL_VERSION": local})
     (wheel,) = raw.glob("*.whl")
     if local:
         expect(f"+{local}-cp310-abi3-" in wheel.name, f"{wheel.name} is not called +{local}")
-        # auditwheel wants patchelf on the PATH, though with torch's libraries left out there is nothing to patch.
+        # auditwheel requires patchelf on the PATH, although there is nothing to patch once torch's libraries are excluded.
         path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
         excluded = [f"--exclude={name}" for name in OF_TORCH]
         repair: list[str | Path] = [
@@ -151,12 +164,12 @@ def build_wheel(source: Path, local: str, environment: dict[str, str], raw: Path
     return Path(shutil.copy2(wheel, output))
 
 
-# ---- looking into it -------------------------------------------------------------------------------------------------
+# ---- inspecting ------------------------------------------------------------------------------------------------------
 
 
 def inspect(wheel: Path, into: Path) -> str:
-    """Raises SystemExit if the library in a native wheel is not as it should be; returns what it needs, for a person."""
-    from elftools.elf.dynamic import DynamicSection  # comes with auditwheel; --help does without
+    """Checks the library in a native wheel, and raises SystemExit on a fault. Returns the libraries that it needs, as text."""
+    from elftools.elf.dynamic import DynamicSection  # comes with auditwheel; imported here, so that --help works without it
     from elftools.elf.elffile import ELFFile
 
     shown = run([sys.executable, "-m", "auditwheel", "show", wheel], quiet=True)
@@ -171,7 +184,7 @@ def inspect(wheel: Path, into: Path) -> str:
         expect(elf.get_section_by_name(".symtab") is None, f"{library.name} is not stripped")
         dynamic = elf.get_section_by_name(".dynamic")
         assert isinstance(dynamic, DynamicSection)
-        tags: list[Any] = list(dynamic.iter_tags())  # a tag has an attribute for what it is
+        tags: list[Any] = list(dynamic.iter_tags())  # pyelftools adds attributes such as `needed`, which mypy does not know
         paths = [tag for tag in tags if tag.entry.d_tag in ("DT_RPATH", "DT_RUNPATH")]
         expect(not paths, f"{library.name} has an RPATH")
         needed = [tag.needed for tag in tags if tag.entry.d_tag == "DT_NEEDED"]
@@ -180,20 +193,20 @@ def inspect(wheel: Path, into: Path) -> str:
     return f"needs {', '.join(needed)}"
 
 
-# ---- testing it ------------------------------------------------------------------------------------------------------
+# ---- testing ---------------------------------------------------------------------------------------------------------
 
 
 def test_wheel(wheel: Path, local: str, work: Path, options: argparse.Namespace) -> None:
-    """Installs a wheel into a new environment and runs tests there, from a directory that has nothing but them."""
+    """Installs a wheel into a new environment and runs tests there, from a folder without the package's sources."""
     run([sys.executable, "-m", "venv", work / "venv"])
     python = work / "venv" / "bin" / "python"
     install = [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--constraint", options.constraint]
-    run([*install, wheel, "pytest", "numpy", "rich"])
+    run([*install, wheel, "pytest", "numpy", "rich"], environment={"PYTHONPATH": ""})  # it could lead pip to this checkout
     tests = work / "run" / "tests"
-    for folder in (tests, tests.parent / "benchmarks"):  # benchmarks.resources_cuda reads the kernels of every architecture
+    for folder in (tests, tests.parent / "benchmarks"):  # a test reads every architecture's kernels by benchmarks.resources_cuda
         shutil.copytree(ROOT / folder.name, folder, ignore=shutil.ignore_patterns("__pycache__"))
 
-    # As on a machine without a CUDA toolkit, but for cuobjdump, which Triton has.
+    # As on a machine without a CUDA toolkit. Only cuobjdump is there, because Triton brings it.
     path = [place for place in os.environ["PATH"].split(os.pathsep) if not (Path(place) / "nvcc").exists()]
     if (triton := importlib.util.find_spec("triton")) is not None and triton.origin is not None:
         path.append(str(Path(triton.origin).parent / "backends" / "nvidia" / "bin"))
@@ -209,7 +222,10 @@ def test_wheel(wheel: Path, local: str, work: Path, options: argparse.Namespace)
         info = json.loads(in_environment("-c", BUILD_INFO, quiet=True))
         built = "cpu" if info["cuda"] is None else "cu" + info["cuda"].replace(".", "")
         expect(built == local, f"{wheel.name} was built for {built}")
-    in_environment("-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", *(tests / name for name in options.tests))
+    if not local:
+        say("this wheel has no native extension, so the extension's own tests are skipped")
+    report = ["-rs"] if local else []  # without the extension every skipped test would print the same reason
+    in_environment("-m", "pytest", "-q", *report, "-p", "no:cacheprovider", *(tests / name for name in options.tests))
 
 
 # ---- helpers ---------------------------------------------------------------------------------------------------------
@@ -222,22 +238,32 @@ def run(
     environment: dict[str, str] | None = None,
     quiet: bool = False,
 ) -> str:
-    """Runs a command to its end. Quiet: returns its output, and prints it if the command fails."""
-    done = subprocess.run(
+    """Runs a command and waits for it. With ``quiet`` the output is returned, and printed only if the command fails.
+
+    The command has a process group of its own. Ctrl-C then reaches only this program, which ends the whole group, so that the
+    processes of a build print no tracebacks.
+    """
+    with subprocess.Popen(
         [str(part) for part in command],
         cwd=cwd,
         env=os.environ | (environment or {}),
-        capture_output=quiet,
+        stdout=subprocess.PIPE if quiet else None,
+        stderr=subprocess.PIPE if quiet else None,
         text=True,
-        check=False,
-    )
-    if done.returncode != 0:
-        raise SystemExit(f"{done.stdout or ''}{done.stderr or ''}\nfailed: {' '.join(map(str, command))}")
-    return done.stdout or ""
+        start_new_session=True,
+    ) as process:
+        try:
+            output, errors = process.communicate()
+        except KeyboardInterrupt:
+            os.killpg(process.pid, signal.SIGTERM)
+            raise
+    if process.returncode != 0:
+        raise SystemExit(f"{output or ''}{errors or ''}\nfailed: {' '.join(map(str, command))}")
+    return output or ""
 
 
 def expect(condition: bool, message: str) -> None:
-    """Ends the program with the message if the condition does not hold."""
+    """Ends the program with the message unless the condition holds."""
     if not condition:
         raise SystemExit(f"build_wheels: {message}")
 
@@ -248,4 +274,8 @@ def say(text: str) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("\nbuild_wheels: interrupted", file=sys.stderr)
+        raise SystemExit(130) from None

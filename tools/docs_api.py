@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import ast
 import re
+from pathlib import Path
 from textwrap import dedent
 from typing import Any
 
 from griffe import Extension, Object
 
-import clop_kernels
+
+def _public_names() -> tuple[str, ...]:
+    """``clop_kernels.__all__``, read without importing the package, so that building the pages does not need torch."""
+    source = (Path(__file__).resolve().parents[1] / "clop_kernels" / "__init__.py").read_text()
+    for statement in ast.parse(source).body:
+        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "__all__":
+            return tuple(ast.literal_eval(statement.value))
+    raise ValueError("clop_kernels/__init__.py assigns no __all__")
+
+
+_PUBLIC_NAMES = _public_names()
 
 _SECTION = re.compile(r"^(Args|Attributes|Example|Raises|Returns):\n((?: +.*(?:\n|\Z)|\n)+)", re.MULTILINE)
 _ITEM = re.compile(r"^(\w+(?:, \w+)*): ", re.MULTILINE)
@@ -49,5 +61,5 @@ def _item(names: re.Match[str]) -> str:
 def _link(role: re.Match[str]) -> str:
     """To the entry of docs/api.md, if there is one."""
     path = role[1] if role[1].startswith("clop_kernels.") else f"clop_kernels.{role[1]}"
-    is_there = path.removeprefix("clop_kernels.") in clop_kernels.__all__ and path != "clop_kernels.gradcache"
+    is_there = path.removeprefix("clop_kernels.") in _PUBLIC_NAMES and path != "clop_kernels.gradcache"
     return f"[`{role[1]}`][{path}]" if is_there else f"`{role[1]}`"

@@ -1,15 +1,17 @@
-"""Builds the native extension, csrc/ into clop_kernels/_native.abi3.so, with ninja. setup.py gets its arguments here.
+"""Builds the native extension with ninja: csrc/ becomes clop_kernels/_native.abi3.so. setup.py gets its arguments from here.
 
-Needs Linux, torch >= 2.11 in the environment that builds (so no build isolation), a C++17 compiler, ninja, and for the CUDA
-half nvcc with its static runtime. What is missing is named, and the package is installed without that part.
+The build needs Linux, a C++17 compiler, ninja, and torch >= 2.11 in the same environment (so no build isolation). The CUDA half
+also needs nvcc and its static runtime. If something is missing, the build names it and leaves that part out.
+
+``python tools/native_build.py`` prints what an installation would build, and how long it takes.
 
 Environment:
-    CLOP_NATIVE: auto (build if it can be built; the default), 1 (fail, with the reason, if it cannot), 0 (do not).
+    CLOP_NATIVE: auto (build the extension if possible; the default), 1 (fail with the reason if impossible), 0 (do not build it).
     CLOP_CUDA: the same for the CUDA half.
-    CLOP_CUDA_ARCHS: what nvcc compiles for, ``80;90;100;120+PTX`` by default.
+    CLOP_CUDA_ARCHS: the GPU architectures that nvcc compiles for; ``80;90;100;120+PTX`` by default.
     CLOP_SANITIZE: ``address,undefined`` instruments the host code.
-    CLOP_LOCAL_VERSION: ``cu130`` makes the version 0.1.0+cu130; tools/build_wheels.py sets it.
-    CUDA_HOME or CUDA_PATH, CXX, MAX_JOBS: as everywhere.
+    CLOP_LOCAL_VERSION: ``cu130`` appends ``+cu130`` to the version; tools/build_wheels.py sets it.
+    CUDA_HOME or CUDA_PATH: the CUDA toolkit. CXX: the C++ compiler. MAX_JOBS: how many compilers run at the same time.
 """
 
 from __future__ import annotations
@@ -40,42 +42,47 @@ SOURCES = ROOT / "csrc"
 EXTENSION = "clop_kernels._native"
 OLDEST_PYTHON = (3, 10)
 OLDEST_TORCH = (2, 11)
-"""The stable ABIs that the extension is compiled against: it runs on these and all that come after."""
+"""The extension is compiled against the stable ABIs of these versions, and runs on them and on every later version."""
 
-OLDEST_SETUPTOOLS = 77  # as in pyproject.toml, which only an isolated build heeds
+OLDEST_SETUPTOOLS = 77  # as in pyproject.toml, which only an isolated build reads
 
 DEFAULT_ARCHS = "80;90;100;120+PTX"
-"""Code for 80 runs on all of 8.x, and that for 100 on 10.3 too; with an "a" it would not, and no kernel needs one yet."""
+"""Code for 80 runs on every 8.x GPU, and code for 100 also runs on 10.3. "100a" would not, and no kernel needs an "a" yet."""
 
 OLDEST_ARCH = 80
+ARCH = r"(\d+)[af]?(\+PTX)?"
+"""An item of CLOP_CUDA_ARCHS."""
+
+SECONDS_CPU, SECONDS_PER_ARCH = 10, 20
+"""About how long a build takes on 2 cores: measured 9 s without the CUDA half, 85 s with four architectures."""
 
 LEVELS = {
     "portable": "",
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mfma -mf16c -mprefer-vector-width=512",
 }
-"""SIMD level -> what csrc/cpu/level.cpp is compiled with for it. Other machines than x86-64 have the first only."""
+"""SIMD level -> the compiler flags of csrc/cpu/level.cpp. Machines other than x86-64 have only the first level."""
 
 HOW_TO_BUILD = "`pip install --no-build-isolation .` builds it, with torch, ninja and setuptools >= 77 installed"
 
 
 class UnavailableError(Exception):
-    """Something cannot be built here; the message says why and what would help."""
+    """Something cannot be built here; the message gives the reason and the remedy."""
 
 
-# ---- what there is to build with -------------------------------------------------------------------------------------
+# ---- finding the tools -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Cuda:
-    """A CUDA toolkit, and what it is to compile for.
+    """A CUDA toolkit, and the architectures to compile for.
 
     Attributes:
         nvcc: the compiler.
-        version: of the toolkit, "13.0".
-        archs: as in CLOP_CUDA_ARCHS, ("80", "90", "120+PTX").
-        include: its headers.
-        libraries: where libcudart_static.a is.
+        version: the toolkit's version, "13.0".
+        archs: the architectures of CLOP_CUDA_ARCHS, ("80", "90", "120+PTX").
+        include: the folder of the headers.
+        libraries: the folder of libcudart_static.a.
     """
 
     nvcc: Path
@@ -86,21 +93,21 @@ class Cuda:
 
     @property
     def tag(self) -> str:
-        """cu130 for CUDA 13.0."""
+        """The local version of a wheel: cu130 for CUDA 13.0."""
         return "cu" + self.version.replace(".", "")
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All that the native part is built from.
+    """The tools and settings of one build.
 
     Attributes:
-        cxx: the C++ compiler's command.
-        ninja: ninja's command.
-        torch: torch's directory.
-        torch_version: its version.
-        cuda: the toolkit, or why there will be no CUDA half.
-        sanitize: as in CLOP_SANITIZE, or empty.
+        cxx: the command of the C++ compiler.
+        ninja: the command of ninja.
+        torch: torch's folder.
+        torch_version: torch's version.
+        cuda: the CUDA toolkit, or the reason why the CUDA half is not built.
+        sanitize: the value of CLOP_SANITIZE, or empty.
     """
 
     cxx: list[str]
@@ -112,22 +119,27 @@ class Plan:
 
     @property
     def directory(self) -> Path:
-        """The build directory: one for each variant, so that none finds another's objects."""
+        """The build directory. Every variant has its own, because their object files differ."""
         parts = ["native-torch{}.{}".format(*OLDEST_TORCH)]
         parts += ["cpu"] if isinstance(self.cuda, str) else [self.cuda.tag, *self.cuda.archs]
         parts += self.sanitize.split(",") if self.sanitize else []
         return ROOT / "build" / "-".join(parts)
 
     def describe(self) -> str:
-        """One line for a person."""
+        """What will be built and about how long it takes, for a person."""
         text = f"building the native extension against torch {self.torch_version} with {shlex.join(self.cxx)}"
         if isinstance(self.cuda, str):
-            return f"{text}; without its CUDA half: {self.cuda}"
-        return f"{text}, and with {self.cuda.nvcc} (CUDA {self.cuda.version}) for {';'.join(self.cuda.archs)}"
+            return f"{text}, in about {SECONDS_CPU} seconds; without its CUDA half: {self.cuda}"
+        n_archs = len(self.cuda.archs)
+        text += f", and with {self.cuda.nvcc} (CUDA {self.cuda.version}) for {';'.join(self.cuda.archs)}"
+        text += f", in about {SECONDS_CPU + n_archs * SECONDS_PER_ARCH} seconds on 2 cores"
+        if _is_cpu_build(self.torch) and os.environ.get("CLOP_CUDA") != "1":
+            text += ". This torch is a CPU build, which cannot run CUDA kernels: CLOP_CUDA=0 leaves them out"
+        return text
 
 
 def find_plan() -> Plan | str:
-    """What to build the native part from, or why it is not built."""
+    """The plan of the native extension, or the reason why it is not built."""
     wanted = _wanted("CLOP_NATIVE")
     if wanted == "0":
         return "CLOP_NATIVE=0"
@@ -141,16 +153,22 @@ def find_plan() -> Plan | str:
     return Plan(cxx, ninja, torch, torch_version, find_cuda(), os.environ.get("CLOP_SANITIZE", ""))
 
 
-def find_cuda() -> Cuda | str:
-    """The CUDA toolkit, or why there is none."""
-    wanted = _wanted("CLOP_CUDA")
+def find_cuda(home: str | None = None, archs: str | None = None) -> Cuda | str:
+    """The toolkit to build the CUDA half with, or the reason why it is not built.
+
+    Args:
+        home, archs: --cuda-home and --archs of tools/build_wheels.py. They take precedence over the environment, and an error
+            then names the option.
+    """
+    wanted = _wanted("CLOP_CUDA") if home is None else "1"
     if wanted == "0":
         return "CLOP_CUDA=0"
     try:
-        return _find_cuda()
+        return _find_cuda(home, archs)
     except UnavailableError as reason:
         if wanted == "1":
-            raise SystemExit(f"CLOP_CUDA=1, but the CUDA kernels cannot be built: {reason}") from None
+            given = "CLOP_CUDA=1, but" if home is None else f"--cuda-home {home}:"
+            raise SystemExit(f"{given} the CUDA kernels cannot be built: {reason}") from None
         return str(reason)
 
 
@@ -173,6 +191,12 @@ def _find_torch() -> tuple[Path, str]:
     return Path(spec.origin).parent, version
 
 
+def _is_cpu_build(torch: Path) -> bool:
+    """Reads the file, because importing torch takes seconds."""
+    version = torch / "version.py"
+    return version.exists() and re.search(r"^cuda\b[^=]*= None", version.read_text(), re.MULTILINE) is not None
+
+
 def _find_compiler() -> list[str]:
     command = shlex.split(os.environ.get("CXX") or "c++")
     if shutil.which(command[0]) is None:
@@ -190,43 +214,44 @@ def _find_ninja() -> list[str]:
     raise UnavailableError("ninja is not installed (`pip install ninja`)")
 
 
-def _find_cuda() -> Cuda:
-    for variable in ("CUDA_HOME", "CUDA_PATH"):
-        if home := os.environ.get(variable):
-            nvcc = Path(home) / "bin" / "nvcc"
-            where = f"in {variable}={home}"
-            break
-    else:
+def _find_cuda(home: str | None, archs: str | None) -> Cuda:
+    homes = {"--cuda-home": home, "CUDA_HOME": os.environ.get("CUDA_HOME"), "CUDA_PATH": os.environ.get("CUDA_PATH")}
+    name = next((name for name, value in homes.items() if value), None)
+    if name is None:
         nvcc = Path(shutil.which("nvcc") or "nvcc")
         where = "on the PATH, and neither CUDA_HOME nor CUDA_PATH is set"
+    else:
+        nvcc = Path(homes[name] or "") / "bin" / "nvcc"
+        where = f"at {nvcc}" if name == "--cuda-home" else f"in {name}={homes[name]}"
     if not nvcc.exists():
         raise UnavailableError(f"there is no nvcc {where}")
-    # What is on the PATH may be a link to, or a script that calls, the nvcc of a toolkit that is elsewhere.
+    # The nvcc on the PATH may be a link or a script that leads to a toolkit elsewhere.
     top = re.search(r"TOP=(.+)", _output([nvcc, "--dryrun", "-x", "cu", "-E", os.devnull]))
     version = re.search(r"release (\d+\.\d+)", _output([nvcc, "--version"]))
     if top is None or version is None:
-        raise UnavailableError(f"{nvcc} says neither where its toolkit is nor which release: is it NVIDIA's?")
+        raise UnavailableError(f"{nvcc} does not tell its toolkit's folder and release: is it NVIDIA's nvcc?")
     toolkit = Path(top[1]).resolve()
     places = [toolkit / name for name in ("lib64", "lib", f"targets/{platform.machine()}-linux/lib")]
     libraries = next((place for place in places if (place / "libcudart_static.a").exists()), None)
     if libraries is None:
         raise UnavailableError(f"the CUDA toolkit in {toolkit} has no libcudart_static.a")
-    return Cuda(nvcc, version[1], _archs(nvcc, version[1]), toolkit / "include", libraries)
+    return Cuda(nvcc, version[1], _archs(nvcc, version[1], archs), toolkit / "include", libraries)
 
 
-def _archs(nvcc: Path, version: str) -> tuple[str, ...]:
-    given = os.environ.get("CLOP_CUDA_ARCHS")
+def _archs(nvcc: Path, version: str, option: str | None) -> tuple[str, ...]:
+    given = option or os.environ.get("CLOP_CUDA_ARCHS")
     archs = tuple((given or DEFAULT_ARCHS).split(";"))
-    # It lists 90 but not 90a, which every nvcc that knows the former has.
+    # The list has 90 but not 90a, which every nvcc that knows 90 also has.
     known = {int(number) for number in re.findall(r"sm_(\d+)", _output([nvcc, "--list-gpu-code"]))}
     for arch in archs:
-        match = re.fullmatch(r"(\d+)[af]?(\+PTX)?", arch)
+        match = re.fullmatch(ARCH, arch)
         if match is None or int(match[1]) < OLDEST_ARCH or int(match[1]) not in known:
             numbers = ", ".join(str(number) for number in sorted(known) if number >= OLDEST_ARCH)
-            expected = f"a list like {DEFAULT_ARCHS} of what nvcc {version} knows: {numbers}"
+            expected = f"a list like {DEFAULT_ARCHS} of architectures that nvcc {version} knows: {numbers}"
             if given is None:
                 raise UnavailableError(f"the default CLOP_CUDA_ARCHS={DEFAULT_ARCHS} has {arch!r}; set it to {expected}")
-            raise SystemExit(f"CLOP_CUDA_ARCHS={given!r} in the environment has {arch!r}: expected {expected}")
+            name = f"--archs {given!r}" if option else f"CLOP_CUDA_ARCHS={given!r} in the environment"
+            raise SystemExit(f"{name} has {arch!r}: expected {expected}")
     return archs
 
 
@@ -242,7 +267,7 @@ def _output(command: list[str | Path]) -> str:
 
 
 def build(plan: Plan, target: Path, strip: bool) -> None:
-    """Compiles and links what has changed since the last time, and puts the library at ``target``."""
+    """Compiles and links the sources that have changed since the last build, and copies the library to ``target``."""
     plan.directory.mkdir(parents=True, exist_ok=True)
     jobs = int(os.environ.get("MAX_JOBS") or len(os.sched_getaffinity(0)))
     (plan.directory / "build.ninja").write_text(ninja_file(plan, jobs, strip))
@@ -250,10 +275,10 @@ def build(plan: Plan, target: Path, strip: bool) -> None:
     if subprocess.run(command, check=False).returncode != 0:
         raise SystemExit(
             "the native extension did not compile; the compiler's message is above. "
-            "CLOP_NATIVE=0 installs the package without it, CLOP_CUDA=0 without its CUDA half"
+            "CLOP_NATIVE=0 installs the package without the extension, CLOP_CUDA=0 without its CUDA half"
         )
     target.parent.mkdir(parents=True, exist_ok=True)
-    target.unlink(missing_ok=True)  # a process that has the old one loaded keeps it
+    target.unlink(missing_ok=True)  # a process that has loaded the old library keeps it
     shutil.copyfile(plan.directory / "_native.abi3.so", target)
     print(f"clop_kernels: built {target} ({target.stat().st_size / 1e6:.1f} MB)", flush=True)
 
@@ -269,13 +294,13 @@ def ninja_file(plan: Plan, jobs: int, strip: bool) -> str:
     host = [*common, "-O2" if plan.sanitize else "-O3", *instrument]
     host += ["-DTORCH_TARGET_VERSION=0x{:02x}{:02x}000000000000".format(*OLDEST_TORCH)]
     host += ["-DPy_LIMITED_API=0x{:02x}{:02x}0000".format(*OLDEST_PYTHON)]
-    # Headers of others are not held to our warnings.
+    # -isystem: our warnings do not apply to the headers of others.
     host += ["-isystem", str(plan.torch / "include"), "-isystem", sysconfig.get_path("include")]
-    # Messages of errors name source files: without the directories of the machine that built them.
+    # Error messages name source files. This removes the folders of the build machine from them.
     host += [f"-ffile-prefix-map={ROOT}/=", f"-ffile-prefix-map={plan.torch / 'include'}/="]
     link = ["-shared", "-pthread", *instrument]
     link += ["-Wl,--gc-sections", "-Wl,--exclude-libs,ALL", f"-L{plan.torch / 'lib'}"]
-    # Nothing of libtorch is referred to by name in a CPU build of torch; in others it leads to the stream (cuda/runtime.cpp).
+    # No symbol of libtorch is used by name in a CPU build of torch. In a CUDA build it leads to the stream (cuda/runtime.cpp).
     link += ["-Wl,--no-as-needed", "-ltorch", "-Wl,--as-needed", "-ltorch_cpu"]
     device = []
     if strip and not plan.sanitize:
@@ -285,15 +310,15 @@ def ninja_file(plan: Plan, jobs: int, strip: bool) -> str:
         host += ["-isystem", str(cuda.include)]
         link += [f"-L{cuda.libraries}", "-lcudart_static", "-ldl", "-lrt"]
         device = ["-std=c++17", "-O3", f"-ccbin={plan.cxx[-1]}", *(f"-Xcompiler={flag}" for flag in common[1:])]
-        # Warnings are errors, a kernel that spills registers among them.
+        # Every warning is an error, also the warning about a kernel that spills registers.
         device += ["-Werror=all-warnings", "-Xptxas=--warn-on-spills", f"--threads={min(jobs, len(cuda.archs))}"]
         device += [_gencode(arch) for arch in cuda.archs]
         if tuple(int(part) for part in cuda.version.split(".")) >= (12, 8):
-            device += ["--compress-mode=size"]  # a fifth of the size; nothing is unpacked but what a GPU loads
+            device += ["--compress-mode=size"]  # a fifth of the size; only the code that a GPU loads is unpacked
 
     lines = [
         "ninja_required_version = 1.5",
-        # nvcc has threads of its own, one for each architecture.
+        # nvcc starts one thread for each architecture.
         f"pool nvcc\n  depth = {max(1, jobs // len(cuda.archs)) if cuda else 1}",
         f"rule cxx\n  command = {_command([*plan.cxx, *host])} $flags -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d\n  deps = gcc\n  description = c++ $in $flags",
@@ -313,7 +338,7 @@ def ninja_file(plan: Plan, jobs: int, strip: bool) -> str:
 
 
 def _compilations(with_cuda: bool) -> list[tuple[Path, str, str]]:
-    """(source, object, its own flags); the longest first."""
+    """(source, object, extra flags) of each compilation; those that take longest come first."""
     compilations = []
     if with_cuda:
         compilations += [(source, f"cuda-{source.stem}.cu.o", "") for source in sorted(SOURCES.glob("cuda/*.cu"))]
@@ -344,7 +369,7 @@ def _path(path: Path) -> str:
 
 
 def setup_arguments() -> dict[str, Any]:
-    """What setup.py adds to pyproject.toml."""
+    """The arguments that setup.py adds to pyproject.toml."""
     if int(setuptools.__version__.split(".")[0]) < OLDEST_SETUPTOOLS:  # its own message would not say so
         raise SystemExit(
             f"setuptools {OLDEST_SETUPTOOLS} or newer is needed, and {setuptools.__version__} is installed: "
@@ -362,13 +387,13 @@ def setup_arguments() -> dict[str, Any]:
         def build_extension(self, ext: Extension) -> None:
             assert isinstance(plan, Plan)
             print(f"clop_kernels: {plan.describe()}", flush=True)
-            # An editable installation is a developer's, who may want to profile it.
+            # Editable installations keep their symbols, because developers profile them.
             build(plan, Path(self.get_ext_fullpath(ext.name)), strip=not self.editable_mode)
 
     class EggInfo(egg_info):
         def finalize_options(self) -> None:
             if local := os.environ.get("CLOP_LOCAL_VERSION"):
-                self.tag_build = f"+{local}"  # here, because the setup.cfg of a source distribution overrides options
+                self.tag_build = f"+{local}"  # set here, because the setup.cfg of a source distribution overrides options
             super().finalize_options()
 
     arguments: dict[str, Any] = {"cmdclass": {"build_py": BuildPython, "build_ext": BuildNative, "egg_info": EggInfo}}
@@ -378,6 +403,6 @@ def setup_arguments() -> dict[str, Any]:
     return arguments
 
 
-if __name__ == "__main__":  # what an installation would build
+if __name__ == "__main__":
     found = find_plan()
     print(f"no native extension: {found}" if isinstance(found, str) else found.describe())

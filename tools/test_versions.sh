@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
-# tools/test_versions.sh oldest|newest|kernels: the package on the oldest and the newest versions that README.md names.
+# tools/test_versions.sh oldest|newest|kernels [options]: tests the package on the versions of torch and Triton that README.md names.
 #
-# In an environment of its own, build/oldest or build/newest, it is built from source and installed, then tested from a folder
-# that has none of its sources; on the newest a few of Triton's kernels are compiled. "kernels" compiles those of the checkout
-# that the table of the oldest version lacks, in build/oldest; what follows goes to python -m benchmarks.resources.
-# PYTHON312 names the Python of the oldest, where it is neither python3.12 on the PATH nor one of pyenv's.
+# oldest, newest   builds the package from source in build/oldest or build/newest, an environment of its own, and tests the installed
+#                  package from a folder without its sources. With "newest" it also compiles a few Triton kernels.
+# kernels          compiles the Triton kernels of this checkout that have changed, with the oldest Triton, in build/oldest. The options
+#                  are passed to python -m benchmarks.resources.
+#
+# "oldest" and "kernels" need Python 3.12: python3.12 on the PATH, pyenv's, or the one that PYTHON312 names.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# The python3.12 on the PATH may be a stub of pyenv's that runs nothing.
+# Tries each candidate, because the python3.12 on the PATH may be a pyenv stub that cannot run.
 find_python312() {
     local candidate
     for candidate in ${PYTHON312:-python3.12 $HOME/.pyenv/versions/3.12*/bin/python3.12}; do
@@ -17,7 +19,7 @@ find_python312() {
             return
         fi
     done
-    echo "tools/test_versions.sh: no Python 3.12 in PYTHON312, or on the PATH and in ~/.pyenv/versions if that is unset" >&2
+    echo "tools/test_versions.sh: found no Python 3.12; set PYTHON312 to its path" >&2
     return 1
 }
 
@@ -30,7 +32,7 @@ oldest | kernels)
     versions=(torch==2.11.0 triton==3.6.0)
     extras=()
     tests=("${common[@]}")
-    kernels=() # make resources compiles them
+    kernels=() # `make resources` compiles them
     ;;
 newest)
     environment=newest
@@ -38,16 +40,21 @@ newest)
     versions=(torch==2.14.1 triton==3.8.0)
     extras=(lightly matplotlib pytorch-metric-learning scikit-learn tqdm)
     tests=("${common[@]}" tests/contract tests/api/test_training.py tests/api/test_gradcache.py tests/api/test_compat.py)
-    kernels=(--targets 90 --dtypes bfloat16 --dims 128) # there is no table of this one
+    kernels=(--targets 90 --dtypes bfloat16 --dims 128) # there is no committed table for this version
     ;;
 *)
-    sed -n '2,8s/^# \?//p' "$0" >&2
+    sed -n '2,9s/^# \?//p' "$0" >&2
     exit 2
     ;;
 esac
 
 here=build/$environment
-[ -x "$here/bin/python" ] || "$python" -m venv "$here"
+if [ ! -e "$here/made" ]; then
+    echo "==> creating $here with $("$python" --version)"
+    "$python" -m venv --clear "$here"
+    touch "$here/made"
+fi
+echo "==> installing ${versions[*]} and what the tests need, some gigabytes at first"
 in_it=$PWD/$here/bin/python
 grep -v '^torch\|^triton' constraints.txt >"$here/constraints.txt"
 "$in_it" -m pip install --quiet --constraint "$here/constraints.txt" "${versions[@]}" \
@@ -55,9 +62,10 @@ grep -v '^torch\|^triton' constraints.txt >"$here/constraints.txt"
 if [ "$what" = kernels ]; then
     PYTHONPATH=. exec "$in_it" -m benchmarks.resources "${@:2}"
 fi
+echo "==> building the package from source"
 CLOP_NATIVE=1 CLOP_CUDA_ARCHS="${CLOP_CUDA_ARCHS:-90}" "$in_it" -m pip install --quiet --no-deps --no-build-isolation --force-reinstall .
 
-# A copy of what tests it, so that the package is the installed one.
+# Tests run from a copy without the sources, so that they import the installed package.
 rm -rf "$here/run"
 mkdir "$here/run"
 cp -r tests benchmarks pyproject.toml "$here/run"

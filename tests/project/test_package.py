@@ -1,4 +1,4 @@
-"""The package as a user meets it: the import, the info command, memory."""
+"""The package as a user meets it: the import, the version, the info command, memory."""
 
 from __future__ import annotations
 
@@ -36,10 +36,28 @@ def test_import_needs_nothing_but_torch() -> None:
     assert float(done.stdout) == pytest.approx(1.0986123)  # log 3
 
 
-def test_version_is_that_of_the_metadata() -> None:
-    declared = re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
-    assert declared is not None
-    assert declared[1] == clop_kernels.__version__
+@pytest.mark.parametrize(
+    ("file", "pattern"), [("CHANGELOG.md", r"^## (\S+)"), ("CITATION.cff", r"^version: (\S+)$")], ids=["changelog", "citation"]
+)
+def test_files_name_the_version_of_the_package(file: str, pattern: str) -> None:
+    """The version is declared once, in clop_kernels/__init__.py. The changelog's first entry is the newest."""
+    named = re.search(pattern, (ROOT / file).read_text(), re.MULTILINE)
+    assert named is not None
+    assert named[1] == clop_kernels.__version__
+
+
+def test_metadata_takes_its_version_from_the_package() -> None:
+    text = (ROOT / "pyproject.toml").read_text()
+    assert 'dynamic = ["version"]' in text
+    assert 'version = { attr = "clop_kernels.__version__" }' in text
+
+
+def test_hooks_use_the_versions_that_make_installs() -> None:
+    pinned = dict(re.findall(r"^([\w-]+)==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE))
+    hooks = dict(
+        re.findall(r"additional_dependencies: \[(ruff|clang-format)==([\d.]+)\]", (ROOT / ".pre-commit-config.yaml").read_text())
+    )
+    assert hooks == {name: pinned[name] for name in ("ruff", "clang-format")}
 
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
@@ -80,11 +98,11 @@ def test_architecture_and_dtype_decide_between_cuda_and_triton(
 
 
 def test_nothing_of_size_n_squared_is_allocated() -> None:
-    """With N x N in float32 this would take 1.6 GB; every allocation is counted, in both passes."""
+    """An N x N matrix in float32 would take 1.6 GB. Every allocation of both passes is counted."""
     n_rows, width = 20_000, 16
     z = torch.randn(n_rows, width, requires_grad=True)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        clop_kernels.set_tile_rows(2048)  # few, large tiles: fewer events
+        clop_kernels.set_tile_rows(2048)  # a few large tiles make fewer events
         try:
             clop_kernels.ntxent_loss(z).backward()
         finally:
