@@ -95,7 +95,7 @@ def options(n_rows: int) -> Cases:
     """Every distance with every reduction and kind of positives."""
     found: Cases = {}
     for positives, distance, reduction in itertools.product(POSITIVES, DISTANCES, REDUCTIONS):
-        chosen = {"positives": positives, "distance": distance, "reduction": reduction}
+        chosen: dict[str, Any] = {"positives": positives, "distance": distance, "reduction": reduction}
         found[", ".join(chosen.values())] = Case(partial(random_problem, 3, n_rows // 3, 20, n_classes=3, **chosen), n_rows, 20)
     return found
 

@@ -82,7 +82,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             metafunc.parametrize(("setting", "dtype", table, *passes), found, indirect=["setting"])
             return
     mark = metafunc.definition.get_closest_marker("takes")
-    wanted: dict[str, Any] = {"width": 4, "dtype": torch.float32, "kernels": False} | (mark.kwargs if mark else {})
+    wanted: dict[str, Any] = {"width": 4, "dtype": torch.float32, "kernels": False} | (dict(mark.kwargs) if mark else {})
     found = [
         _param(setting)
         for setting in _settings()
