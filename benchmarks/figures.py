@@ -14,12 +14,13 @@ matplotlib.use("agg")  # to files: there may be no screen
 from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.patches import Patch
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
 from .problems import MODES, Case, Mode
 from .providers import label
-from .results import Row, default_of, is_too_large, memory_ratio, ratio
+from .results import Row, default_of, is_too_large, memory_ratio, number, ratio
 from .scaling import FIT_FROM_MB, FIT_FROM_N, PowerLaw, Series, memory_law, representative, series_over, time_law
 
 DPI = 150
@@ -35,6 +36,9 @@ STYLES = {
     "tiled": ("#56B4E9", "X"),
 }
 """Colours of Okabe and Ito, which the colour-blind can tell apart; cpu and cuda are never on one device."""
+
+OURS, OTHERS = STYLES["cpu"][0], "#A6A6A6"
+"""In the picture for the README, which has one thing to say."""
 
 LOSSES = {"ntxent": "NT-Xent", "supcon": "SupCon", "clip": "CLIP's loss", "sigmoid": "SigLIP's loss"}
 SHADES = {"forward": 0.35, "backward": 0.65, "forward+backward": 1.0}
@@ -54,7 +58,9 @@ def draw_all(rows: Sequence[Row], folder: Path) -> list[Picture]:
     by_settings: dict[tuple[str, str, float], list[Case]] = {}
     for case in representative(rows):
         by_settings.setdefault((case.problem, case.dtype, case.temperature), []).append(case)
-    pictures = [_draw_bars(rows, cases, folder) for cases in by_settings.values()]
+    training = _case_of_training(rows)
+    pictures = [_draw_overview(rows, training, folder)] if training is not None else []
+    pictures += [_draw_bars(rows, cases, folder) for cases in by_settings.values()]
     for series in series_over("N", rows):
         pictures += [_draw_time(series, folder), _draw_memory(series, folder)]
     pictures += [_draw_width(series, folder) for series in series_over("D", rows)]
@@ -63,6 +69,55 @@ def draw_all(rows: Sequence[Row], folder: Path) -> list[Picture]:
 
 
 # ---- one figure each -------------------------------------------------------------------------------------------------
+
+
+def _case_of_training(rows: Sequence[Row]) -> Case | None:
+    """The first case of forward + backward, which is what training costs, on which others can be compared with the default."""
+    for case in representative(rows):
+        if case.mode == Case.mode and any(ratio(row, default_of(rows, case)) for row in _others(rows, case)):
+            return case
+    return None
+
+
+def _others(rows: Sequence[Row], case: Case) -> list[Row]:
+    return [row for row in rows if row.case == case and not label(row.provider).startswith("clop_kernels")]
+
+
+def _draw_overview(rows: Sequence[Row], case: Case, folder: Path) -> Picture:
+    """The picture for the README: each implementation's cost on one case, as a multiple of the default's."""
+    default = default_of(rows, case)
+    assert default is not None
+    shown = [default, *sorted(_others(rows, case), key=lambda row: ratio(row, default) or 0.0)]
+    shown = [row for row in shown if ratio(row, default) is not None]
+    names = ["clop_kernels", *(label(row.provider) for row in shown[1:])]
+    colours = [OURS, *[OTHERS] * len(shown[1:])]
+    where = {"cpu": "a CPU", "cuda": "a GPU"}[default.environment.device_type]
+    title = f"{LOSSES.get(case.problem, case.problem)} {_spelled(case.mode)} on {where}: multiples of clop_kernels' cost"
+    layout = ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.06)
+    figure, panels = plt.subplots(1, 2, figsize=(9, 1.3 + 0.44 * len(shown)), layout=layout, sharey=True)
+    figure.suptitle(title, fontsize=14.5, fontweight="bold")
+    figure.supxlabel(f"{_settings(case)}; {default.environment}", fontsize=9.5, color="0.35")
+    costs = (
+        (panels[0], "Time", ratio, f"{number(default.quantile_ms(0.5), 0)} ms"),
+        (panels[1], "Extra memory", memory_ratio, f"{number(default.peak_extra_mb, 0)} MB"),
+    )
+    for axes, what, multiple, cost in costs:
+        values = [multiple(row, default) or 0.0 for row in shown]
+        axes.barh(names, values, 0.72, color=colours)
+        axes.text(values[0], 0, f" 1x = {cost}", va="center", fontsize=13, fontweight="bold", color=OURS)
+        for y, value in enumerate(values[1:], start=1):
+            axes.text(value, y, f" {value:.1f}x" if value < 99.5 else f" {value:,.0f}x", va="center", fontsize=13)
+        axes.set_title(f"{what} (shorter is better)", fontsize=13, loc="left")
+        axes.set_xticks([])
+        axes.margins(x=0.2)
+        axes.tick_params(axis="y", length=0, labelsize=13)
+        axes.spines[["top", "right", "bottom"]].set_visible(False)
+    panels[0].invert_yaxis()
+    panels[0].get_yticklabels()[0].set(fontweight="bold", color=OURS)
+    caption = (
+        "Medians over rounds of the ratio within a round. Extra memory: the peak during a call above what was in use before."
+    )
+    return _save(figure, folder, "readme", title, caption, dpi=200)
 
 
 def _draw_time(series: Series, folder: Path) -> Picture:
@@ -211,8 +266,8 @@ def _log_axes(axes: Axes, series: Series, y_label: str, linear: bool = False) ->
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _save(figure: Figure, folder: Path, name: str, title: str, caption: str) -> Picture:
-    figure.savefig(folder / f"{name}.png", dpi=DPI)
+def _save(figure: Figure, folder: Path, name: str, title: str, caption: str, dpi: int = DPI) -> Picture:
+    figure.savefig(folder / f"{name}.png", dpi=dpi)
     plt.close(figure)
     return Picture(f"{name}.png", title, caption)
 

@@ -318,7 +318,7 @@ def test_report_has_every_figure_and_row(tmp_path: Path) -> None:
     assert report.main([str(tmp_path / "x.csv"), "--output", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "report.md").read_text()
     expected = {
-        "ratios-ntxent-float32", "ratios-supcon-float32", "time-ntxent-float32-D128", "memory-ntxent-float32-D128",
+        "readme", "ratios-ntxent-float32", "ratios-supcon-float32", "time-ntxent-float32-D128", "memory-ntxent-float32-D128",
         "rate-ntxent-float32-D128", "rate-ntxent-float32-N4096", "width-ntxent-float32-N4096",
     }  # fmt: skip
     assert {path.stem for path in (tmp_path / "out").glob("*.png")} == expected
