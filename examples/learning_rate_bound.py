@@ -27,6 +27,9 @@ Everything runs on one core of a CPU and takes half a minute.
 
 from __future__ import annotations
 
+import script  # noqa: F401
+
+# isort: split
 import argparse
 import csv
 import math
