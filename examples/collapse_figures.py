@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from rich.table import Table
 
-ENCODERS = {"as is": "no normalisation inside", "BatchNorm": "with BatchNorm"}
+ENCODERS = {"as is": "without BatchNorm", "BatchNorm": "with BatchNorm"}
 """The changes that all methods were run with, which are two kinds of encoder."""
 COLORS = ("#000000", "#56B4E9", "#0072B2", "#E69F00", "#D55E00")
 """Colours of the methods, by Okabe and Ito, which colour-blind readers can tell apart."""
