@@ -240,14 +240,18 @@ def _device(text: str) -> torch.device:
     return device
 
 
+def _named(name: str, summary: str) -> str:
+    return name if name == summary else f"{name}: {summary}"
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.compare",
         description="Compares implementations of a loss (the providers). Checks that all compute the same loss and gradients, "
         "measures the peak memory of each, then times them in turn. If options have several values, every combination is "
         "measured. Prints a table and adds its rows to a CSV file. Ctrl-C keeps the results so far.",
-        epilog="Providers: " + "; ".join(f"{p.name} ({p.summary})" for p in PROVIDERS.values()) + ". "
-        "Problems: " + "; ".join(f"{p.name} ({p.summary})" for p in PROBLEMS.values()) + ".",
+        epilog="Providers: " + "; ".join(_named(p.name, p.summary) for p in PROVIDERS.values()) + ". "
+        "Problems: " + "; ".join(_named(p.name, p.summary) for p in PROBLEMS.values()) + ".",
     )  # fmt: skip
     one = Sweep((8192,))
     sweep = parser.add_argument_group("what to measure")
@@ -272,7 +276,7 @@ def _parser() -> argparse.ArgumentParser:
         "--seconds",
         type=_positive_number,
         metavar="S",
-        help="starts no further round of a case that would end later than this (60)",
+        help="time limit for a case: no further round starts that would exceed it (60)",
     )
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", type=_device, default=default_device, metavar="DEV", help="cpu, cuda or cuda:INDEX (%(default)s)")

@@ -360,14 +360,16 @@ def plan_table(rows: list[Plan], width: int, itemsize: int, cluster: Cluster) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.distributed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     measuring = commands.add_parser("measure", help="measures bytes, memory and time with processes on this CPU")
     measuring.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4, 8], help="numbers of ranks (1 2 4 8)")
     measuring.add_argument(
         "--rows", type=int, nargs="+", default=[1024, 2048, 4096], help="rows per rank, both views (1024 2048 4096)"
     )
-    measuring.add_argument("--width", type=int, default=128, help="D (default: %(default)s)")
+    measuring.add_argument("--width", type=int, default=128, help="width of the embeddings (default: %(default)s)")
     measuring.add_argument("--repeats", type=int, default=5, help="timed runs of each loss (default: %(default)s)")
     measuring.add_argument("--output", type=Path, help="folder for cpu.csv and memory.png (default: none)")
     planning = commands.add_parser("plan", help="models 1 M and 8 M rows on 8 to 512 GPUs")
@@ -375,7 +377,7 @@ def main() -> None:
     planning.add_argument("--node", type=int, default=8, help="GPUs that share the fast links (default: %(default)s)")
     planning.add_argument("--gb-within", type=float, default=450.0, help="GB/s per GPU within a node (default: %(default)s)")
     planning.add_argument("--gb-between", type=float, default=50.0, help="GB/s per GPU between nodes (default: %(default)s)")
-    planning.add_argument("--width", type=int, default=512, help="D (default: %(default)s)")
+    planning.add_argument("--width", type=int, default=512, help="width of the embeddings (default: %(default)s)")
     planning.add_argument("--itemsize", type=int, default=2, help="bytes per number, 2 for bfloat16 (default: %(default)s)")
     planning.add_argument("--output", type=Path, help="folder for model.csv (default: none)")
     options = parser.parse_args()

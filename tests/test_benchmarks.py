@@ -223,7 +223,7 @@ def test_command_tells_wrong_from_right(
         (["--rows", "7"], "expected a multiple of 2"),
         (["--dim", "0"], "at least 1"),
         (["--temperature", "nan"], "expected a positive finite number"),
-        (["--preset", "quick", "--rows", "64"], "expected one or the other"),
+        (["--preset", "quick", "--rows", "64"], "expected no other option for what to measure"),
     ],
 )
 def test_command_refuses(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
