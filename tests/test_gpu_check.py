@@ -210,7 +210,7 @@ def test_the_report_says_what_a_reader_looks_for(tmp_path: Path) -> None:
     assert "| tests | 1 failed | 95 |" in lines
     assert "| peers | left out: the budget is spent |  |" in lines
     assert "| profile | not run |  |" in lines
-    assert "| canary | whole step | did not end | interrupted, or killed: there is more that it would try |" in lines
+    assert "| canary | whole step | did not end | interrupted or killed before the end of the step |" in lines
     assert "| canary | cuda float32 N=66 D=37 {} | wrong | loss: relative error |" in lines
     assert "| tests | tests/test_gpu.py::test_x[a] | failed | AssertionError: x \\| y |" in lines
     assert "| cuda float32 | 2 | 3.0e-03 | 2.0e-07 |" in lines
