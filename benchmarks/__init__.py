@@ -5,8 +5,8 @@
 - ``python -m benchmarks.gpu_check`` does both on a machine with a GPU, and runs the tests that need one.
 - ``pytest benchmarks`` runs the pytest-benchmark suite.
 
-All of them share :mod:`benchmarks.problems` (what is computed), :mod:`benchmarks.providers` (who computes it) and
-:mod:`benchmarks.measure` (how it is measured). To measure another implementation, add it to ``providers.PROVIDERS``.
+All of them share :mod:`benchmarks.problems` (the losses), :mod:`benchmarks.providers` (the implementations) and
+:mod:`benchmarks.measure` (time, memory, and the check that all agree). To measure another implementation, add it to ``providers.PROVIDERS``.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import argparse
 import csv
 import multiprocessing
 import statistics
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -40,7 +41,7 @@ LossOfViews = Callable[[Tensor, Tensor], Tensor]
 TEMPERATURE = 0.1
 
 
-# ---- what is measured ------------------------------------------------------------------------------------------------
+# ---- losses ----------------------------------------------------------------------------------------------------------
 
 
 def strategy(name: str) -> LossOfViews:
@@ -353,6 +354,9 @@ def plan_table(rows: list[Plan], width: int, itemsize: int, cluster: Cluster) ->
         cells = [f"{plan.n_rows // 2**20} M", str(plan.n_gpus), str(plan.n_rows // plan.n_gpus), f"{plan.gather_gb:.2f}"]
         cells += [f"{plan.ring_gb:.2f}", f"{plan.compute_ms:.0f}", f"{plan.gather_ms:.1f}", f"{plan.ring_ms:.1f}"]
         table.add_row(*cells, f"{plan.gather_step_ms:.0f}", f"{plan.ring_step_ms:.0f}")
+    table.caption = (
+        "Times in ms. products: computing. links: communication. step, gather: their sum. step, ring: the larger of the two"
+    )
     return table
 
 
@@ -381,7 +385,7 @@ def main() -> None:
     planning.add_argument("--itemsize", type=int, default=2, help="bytes per number, 2 for bfloat16 (default: %(default)s)")
     planning.add_argument("--output", type=Path, help="folder for model.csv (default: none)")
     options = parser.parse_args()
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 140)
     if options.command == "plan":
         cluster = Cluster(options.tflops, options.node, options.gb_within, options.gb_between)
         model = plans(options.width, options.itemsize, cluster)

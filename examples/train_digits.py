@@ -177,7 +177,7 @@ def accuracy_from_pixels(data: Digits) -> float | None:
     return float(classifier.score(test_pixels, data.test_y.numpy()))
 
 
-# ---- what the loss costs --------------------------------------------------------------------------------------------
+# ---- cost of the loss -----------------------------------------------------------------------------------------------
 
 
 def resident_megabytes(entry: str) -> float:
@@ -234,7 +234,7 @@ def report(runs: list[Run], data: Digits, n_rows: int) -> list[Table | str]:
     table.caption = (
         f"Measured on {N_TEST} test digits. kNN (k=5, cosine) and linear are probes, fitted with all {N_TRAIN} training labels; "
         f"nearest-prototype uses only the {int((data.labels >= 0).sum())} labels seen in training. Seconds and extra peak memory "
-        f"are those of only the loss, forward and backward, on {n_rows} x {LARGE_BATCH_DIM} float32 rows."
+        f"are for the loss alone, forward and backward, on {n_rows} x {LARGE_BATCH_DIM} float32 numbers."
     )
     table.add_column("")
     for run in runs:
