@@ -6,7 +6,8 @@
 - ``pytest benchmarks`` runs the pytest-benchmark suite.
 
 All of them share :mod:`benchmarks.problems` (the losses), :mod:`benchmarks.providers` (the implementations) and
-:mod:`benchmarks.measure` (time, memory, and the check that all agree). To measure another implementation, add it to ``providers.PROVIDERS``.
+:mod:`benchmarks.measure` (time, memory, and the check that all agree). To measure another implementation, add it to
+``providers.PROVIDERS``.
 """
 
 from __future__ import annotations
