@@ -272,7 +272,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     )
     add("--epochs", type=COUNT, help=f"passes over the {N_TRAIN} training digits in each run (default: 30; 1 with --short)")
     add("--seeds", type=COUNT, help="runs of each kind, with seeds 0, 1, ... (default: 5; 1 with --short)")
-    changes_help = f"whether to also run {CHANGED.replace('%', '%%')} with each change, at batch 256 (default: %(default)s)"
+    changes_help = f"whether to also run '{CHANGED.replace('%', '%%')}' with each change, at batch 256 (default: %(default)s)"
     add("--changes", choices=("all", "none"), default="all", help=changes_help)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     add("--workers", type=COUNT, default=cores, help="processes (default: one per core, %(default)s)")

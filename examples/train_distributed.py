@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--sub-batch", type=int, help="encode this many images at a time, with gradient caching (default: all)")
     parser.add_argument("--labelled", type=float, default=0.1, help="share of digits that keep their label (0.1)")
     parser.add_argument("--temperature", type=float, default=0.2, help="temperature of the loss (%(default)s)")
-    parser.add_argument("--learnable-temperature", action="store_true", help="learn the temperature, from --temperature on")
+    parser.add_argument("--learnable-temperature", action="store_true", help="learn the temperature, starting at --temperature")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights, labels, order and views (%(default)s)")
     parser.add_argument("--short", action="store_true", help="train two epochs, for CI")
     options = parser.parse_args()
