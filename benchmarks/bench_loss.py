@@ -1,8 +1,8 @@
-"""The pytest-benchmark suite: forward and backward of every provider, in groups by problem and N.
+"""The pytest-benchmark suite: forward and backward of every provider, grouped by problem and N.
 
-``pytest benchmarks`` runs it; CLOP_BENCH_ROWS="256" (several: "256,1024") takes other N. The rounds of one provider
-follow each other, so on a busy machine take ratios from ``python -m benchmarks.compare`` instead, which alternates; all
-else, from the inputs to the check that all compute the same, is that command's.
+``pytest benchmarks`` runs it. The environment variable CLOP_BENCH_ROWS="256" (or "256,1024") chooses other N. All rounds
+of one provider run in a row. On a busy machine, take ratios from ``python -m benchmarks.compare`` instead, which
+alternates between providers. Inputs and the check that all providers agree are the same as in that command.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def _rows() -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Setup:
-    """One case: the steps of the providers that can run, and the rows of all, with peak memory or why they cannot."""
+    """One case: the steps of the providers that can run, and a row for every provider with its peak memory or an obstacle."""
 
     case: Case
     steps: dict[str, Step]
@@ -73,7 +73,7 @@ def test_forward_backward(setup: Setup, provider: str, benchmark: BenchmarkFixtu
 
 
 def _rounds(measured: Step) -> int:
-    """As many as fit the time of a benchmark, by one call that also warms it up."""
+    """How many rounds fit into the time of a benchmark. Measures one call, which is also the warm-up."""
     measured.prepare()
     start = time.perf_counter()
     measured()

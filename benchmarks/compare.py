@@ -1,7 +1,7 @@
-"""``python -m benchmarks.compare``: the providers side by side in one run, timed in turn, over a sweep of cases.
+"""``python -m benchmarks.compare``: times the providers side by side in one run, over a sweep of cases.
 
-On a shared machine only ratios within one run mean something, so every ratio is the median over rounds of
-(time of the provider / time of our default backend in the same round).
+On a shared machine, only ratios within one run mean anything. Each ratio is therefore the median over rounds of (the
+provider's time / the default backend's time in the same round).
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from .results import (
     default_directory,
     default_of,
     environment_of,
+    legend,
     number,
     ratio,
     read_csv,
@@ -43,17 +44,17 @@ from .sweeps import PRESETS, Sweep
 from .targets import verdicts
 
 _PRODUCT = ("N", "D", "problems", "dtypes", "temperatures", "modes")
-"""The values of a sweep, which options of the command line give too."""
+"""The fields of a sweep that have an option on the command line."""
 
 NO_GRAPH = "no CUDA graph"
-"""How the note of a row begins whose step cannot be captured."""
+"""The note of a row begins with this if its step cannot be captured."""
 
 LARGEST_IN_A_GRAPH = 65536
-"""Up to here the host's time and the GPU's own are measured apart."""
+"""Up to this N, the host's time and the GPU's own time are also measured separately."""
 
 
 class Comparison:
-    """Runs cases one after another; what :attr:`rows` holds stays valid when a run is interrupted or fails."""
+    """Runs cases one after another. :attr:`rows` stays valid if a run is interrupted or fails."""
 
     def __init__(self, device: torch.device, environment: Environment, progress: Progress) -> None:
         self.device = device
@@ -62,7 +63,10 @@ class Comparison:
         self._progress = progress
 
     def run(self, case: Case, providers: Iterable[Provider], repeats: int, seconds: float = math.inf) -> list[Row]:
-        """Memory, equality, then time. Returns the case's rows, which :attr:`rows` gets as they come."""
+        """Measures memory, checks that the providers agree, then times them. Returns the case's rows.
+
+        Each row is added to :attr:`rows` as soon as it exists.
+        """
         first = len(self.rows)
         task = self._progress.add_task(str(case), total=None)
         try:
@@ -77,7 +81,7 @@ class Comparison:
                     row.matrix_tflops = statistics.mean(rates)
 
             def show(name: str) -> None:
-                # Drawn between the timings only: a thread that redraws the bar would take part of what is timed.
+                # Redraw only between timings: a thread that redraws the bar would slow down the call being timed.
                 self._progress.update(task, description=f"{case}: time of {name}", advance=1, refresh=True)
 
             measure_rate()
@@ -87,7 +91,7 @@ class Comparison:
                 for row in timed:
                     self._separate_host(row, steps[row.provider])
         except BaseException as error:
-            reason = "interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {error}"
+            reason = "interrupted" if isinstance(error, KeyboardInterrupt) else f"failed: {measure.in_one_line(error)}"
             for row in self.rows[first:]:
                 row.note = row.note or reason
             raise
@@ -97,22 +101,22 @@ class Comparison:
 
     @staticmethod
     def _separate_host(row: Row, step: Step) -> None:
-        """A call on an idle GPU waits for the host too: its time, and the GPU's own."""
+        """Measures the host's time and the GPU's own time. A call on an idle GPU includes both."""
         row.host_ms = 1e3 * measure.host_seconds(step)
         if step.mode == "backward":
             return
         try:
             row.graph_ms = 1e3 * measure.graph_seconds(step)
-        except RuntimeError as error:  # a library that synchronises, say
+        except RuntimeError as error:  # for example a library that synchronises
             row.note = row.note or f"{NO_GRAPH}: {str(error).splitlines()[0]}"
 
     def prepare(self, case: Case, providers: Iterable[Provider]) -> dict[str, Step]:
-        """A row a provider; steps, ready to be timed, of those that can run, with their peak memory in the rows.
+        """Adds one row per provider, with its peak memory. Returns steps that are ready to be timed, for those that can run.
 
-        Memory comes before time, since larger calls leave memory with the allocator. The calls whose memory was measured
-        are held to the first: a provider that computes something else is timed, but its row says so and counts nowhere.
+        Memory is measured before time, since larger calls leave memory with the allocator. Each result is compared with the
+        first provider's. A provider that computes something else is still timed, but its row says so, and no ratio uses it.
         """
-        torch.compiler.reset()  # its code for the cases before counts towards a limit
+        torch.compiler.reset()  # code that was compiled for earlier cases counts towards a limit of torch.compile
         default = backends.select(None, self.device, DTYPES[case.dtype]).name
         inputs = case.make_inputs(self.device)
         steps: dict[str, Step] = {}
@@ -137,17 +141,17 @@ class Comparison:
             except AssertionError as error:
                 row.note = f"wrong: {error}"
             except Exception as error:
-                row.note = f"failed: {type(error).__name__}: {error}"
+                row.note = f"failed: {measure.in_one_line(error)}"
         return steps
 
 
 def chosen_providers(
     names: Sequence[str] | None, device: torch.device, dtypes: Iterable[str], console: Console
 ) -> list[Provider]:
-    """In the order of PROVIDERS, those that can run in one of the dtypes at least.
+    """The providers that can run in at least one of the dtypes, in the order of PROVIDERS.
 
     Raises:
-        SystemExit: if one was asked for by name and cannot.
+        SystemExit: if a provider was asked for by name and cannot run.
     """
     chosen = []
     for name, provider in PROVIDERS.items():
@@ -157,9 +161,9 @@ def chosen_providers(
         if None in reasons:
             chosen.append(provider)
         elif names is not None:
-            raise SystemExit(f"--providers {name}: expected one that can run on {device}: {reasons[0]}")
+            raise SystemExit(f"--providers {name}: expected a provider that can run on {device}: {reasons[0]}")
         else:
-            console.print(f"without {name}: {reasons[0]}", style="dim")
+            console.print(f"{name} is left out: {reasons[0]}", style="dim")
     return chosen
 
 
@@ -232,37 +236,56 @@ def _device(text: str) -> torch.device:
         raise argparse.ArgumentTypeError(f"{text!r}: expected cpu, cuda or cuda:INDEX")
     n_gpus = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= n_gpus:
-        raise argparse.ArgumentTypeError(f"{text!r}: expected a GPU that torch sees, which are {n_gpus}")
+        raise argparse.ArgumentTypeError(f"{text!r}: expected one of the {n_gpus} GPUs that torch sees")
     return device
+
+
+def _named(name: str, summary: str) -> str:
+    return name if name == summary else f"{name}: {summary}"
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.compare",
-        description="Times the providers of a loss in turn, in one run, and measures the peak memory of each, after a check "
-        "that all compute the same. Several values of an option are a sweep: the product of all. Prints a table and the "
-        "project's targets, and adds the rows of each case to a CSV file. Ctrl-C keeps what was measured so far.",
-        epilog="providers: " + "; ".join(f"{p.name}, {p.summary}" for p in PROVIDERS.values()) + ". "
-        "problems: " + "; ".join(f"{p.name}, {p.summary}" for p in PROBLEMS.values()) + ".",
+        description="Compares implementations of a loss (the providers). Checks that all compute the same loss and gradients, "
+        "measures the peak memory of each, then times them in turn. If options have several values, every combination is "
+        "measured. Prints a table and adds its rows to a CSV file. Ctrl-C keeps the results so far.",
+        epilog="Providers: " + "; ".join(_named(p.name, p.summary) for p in PROVIDERS.values()) + ". "
+        "Problems: " + "; ".join(_named(p.name, p.summary) for p in PROBLEMS.values()) + ".",
     )  # fmt: skip
     one = Sweep((8192,))
-    sweep = parser.add_argument_group("the sweep")
+    sweep = parser.add_argument_group("what to measure")
     add = sweep.add_argument
-    add("--preset", choices=PRESETS, help="a sweep with a name, in place of the values below")
-    add("--problem", dest="problems", choices=PROBLEMS, nargs="+", help=f"({', '.join(one.problems)})")
-    add("--rows", dest="N", type=_rows, nargs="+", metavar="N", help="rows of the embeddings, all views together (8192)")
+    add("--preset", choices=PRESETS, help="a named set of cases, instead of the options below")
+    add("--problem", dest="problems", choices=PROBLEMS, nargs="+", help=f"the loss ({', '.join(one.problems)})")
+    add("--rows", dest="N", type=_rows, nargs="+", metavar="N", help="number of embeddings, all views together (8192)")
     add("--dim", dest="D", type=_positive, nargs="+", metavar="D", help="width of the embeddings (128)")
-    add("--dtype", dest="dtypes", choices=DTYPES, nargs="+", help="of the embeddings (float32)")
-    add("--temperature", dest="temperatures", type=_positive_number, nargs="+", metavar="TAU", help="(0.1)")
-    add("--mode", dest="modes", choices=MODES, nargs="+", help="the passes that are measured (forward+backward)")
+    add("--dtype", dest="dtypes", choices=DTYPES, nargs="+", help="dtype of the embeddings (float32)")
+    add(
+        "--temperature",
+        dest="temperatures",
+        type=_positive_number,
+        nargs="+",
+        metavar="TAU",
+        help="temperature of the loss (0.1)",
+    )
+    add("--mode", dest="modes", choices=MODES, nargs="+", help="which passes to measure (forward+backward)")
     add = parser.add_argument
-    add("--repeats", type=_positive, metavar="R", help="rounds of a case, each with all providers in turn (5)")
-    add("--seconds", type=_positive_number, metavar="S", help="no further round of a case that would end later (60)")
+    add("--repeats", type=_positive, metavar="R", help="rounds per case; each round times every provider once (5)")
+    add(
+        "--seconds",
+        type=_positive_number,
+        metavar="S",
+        help="time limit for a case: no further round starts that would exceed it (60)",
+    )
     default_device = "cuda" if torch.cuda.is_available() else "cpu"
     add("--device", type=_device, default=default_device, metavar="DEV", help="cpu, cuda or cuda:INDEX (%(default)s)")
-    add("--providers", nargs="+", choices=PROVIDERS, metavar="NAME", help="which to measure; by default all that can run")
-    add("--output", type=Path, metavar="DIR", help="for the CSV file; by default results/cpu or results/GPU beside this file")
-    add("--report", action="store_true", help="write report.md and its figures there too: see python -m benchmarks.report")
+    add(
+        "--providers", nargs="+", choices=PROVIDERS, metavar="NAME", help="implementations to measure (default: all that can run)"
+    )
+    add("--output", type=Path, metavar="DIR", help="folder for the CSV file (default: build/bench/cpu, or build/bench/GPU-NAME)")
+    add("--report", action="store_true", help="also write report.md with figures there (see python -m benchmarks.report)")
+    add("--targets", action="store_true", help="also compare the results with the project's own performance targets")
     return parser
 
 
@@ -272,7 +295,7 @@ def _sweeps(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> l
     if arguments.preset is None:
         return [Sweep(**{"N": (8192,)} | given | limits)]
     if given:
-        parser.error(f"--preset {arguments.preset} beside values of its sweep: expected one or the other")
+        parser.error(f"--preset {arguments.preset}: expected no other option for what to measure beside it")
     return [replace(sweep, **limits) for sweep in PRESETS[arguments.preset]]
 
 
@@ -310,13 +333,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             console.print(f"{row.provider}: {row.note}", style="red", highlight=False)
             status = status or 1
     print_table(console, str(environment), summary(comparison.rows))
-    print_table(console, "targets", verdicts(comparison.rows))
+    for line in legend(comparison.rows):
+        console.print(line, highlight=False)
+    if arguments.targets:
+        print_table(console, "the project's targets", verdicts(comparison.rows))
     if comparison.rows:
-        console.print(f"rows added to {path}")
+        console.print(f"Rows were added to {path}")
     if arguments.report and status != 130:
-        from . import report  # draws, which takes a package that measuring does not
+        from . import report  # it draws with matplotlib, which measuring does not need
 
-        console.print(f"report in {report.write(read_csv([path]), directory)}")
+        console.print(f"Report: {report.write(read_csv([path]), directory, with_targets=arguments.targets)}")
     return status
 
 

@@ -1,20 +1,20 @@
-"""What the loss over a process group costs a rank: bytes received, peak memory, and time beside another strategy or library.
+"""What the loss over a process group costs a rank: bytes received, peak memory, and time.
 
-    python -m benchmarks.distributed measure --output build/distributed    # worlds of gloo processes on this CPU
-    python -m benchmarks.distributed plan --output build/distributed       # a model of many GPUs; nothing of it is measured
+    python -m benchmarks.distributed measure --output build/distributed    # gloo processes on this CPU
+    python -m benchmarks.distributed plan --output build/distributed       # a model of many GPUs; it measures nothing
 
-``measure`` counts what the collectives move, by their own sizes, as rings of ranks move it: of an all-gather a rank receives all
-but its own part, of an all-reduce twice that share. On a CPU that all ranks share, times say little: they are given as multiples
-of "gather"'s, from runs in turn.
+``measure`` counts the bytes that collectives move, as a ring of ranks moves them: in an all-gather, a rank receives everything
+but its own part; in an all-reduce, twice that share. Since all ranks share one CPU, times say little. The table has them as
+multiples of the time of "gather", from runs in turn.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import itertools
 import multiprocessing
 import statistics
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -34,14 +34,14 @@ from torch import Tensor, distributed
 
 import clop_kernels
 
-from . import measure, providers
+from . import leave_interrupts_to_parent, measure, providers
 from .results import commit_name, device_name
 
 LossOfViews = Callable[[Tensor, Tensor], Tensor]
 TEMPERATURE = 0.1
 
 
-# ---- what is measured ------------------------------------------------------------------------------------------------
+# ---- losses ----------------------------------------------------------------------------------------------------------
 
 
 def strategy(name: str) -> LossOfViews:
@@ -50,7 +50,7 @@ def strategy(name: str) -> LossOfViews:
 
 
 def lightly() -> LossOfViews:
-    """Gathers rows with their gradient: an all-gather forward, an all-reduce of all rows' gradients backward."""
+    """lightly's loss: an all-gather of the rows forward, and an all-reduce of all rows' gradients backward."""
     loss: LossOfViews = providers.lightly_loss()(temperature=TEMPERATURE, gather_distributed=True)
     return loss
 
@@ -64,7 +64,7 @@ LOSSES: dict[str, Callable[[], LossOfViews]] = {
 
 @dataclass(frozen=True)
 class Row:
-    """One loss in one world: NT-Xent of two views, forward and backward, float32. Bytes and MB are the largest of a rank."""
+    """One loss with one number of ranks: NT-Xent of two views, float32. Bytes and MB are those of the rank with the most."""
 
     loss: str
     world: int
@@ -84,7 +84,7 @@ class Row:
 
 
 class Received:
-    """Bytes that this rank has received within :func:`counted`."""
+    """The bytes that this rank received within :func:`counted`."""
 
     n_bytes = 0
 
@@ -94,7 +94,7 @@ class Received:
 
 @contextmanager
 def counted(group: distributed.ProcessGroup | None = None) -> Iterator[Received]:
-    """Counts what the collectives of a group, None: the default one, move, by the sizes of the tensors that they are given."""
+    """Counts the bytes that a group's collectives move, from the sizes of their tensors. None is the default group."""
     received = Received()
     world = distributed.get_world_size(group)
     others = (world - 1) / world
@@ -135,7 +135,7 @@ def counted(group: distributed.ProcessGroup | None = None) -> Iterator[Received]
 
 
 def received_by_formula(name: str, world: int, rows_per_rank: int, width: int) -> tuple[int, int]:
-    """Forward and backward, of NT-Xent in float32: clop_kernels/distributed.py, less the header and sums of a few bytes."""
+    """Bytes of NT-Xent in float32, forward and backward, without the few bytes of the header and of sums."""
     others = (world - 1) * rows_per_rank
     forward = 4 * others * width
     return forward, {"gather": 8 * others, "ring": others * (4 * width + 8), "lightly": 2 * forward}[name]
@@ -145,7 +145,7 @@ def received_by_formula(name: str, world: int, rows_per_rank: int, width: int) -
 
 
 def that_fit(world: int, rows_per_rank: int) -> list[str]:
-    """Losses to measure: lightly's takes about 17 bytes a pair of rows, here of all ranks on one machine."""
+    """The losses that fit into memory. lightly's needs about 17 bytes per pair of rows, for all ranks on one machine."""
     available = measure._available_mb(torch.device("cpu"))
     takes = 17e-6 * (world * rows_per_rank) ** 2
     fits = available is None or takes < measure.LARGEST_SHARE * available
@@ -155,7 +155,8 @@ def that_fit(world: int, rows_per_rank: int) -> list[str]:
 def serve(
     rank: int, world: int, losses: list[str], store: str, rows_per_rank: int, width: int, repeats: int, answers: Connection
 ) -> None:
-    """One rank: sends (bytes forward, bytes backward, peak in MB, times) of each loss."""
+    """Runs one rank. Sends (bytes forward, bytes backward, peak in MB, times) for each loss."""
+    leave_interrupts_to_parent()
     torch.set_num_threads(1)
     distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=world)
     generator = torch.Generator().manual_seed(rank)
@@ -163,7 +164,7 @@ def serve(
     steps = {}
     for name in losses:
         loss = LOSSES[name]()
-        loss(*(torch.randn(8, width) for _ in range(2)))  # libraries are loaded, connections made
+        loss(*(torch.randn(8, width) for _ in range(2)))  # loads libraries and makes connections
         steps[name] = measure.Step(lambda x, y, _, loss=loss: loss(x, y), views, "forward+backward", TEMPERATURE)
     results = {}
     for name, step in steps.items():
@@ -194,7 +195,7 @@ def measured(world: int, rows_per_rank: int, width: int, repeats: int) -> list[R
         for process in processes:
             process.start()
         for _, theirs in pipes:
-            theirs.close()  # so that a rank that dies is an end of its pipe here
+            theirs.close()  # a rank that dies then closes its pipe, which ends recv
         answers = [ours.recv() for ours, _ in pipes]
         for process in processes:
             process.join()
@@ -216,10 +217,10 @@ def measured(world: int, rows_per_rank: int, width: int, repeats: int) -> list[R
 def table_of(rows: list[Row]) -> Table:
     table = Table(
         title=f"NT-Xent over a process group, forward and backward, float32, D = {rows[0].D}",
-        caption="rows: of a rank. forward, backward: MB that it receives; formulas: the same as predicted. peak: its memory "
-        "above the inputs, MB. time: as a multiple of gather's",
+        caption="ranks: number of processes. rows: per rank. forward, backward: MB that a rank receives. formulas: the predicted "
+        "MB, forward and backward. peak: a rank's memory above the inputs, in MB. time: as a multiple of the time of gather",
     )
-    for name in ("loss", "world", "rows", "forward", "backward", "formulas", "peak", "time"):
+    for name in ("loss", "ranks", "rows", "forward", "backward", "formulas", "peak", "time"):
         table.add_column(name, justify="left" if name == "loss" else "right", no_wrap=True)
     for row in rows:
         formula = received_by_formula(row.loss, row.world, row.rows_per_rank, row.D)
@@ -234,32 +235,43 @@ def table_of(rows: list[Row]) -> Table:
 COLOURS = {"gather": "#0072B2", "ring": "#D55E00", "lightly": "#009E73"}
 """Of Okabe and Ito, as in figures.py."""
 
-LABELS = {"gather": 'here, "gather"', "ring": 'here, "ring"', "lightly": "lightly, gather_distributed"}
-MARKERS = ("o", "s", "^", "D", "v")
+LABELS = {"gather": 'clop_kernels, "gather"', "ring": 'clop_kernels, "ring"', "lightly": "lightly, gather_distributed"}
+MARKERS = {"gather": "D", "ring": "P", "lightly": "v"}
 
 
 def draw_memory(rows: list[Row], path: Path) -> None:
-    """Peak memory of a rank against its rows, a line a loss and world."""
-    matplotlib.use("agg")  # to a file: there may be no screen
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for marker, world in zip(itertools.cycle(MARKERS), sorted({row.world for row in rows}), strict=False):
+    """Peak memory of a rank against its number of rows: a panel per number of ranks, a line per loss."""
+    matplotlib.use("agg")  # draws to a file, since there may be no screen
+    worlds = sorted({row.world for row in rows})
+    figure, panels = plt.subplots(
+        1, len(worlds), figsize=(2 + 2.4 * len(worlds), 4.4), layout="constrained", sharey=True, squeeze=False
+    )
+    for axes, world in zip(panels[0], worlds, strict=True):
         for loss, colour in COLOURS.items():
             points = sorted((row.rows_per_rank, row.peak_extra_mb) for row in rows if (row.loss, row.world) == (loss, world))
             known = [(n, mb) for n, mb in points if mb is not None]
             if known:
-                label = f"{LABELS[loss]}, {world} rank{'s' if world > 1 else ''}"
-                axes.plot(*zip(*known, strict=True), color=colour, marker=marker, linewidth=1, label=label)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xlabel("rows of a rank")
-    axes.set_ylabel("peak above the inputs, a rank, MB")
+                axes.plot(*zip(*known, strict=True), color=colour, marker=MARKERS[loss], label=LABELS[loss])
+        axes.set_title("1 rank" if world == 1 else f"{world} ranks", fontsize=11)
+        axes.set_xlabel("rows per rank")
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(sorted({row.rows_per_rank for row in rows}))
+        axes.xaxis.set_major_formatter("{x:.0f}")
+        axes.yaxis.set_major_formatter("{x:,.0f}")
+        axes.margins(x=0.15)
+        axes.grid(color="0.9")
+        axes.spines[["top", "right"]].set_visible(False)
+    panels[0, 0].set_ylabel("peak above the inputs, MB per rank")
     figure.suptitle(
-        f"NT-Xent over a process group: memory of a rank, forward and backward, float32, D = {rows[0].D}", fontsize=10
+        f"Memory of one rank: NT-Xent over a process group, forward + backward, float32, D = {rows[0].D}\n"
+        "(a missing point did not fit into memory)",
+        fontsize=12,
     )
-    axes.set_xticks(sorted({row.rows_per_rank for row in rows}))
-    axes.xaxis.set_major_formatter("{x:.0f}")
-    axes.grid(alpha=0.3)
-    figure.legend(fontsize=8, loc="outside right center")
+    found = {label: line for axes in panels[0] for line, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    by_height = sorted(LABELS, key=lambda loss: -max((r.peak_extra_mb or 0.0 for r in rows if r.loss == loss), default=0.0))
+    labels = [LABELS[loss] for loss in by_height if LABELS[loss] in found]
+    figure.legend([found[label] for label in labels], labels, frameon=False, loc="outside lower center", ncols=len(labels))
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
@@ -269,12 +281,12 @@ def draw_memory(rows: list[Row], path: Path) -> None:
 
 @dataclass(frozen=True)
 class Cluster:
-    """What the model assumes. None of it was measured here.
+    """The assumptions of the model. Nothing of it was measured here.
 
     Attributes:
-        tflops: what a GPU reaches in the passes over pairs, by 6 n N D flops.
-        node: GPUs that share the fast links.
-        gb_within, gb_between: bytes a second and GPU, each way, within a node and between nodes, in 10^9.
+        tflops: Speed of a GPU in the passes over pairs, which count as 6 n N D flops.
+        node: Number of GPUs that share the fast links.
+        gb_within, gb_between: 10^9 bytes per second, GPU and direction, within a node and between nodes.
     """
 
     tflops: float
@@ -288,7 +300,7 @@ class Cluster:
 
 @dataclass(frozen=True)
 class Plan:
-    """A batch on a cluster: of each GPU memory in GB and milliseconds."""
+    """A batch on a cluster, with the memory (GB) and the time (milliseconds) of each GPU."""
 
     n_rows: int
     n_gpus: int
@@ -300,12 +312,12 @@ class Plan:
 
     @property
     def gather_step_ms(self) -> float:
-        """Nothing overlapped but the pass of the rank's own rows, a share of 1 / n_gpus, which is left out."""
+        """Assumes no overlap. The real step overlaps the pass over the rank's own rows, a share of 1 / n_gpus."""
         return self.compute_ms + self.gather_ms
 
     @property
     def ring_step_ms(self) -> float:
-        """All overlapped."""
+        """Assumes full overlap of computing and communication."""
         return max(self.compute_ms, self.ring_ms)
 
 
@@ -313,7 +325,7 @@ def planned(n_rows: int, n_gpus: int, width: int, itemsize: int, cluster: Cluste
     n = n_rows / n_gpus
     others, bandwidth = n_rows - n, cluster.bandwidth(n_gpus)
     rows = n * width * itemsize
-    sums = n * width * (4 + itemsize)  # the gradient in float32, and as it leaves
+    sums = n * width * (4 + itemsize)  # the gradient in float32, and in the dtype of the rows
     return Plan(
         n_rows,
         n_gpus,
@@ -331,10 +343,10 @@ def plans(width: int, itemsize: int, cluster: Cluster) -> list[Plan]:
 
 def plan_table(rows: list[Plan], width: int, itemsize: int, cluster: Cluster) -> Table:
     table = Table(
-        title=f"MODEL, not measured: {cluster.tflops:g} Tflop/s a GPU assumed, links of {cluster.gb_within:g} GB/s among "
-        f"{cluster.node} GPUs and {cluster.gb_between:g} GB/s beyond; D = {width}, {itemsize} bytes a number"
+        title=f"A MODEL, not measured. Assumes {cluster.tflops:g} Tflop/s per GPU, and links of {cluster.gb_within:g} GB/s among "
+        f"{cluster.node} GPUs and {cluster.gb_between:g} GB/s beyond. D = {width}, {itemsize} bytes per number"
     )
-    columns = ["rows", "GPUs", "rows a GPU", "GB, gather", "GB, ring"]
+    columns = ["rows", "GPUs", "rows per GPU", "GB, gather", "GB, ring"]
     columns += ["ms: products", "links, gather", "links, ring", "step, gather", "step, ring"]
     for name in columns:
         table.add_column(name, justify="right")
@@ -342,6 +354,9 @@ def plan_table(rows: list[Plan], width: int, itemsize: int, cluster: Cluster) ->
         cells = [f"{plan.n_rows // 2**20} M", str(plan.n_gpus), str(plan.n_rows // plan.n_gpus), f"{plan.gather_gb:.2f}"]
         cells += [f"{plan.ring_gb:.2f}", f"{plan.compute_ms:.0f}", f"{plan.gather_ms:.1f}", f"{plan.ring_ms:.1f}"]
         table.add_row(*cells, f"{plan.gather_step_ms:.0f}", f"{plan.ring_step_ms:.0f}")
+    table.caption = (
+        "Times in ms. products: computing. links: communication. step, gather: their sum. step, ring: the larger of the two"
+    )
     return table
 
 
@@ -349,24 +364,28 @@ def plan_table(rows: list[Plan], width: int, itemsize: int, cluster: Cluster) ->
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.distributed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    measuring = commands.add_parser("measure", help="bytes, memory and time of worlds on this CPU")
-    measuring.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4, 8])
-    measuring.add_argument("--rows", type=int, nargs="+", default=[1024, 2048, 4096], help="rows a rank, two views together")
-    measuring.add_argument("--width", type=int, default=128, help="D (default: %(default)s)")
-    measuring.add_argument("--repeats", type=int, default=5, help="timed runs of each, in turn (default: %(default)s)")
-    measuring.add_argument("--output", type=Path, help="a folder for cpu.csv and memory.png")
-    planning = commands.add_parser("plan", help="a model of 1 M and 8 M rows on 8 to 512 GPUs")
-    planning.add_argument("--tflops", type=float, default=400.0, help="assumed of a GPU (default: %(default)s; not measured)")
+    measuring = commands.add_parser("measure", help="measures bytes, memory and time with processes on this CPU")
+    measuring.add_argument("--worlds", type=int, nargs="+", default=[1, 2, 4, 8], help="numbers of ranks (1 2 4 8)")
+    measuring.add_argument(
+        "--rows", type=int, nargs="+", default=[1024, 2048, 4096], help="rows per rank, both views (1024 2048 4096)"
+    )
+    measuring.add_argument("--width", type=int, default=128, help="width of the embeddings (default: %(default)s)")
+    measuring.add_argument("--repeats", type=int, default=5, help="timed runs of each loss (default: %(default)s)")
+    measuring.add_argument("--output", type=Path, help="folder for cpu.csv and memory.png (default: none)")
+    planning = commands.add_parser("plan", help="models 1 M and 8 M rows on 8 to 512 GPUs")
+    planning.add_argument("--tflops", type=float, default=400.0, help="assumed speed of a GPU (default: %(default)s)")
     planning.add_argument("--node", type=int, default=8, help="GPUs that share the fast links (default: %(default)s)")
-    planning.add_argument("--gb-within", type=float, default=450.0, help="GB/s a GPU within a node (default: %(default)s)")
-    planning.add_argument("--gb-between", type=float, default=50.0, help="GB/s a GPU between nodes (default: %(default)s)")
-    planning.add_argument("--width", type=int, default=512, help="D (default: %(default)s)")
-    planning.add_argument("--itemsize", type=int, default=2, help="bytes a number: 2 for bfloat16 (default: %(default)s)")
-    planning.add_argument("--output", type=Path, help="a folder for model.csv")
+    planning.add_argument("--gb-within", type=float, default=450.0, help="GB/s per GPU within a node (default: %(default)s)")
+    planning.add_argument("--gb-between", type=float, default=50.0, help="GB/s per GPU between nodes (default: %(default)s)")
+    planning.add_argument("--width", type=int, default=512, help="width of the embeddings (default: %(default)s)")
+    planning.add_argument("--itemsize", type=int, default=2, help="bytes per number, 2 for bfloat16 (default: %(default)s)")
+    planning.add_argument("--output", type=Path, help="folder for model.csv (default: none)")
     options = parser.parse_args()
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 140)
     if options.command == "plan":
         cluster = Cluster(options.tflops, options.node, options.gb_within, options.gb_between)
         model = plans(options.width, options.itemsize, cluster)
@@ -378,11 +397,16 @@ def main() -> None:
             write_csv([step | assumed for step in steps], options.output / "model.csv")
         return
     cases = [(world, n) for n in options.rows for world in options.worlds]
-    rows = [row for world, n in track(cases, "worlds") for row in measured(world, n, options.width, options.repeats)]
-    console.print(table_of(rows))
-    if options.output is not None:
-        write_csv([asdict(row) for row in rows], options.output / "cpu.csv")
-        draw_memory(rows, options.output / "memory.png")
+    rows: list[Row] = []
+    try:
+        for world, n in track(cases, "measuring"):
+            rows += measured(world, n, options.width, options.repeats)
+    finally:  # an interruption keeps the cases that were finished
+        if rows:
+            console.print(table_of(rows))
+        if rows and options.output is not None:
+            write_csv([asdict(row) for row in rows], options.output / "cpu.csv")
+            draw_memory(rows, options.output / "memory.png")
 
 
 def write_csv(rows: list[dict[str, Any]], path: Path) -> None:

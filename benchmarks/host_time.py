@@ -1,19 +1,16 @@
-"""What a call costs the host, whatever the GPU does: forward and backward of a small loss, beside the plain loss.
-
-::
+"""Measures what a small loss costs the host (Python and PyTorch), forward and backward, without a GPU.
 
     python -m benchmarks.host_time
 
-needs no GPU. Kernels of ``cuda`` and ``triton`` are not launched: "cuda" is the CPU, Triton's launches go to a stand-in, and
-the bindings of ``cuda`` are those of tests/host/, whose launches return at once. All else is what a training runs: checks,
-autograd, memory, the arguments of each launch. What a launch costs in the driver, some microseconds each, is left out on both
-sides.
+The kernels of ``cuda`` and ``triton`` are not launched: tensors are on the CPU, a stub takes Triton's launches, and ``cuda`` uses
+the bindings of the tests' simulator, whose launches return at once. Everything else runs as in a training: checks, autograd,
+memory, and the arguments of each launch. Missing is the driver's part of a launch, some microseconds each.
 
-``cpu`` runs whole, on 16 rows of 16 numbers, whose arithmetic is next to nothing. So do, for all of them, the plain loss that
-users write (normalise, product, mask, cross entropy), and the definition, clop_kernels.reference, which does more. For a machine
-with a GPU there is ``python -m benchmarks.gpu_check --steps host``.
+``cpu`` runs completely, on 16 rows of 16 numbers, whose arithmetic takes almost no time. Two losses serve for comparison, also on
+16 rows: "plain" is the loss as users write it (normalise, product, mask, cross entropy), and "definition" is
+clop_kernels.reference, which does more. On a machine with a GPU, use ``python -m benchmarks.gpu_check --steps host``.
 
-Providers take turns, and what is printed is the median of each: trust the ratios, not the microseconds.
+Providers take turns, and the table has medians. Trust the ratios, not the microseconds.
 """
 
 from __future__ import annotations
@@ -37,8 +34,8 @@ from . import problems
 Loss = Callable[[Tensor], Tensor]
 TEMPERATURE = 0.1
 SMALL, LARGE = (16, 16), (2048, 16)
-"""N and D of what computes, and of what only launches. A GPU's memory comes from torch's cache, whatever its size; on a CPU many
-megabytes would come from the system."""
+"""N and D for losses that compute, and for losses that only launch. Sizes stay small: torch caches a GPU's memory, but on a CPU
+large blocks would come from the system each time."""
 
 
 def plain_ntxent(z: Tensor) -> Tensor:
@@ -49,14 +46,14 @@ def plain_ntxent(z: Tensor) -> Tensor:
 
 
 class _Launched:
-    """In place of what Triton compiles."""
+    """Takes the place of a kernel compiled by Triton."""
 
     def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
         return lambda *arguments: None
 
 
 def _stub_triton() -> None:
-    """From now on ``backend="triton"`` takes the CPU for an H200, and launches nothing."""
+    """Makes ``backend="triton"`` treat the CPU as an H200 and launch nothing."""
     from clop_kernels.backends.triton import launches, tiles
 
     target = tiles.Target(90, 132)
@@ -66,7 +63,7 @@ def _stub_triton() -> None:
 
 
 def _stub_cuda() -> str | None:
-    """The same of ``backend="cuda"``; why it cannot be, or None."""
+    """Does the same for ``backend="cuda"``. Returns why it is impossible, or None."""
     from tests import host
 
     obstacle = host.obstacle()
@@ -76,7 +73,7 @@ def _stub_cuda() -> str | None:
 
 
 def providers() -> tuple[dict[str, tuple[Loss, tuple[int, int]]], list[str]]:
-    """By name a loss and the size of its rows; and what is missing, with the reason."""
+    """A loss and the size of its input by name, and the names that are missing, with reasons."""
     found: dict[str, tuple[Loss, tuple[int, int]]] = {
         "plain": (plain_ntxent, SMALL),
         "definition": (lambda z: problems.PROBLEMS["ntxent"].plain(z, TEMPERATURE), SMALL),
@@ -86,7 +83,7 @@ def providers() -> tuple[dict[str, tuple[Loss, tuple[int, int]]], list[str]]:
     def add(name: str, size: tuple[int, int]) -> None:
         found[name] = lambda z: clop_kernels.ntxent_loss(z, temperature=TEMPERATURE, backend=name), size
 
-    contract.DENSE_DEVICES = ()  # type: ignore[assignment] # rows of zhat as on a GPU
+    contract.DENSE_DEVICES = ()  # type: ignore[assignment] # lays out zhat's rows as on a GPU
     for name, stub in (("cuda", _stub_cuda), ("triton", _stub_triton)):
         try:
             obstacle = stub()
@@ -107,7 +104,7 @@ def providers() -> tuple[dict[str, tuple[Loss, tuple[int, int]]], list[str]]:
 
 
 def measure(found: dict[str, tuple[Loss, tuple[int, int]]], repeats: int) -> dict[str, tuple[float, float]]:
-    """Median microseconds of forward and backward."""
+    """Median microseconds of forward and of backward."""
     inputs = {size: torch.randn(size, requires_grad=True) for size in (SMALL, LARGE)}
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in found}
     for repeat in range(repeats + 20):  # the first are warm-up
@@ -125,7 +122,7 @@ def measure(found: dict[str, tuple[Loss, tuple[int, int]]], repeats: int) -> dic
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.host_time", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--repeats", type=int, default=1000, help="calls of each provider (1000)")
+    parser.add_argument("--repeats", type=int, default=1000, help="calls per provider (1000)")
     given = parser.parse_args(arguments)
     if given.repeats < 1:
         parser.error(f"--repeats {given.repeats}: expected at least 1")
@@ -140,6 +137,7 @@ def main(arguments: list[str] | None = None) -> None:
         print(f"{name:12}{forward:12.0f}{backward:12.0f}{both / plain:10.2f}{both / definition:15.2f}")
     for line in missing:
         print(f"left out: {line}")
+    print("Medians in microseconds. The last two columns compare forward + backward with the losses 'plain' and 'definition'.")
 
 
 if __name__ == "__main__":

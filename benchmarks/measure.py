@@ -1,9 +1,10 @@
-"""How it is measured: one step of a provider serves for time, for memory and for the check that all compute the same."""
+"""How a provider is measured. One step serves for its time, its memory, and the check that all providers agree."""
 
 from __future__ import annotations
 
 import ctypes
 import gc
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -18,10 +19,10 @@ from .providers import Provider
 
 WARM_UP_ROWS = 64
 ROW_ARRAYS = 6
-"""(N, D) arrays that a provider may hold beside its N x N ones: the project's own target."""
+"""(N, D) arrays that a provider is assumed to hold besides its N x N arrays. It is the project's own target."""
 
 LARGEST_SHARE = 0.6
-"""Of the free memory: what would take more is not run, for others live on the machine too."""
+"""A case that needs more than this share of the free memory is not run, since other programs use the machine too."""
 
 _BYTES_PER_MB = 1e6
 _STATUS = Path("/proc/self/status")
@@ -33,9 +34,9 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 @dataclass
 class Step:
-    """A forward pass, a backward pass, or both. Call :meth:`prepare` first, every time: it is not part of the step.
+    """A forward pass, a backward pass, or both. Call :meth:`prepare` before every call; it is not part of the step.
 
-    ``loss`` and the gradients of ``inputs`` are those of the last call; "forward" leaves no gradients.
+    After a call, ``loss`` and the gradients of ``inputs`` hold its results. "forward" leaves no gradients.
     """
 
     function: LossFunction
@@ -61,12 +62,12 @@ class Step:
         synchronize(self.device)
 
     def run(self) -> None:
-        """The step itself; a GPU may still be at work when it returns."""
+        """The step itself. A GPU may still be working when it returns."""
         loss = self._forward() if self._graph is None else self._graph
         self._graph = None
         if self.mode != "forward":
             loss.backward()
-        self.loss = loss.detach()  # without the graph, whose N x N arrays would stay while others are measured
+        self.loss = loss.detach()  # drops the graph, whose N x N arrays would stay while other providers are measured
 
     def _forward(self) -> Tensor:
         return self.function(*self.inputs, self.temperature)
@@ -75,7 +76,7 @@ class Step:
 def step(provider: Provider, case: Case, inputs: tuple[Tensor, ...]) -> Step:
     """The step of ``provider``, ready to be measured: libraries are loaded, and code for this shape is compiled.
 
-    The warm-up is tiny where it can be, since memory that an allocator keeps from a full one would hide the peak.
+    The warm-up is tiny if possible. A full-size one would leave memory with the allocator, which would hide the peak.
     """
     rows = case.N if provider.compiles_per_shape else WARM_UP_ROWS
     function = provider.functions[case.problem]
@@ -95,7 +96,7 @@ def synchronize(device: torch.device) -> None:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far two providers may lie apart: relative errors, the gradients' in the Frobenius norm."""
+    """How far two providers may differ, as relative errors. Gradients are compared in the Frobenius norm."""
 
     loss: float
     gradient: float
@@ -111,7 +112,7 @@ TOLERANCES = {
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a step has computed, in float64."""
+    """The loss and gradients that a step computed, in float64."""
 
     provider: str
     loss: Tensor
@@ -124,10 +125,10 @@ class Outcome:
 
 
 def check_equal(outcome: Outcome, expected: Outcome, case: Case) -> None:
-    """Holds a loss, and its gradients where the case has them, to those of another provider.
+    """Compares a loss, and its gradients if the case has them, with another provider's.
 
     Raises:
-        AssertionError: naming the provider, its error and the tolerance. A NaN never passes.
+        AssertionError: if they differ; it names the provider, its error and the tolerance. A NaN never passes.
     """
     tolerance = TOLERANCES[DTYPES[case.dtype]]
     pairs = [("loss", outcome.loss, expected.loss, tolerance.loss)]
@@ -152,17 +153,17 @@ def alternate(
     most_seconds: float = float("inf"),
     before_each: Callable[[str], None] = lambda name: None,
 ) -> dict[str, list[float]]:
-    """Times the steps in turn, A B A B, so that what else the machine does meanwhile falls on all of them alike.
+    """Times the steps in turn, A B A B, so that other load on the machine affects all of them alike.
 
     Args:
-        steps: what to time, by name.
-        repeats: how often each is timed, at most.
-        seconds: the lists to append to, so that a caller who is interrupted keeps what was timed. None: new ones.
-        most_seconds: no round but the first begins if it might end later than this.
-        before_each: called with a name before each timing, to show progress.
+        steps: What to time, by name.
+        repeats: The most rounds.
+        seconds: Lists to append to, so that an interrupted caller keeps the timings so far. None makes new lists.
+        most_seconds: After the first round, no round begins that might end later than this.
+        before_each: Called with a name before each timing, to show progress.
 
     Returns:
-        Seconds by name; entries of the same index were timed in the same round.
+        Seconds by name. Entries of the same index were timed in the same round.
     """
     seconds = {name: [] for name in steps} if seconds is None else seconds
     begin = time.perf_counter()
@@ -177,7 +178,7 @@ def alternate(
 
 
 def seconds_of(run: Callable[[], None], device: torch.device) -> float:
-    """One call, begun on an idle device: by CUDA events, which leave out the synchronisation; elsewhere by the clock."""
+    """The time of one call that begins on an idle device. On a GPU, CUDA events leave out the synchronisation."""
     if device.type == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
@@ -191,7 +192,7 @@ def seconds_of(run: Callable[[], None], device: torch.device) -> float:
 
 
 def host_seconds(measured: Step, repeats: int = 10) -> float:
-    """The median time until a call returns, whatever the GPU still does: what the host spends on it."""
+    """The median time until a call returns, even if the GPU is still working. This is what the host spends on a call."""
     seconds = []
     for _ in range(repeats):
         measured.prepare()
@@ -203,23 +204,23 @@ def host_seconds(measured: Step, repeats: int = 10) -> float:
 
 
 def graph_seconds(measured: Step, repeats: int = 10) -> float:
-    """The median time of a replay of the step, captured as a CUDA graph: the GPU's own time, without the host's.
+    """The median time of the step as a CUDA graph. This is the GPU's own time, without the host's.
 
-    Not of "backward" alone, whose forward pass would have to be outside the graph.
+    Not for "backward" alone: its forward pass would have to be outside the graph.
     """
     leaves = [x for x in measured.inputs if x.requires_grad]
 
     def call() -> None:
         loss = measured.function(*measured.inputs, measured.temperature)
         if measured.mode != "forward":
-            torch.autograd.grad(loss, leaves)  # backward() would add to leaf.grad on the stream where the leaf was made
+            torch.autograd.grad(loss, leaves)  # backward() would add to leaf.grad, on the stream that made the leaf
 
     replay = captured(call)
     return statistics.median(seconds_of(replay, measured.device) for _ in range(repeats))
 
 
 def captured(call: Callable[[], None]) -> Callable[[], None]:
-    """``call`` as a CUDA graph, ready to be replayed; it has run three times on a stream of its own before."""
+    """``call`` as a CUDA graph, ready to be replayed. The call first runs three times on a separate stream."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -235,7 +236,7 @@ def captured(call: Callable[[], None]) -> Callable[[], None]:
 
 
 def matrix_tflops(device: torch.device, dtype: torch.dtype) -> float:
-    """The rate of torch's square matrix product in ``dtype``, in 10^12 flops a second: the median of several."""
+    """The speed of torch's square matrix product in ``dtype``, in 10^12 flops per second. The median of several."""
     side = 8192 if device.type == "cuda" else 1024
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     out = torch.empty_like(a)
@@ -254,9 +255,9 @@ def matrix_tflops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def peak_extra_mb(measured: Step) -> float | None:
-    """The peak of one call above what was in use before, in MB (10^6 bytes): with the gradients, without the inputs.
+    """The peak memory of one call above what was in use before, in MB (10^6 bytes): with gradients, without inputs.
 
-    On a GPU by torch's allocator; on Linux by the resident memory of the process. None where neither can be had.
+    On a GPU it comes from torch's allocator, on Linux from the resident memory of the process. None elsewhere.
     """
     device = measured.device
     measured.prepare()
@@ -274,12 +275,12 @@ def peak_extra_mb(measured: Step) -> float | None:
 
 
 def _reset_resident_peak() -> bool:
-    """Gives back what is free and sets VmHWM to VmRSS; False where the system cannot."""
+    """Returns free memory to the system and resets the peak (VmHWM) to VmRSS. False if the system does not support it."""
     gc.collect()
     try:
         ctypes.CDLL(None).malloc_trim(0)
         _CLEAR_REFS.write_text("5")
-    except (AttributeError, OSError, TypeError):  # not glibc; no such file, or not allowed; no handle of the process
+    except (AttributeError, OSError, TypeError):  # not glibc; no such file, or no permission; no library handle
         return False
     return True
 
@@ -293,13 +294,13 @@ def _resident_bytes(field: str) -> int:
 
 
 def predicted_mb(provider: Provider, case: Case) -> float:
-    """The extra memory to expect, from above. Arrays of less than float32 count as float32: the softmax runs in it."""
+    """An upper bound of the extra memory. Half-precision arrays count as float32, because the softmax runs in float32."""
     entries = provider.pair_arrays * case.N**2 + ROW_ARRAYS * case.N * case.D
     return entries * max(DTYPES[case.dtype].itemsize, torch.float32.itemsize) / _BYTES_PER_MB
 
 
 def obstacle(provider: Provider, case: Case, device: torch.device) -> str | None:
-    """Why the provider cannot be measured here on this case, or None if it can."""
+    """Why the provider cannot be measured on this case here, or None if it can."""
     reason = provider.obstacle(device, DTYPES[case.dtype])
     available = _available_mb(device)
     if reason is None and available is not None:
@@ -318,3 +319,18 @@ def _available_mb(device: torch.device) -> float | None:
         return None
     kib = next((int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
     return None if kib is None else kib * 1024 / _BYTES_PER_MB
+
+
+# ---- failures --------------------------------------------------------------------------------------------------------
+
+
+def in_one_line(error: BaseException) -> str:
+    """An error for a row's note. Of a compiler's log, which can fill pages, it keeps the first line that names the fault."""
+    log = str(error).partition("\nOutput:\n")[2]  # torch.compile puts the compiler's command first
+    lines = (log or str(error)).split("\n")
+    faults = (line for line in lines if re.search(r"error|cannot find|undefined", line))
+    text = f"{type(error).__name__}: {next(faults, lines[0]) if log else lines[0]}"[:300]
+    folder = str(Path(torch.__file__).parent)
+    if log and " " in folder:
+        text += f" (torch.compile cannot link if the path of torch has a space, and this one does: {folder})"
+    return text

@@ -1,4 +1,4 @@
-"""What is computed: the losses that are compared, and one point of a sweep over them."""
+"""What is computed: the losses to compare, and the cases of a sweep over them."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ MODES: tuple[Mode, ...] = get_args(Mode)
 DTYPES = {"float64": torch.float64, "float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 N_VIEWS = 2
-"""Of NT-Xent, so its N is a multiple of it; so are all N here."""
+"""Views per instance in NT-Xent. Every N here is a multiple of it."""
 
 N_CLASSES = 100
 
 LossFunction = Callable[..., Tensor]
-"""(*inputs of the problem, temperature) -> the loss, ()."""
+"""(*inputs of the problem, temperature) -> the loss, of shape ()."""
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class Problem:
     """A loss over N x N similarities.
 
     Attributes:
-        name: what the command line and the results call it.
-        summary: one line for a person.
+        name: Its name on the command line and in results.
+        summary: One line for a person.
         make_inputs: (N, D, generator) -> float32 embeddings, which get gradients, and integer labels, all on the CPU.
-        plain: the formula, N x N and all.
+        plain: The formula in plain PyTorch, with N x N matrices.
     """
 
     name: str
@@ -45,7 +45,7 @@ class Problem:
 
 @dataclass(frozen=True)
 class Case:
-    """One point of a sweep: all providers compute this, on the same inputs."""
+    """One point of a sweep. All providers compute it, on the same inputs."""
 
     N: int
     D: int = 128
@@ -58,7 +58,7 @@ class Case:
         return f"{self.problem}, {self.mode}, N={self.N}, D={self.D}, {self.dtype}, temperature {self.temperature:g}"
 
     def make_inputs(self, device: torch.device) -> tuple[Tensor, ...]:
-        """Drawn on the CPU from a fixed seed: the same on every device."""
+        """Random inputs from a fixed seed, drawn on the CPU, so that every device gets the same."""
         inputs = PROBLEMS[self.problem].make_inputs(self.N, self.D, torch.Generator().manual_seed(0))
         dtype = DTYPES[self.dtype]
         return tuple(x.to(device, dtype).requires_grad_() if x.is_floating_point() else x.to(device) for x in inputs)
@@ -85,7 +85,7 @@ def _pairs(n_rows: int, width: int, generator: torch.Generator) -> tuple[Tensor,
 
 
 def _plain_clip(left: Tensor, right: Tensor, temperature: float) -> Tensor:
-    """Not by the reference, which would compare all 2 N rows with each other."""
+    """Does not use the reference, which would compare all 2 N rows with each other."""
     precise = torch.promote_types(left.dtype, torch.float32)
     left, right = (F.normalize(x.to(precise), dim=1).to(x.dtype) for x in (left, right))
     logits = (left @ right.T).to(precise) / temperature
@@ -94,7 +94,7 @@ def _plain_clip(left: Tensor, right: Tensor, temperature: float) -> Tensor:
 
 
 SIGMOID_BIAS = -10.0
-"""SigLIP's, where training begins."""
+"""The bias with which SigLIP starts training."""
 
 
 def _plain_sigmoid(left: Tensor, right: Tensor, temperature: float) -> Tensor:
@@ -106,10 +106,12 @@ def _plain_sigmoid(left: Tensor, right: Tensor, temperature: float) -> Tensor:
 
 
 _ALL = (
-    Problem("ntxent", f"NT-Xent (SimCLR) of {N_VIEWS} views, N rows in all", _views, _plain_ntxent),
-    Problem("supcon", f"SupCon of N rows with labels of {N_CLASSES} classes", _labelled, _plain_supcon),
-    Problem("clip", "the two-sided loss of CLIP, N rows a side", _pairs, _plain_clip),
-    Problem("sigmoid", "SigLIP's loss, N rows a side; of other libraries, to compare with clip", _pairs, _plain_sigmoid),
+    Problem("ntxent", f"NT-Xent (SimCLR) with {N_VIEWS} views, N rows in all", _views, _plain_ntxent),
+    Problem("supcon", f"SupCon of N rows with {N_CLASSES} classes", _labelled, _plain_supcon),
+    Problem("clip", "CLIP's two-sided loss, N rows per side", _pairs, _plain_clip),
+    Problem(
+        "sigmoid", "SigLIP's loss, N rows per side; only other libraries have it, to compare with clip", _pairs, _plain_sigmoid
+    ),
 )
 
 PROBLEMS = {problem.name: problem for problem in _ALL}

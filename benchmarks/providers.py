@@ -1,4 +1,4 @@
-"""Who computes it: the plain loss, torch.compile of it, other libraries, and the backends of clop_kernels."""
+"""The implementations to compare: plain PyTorch, torch.compile, other libraries, and the backends of clop_kernels."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ class Provider:
     """One implementation of the losses.
 
     Attributes:
-        name: what the command line and the results call it.
-        summary: one line for a person; figures call it so.
-        package: whose version the results state.
-        functions: by problem; what is not here it does not offer.
+        name: Its name on the command line and in results.
+        summary: Its name in figures and reports.
+        package: The package whose version the results state.
+        functions: The losses it offers, by problem.
         obstacle: (device, dtype) -> why it cannot run on such embeddings here, or None if it can.
-        pair_arrays: how many N x N arrays it holds at its peak, as measured at N = 8192 and rounded up, of the problem that
-            takes most; 0 if its memory is O(N D).
-        compiles_per_shape: the first call on a shape compiles code for it, which is neither its time nor its memory.
+        pair_arrays: How many N x N arrays it holds at its peak, measured at N = 8192 on the problem that needs most and
+            rounded up. 0 if its memory is O(N D).
+        compiles_per_shape: Whether the first call on a shape compiles code. Its cost is not counted as time or memory.
     """
 
     name: str
@@ -54,7 +54,7 @@ class Provider:
 def _compiled(problem: str) -> LossFunction:
     @functools.cache
     def compiled() -> LossFunction:
-        # One code for each shape, as a training run with its one batch size gets it.
+        # Separate code for each shape, which is what a training run with a fixed batch size gets.
         return torch.compile(PROBLEMS[problem].plain, fullgraph=True, dynamic=False)
 
     return lambda *inputs: compiled()(*inputs)
@@ -62,11 +62,11 @@ def _compiled(problem: str) -> LossFunction:
 
 def _obstacle_to_compile(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
-        return "torch.compile needs Triton on a GPU, which is not installed"
+        return "torch.compile needs Triton on a GPU, and Triton is not installed"
     if not any(shutil.which(compiler) for compiler in (os.environ.get("CXX"), "g++", "clang++") if compiler):
-        return "torch.compile needs a C++ compiler: no g++ or clang++ on the PATH, and CXX names none"
+        return "torch.compile needs a C++ compiler: there is no g++ or clang++ on the PATH, and CXX names no compiler"
     if not Path(sysconfig.get_paths()["include"], "Python.h").exists():
-        return "torch.compile needs the headers of Python: there is no Python.h"
+        return "torch.compile needs Python's header files: there is no Python.h"
     return None
 
 
@@ -96,7 +96,7 @@ def _metric_learning_supcon(embeddings: Tensor, labels: Tensor, temperature: flo
 
 
 def _metric_learning_ntxent(embeddings: Tensor, temperature: float) -> Tensor:
-    """By its SupConLoss: its NTXentLoss is another loss, with only one positive at a time in the denominator."""
+    """Uses its SupConLoss. Its NTXentLoss is a different loss, with only one positive at a time in the denominator."""
     instances = torch.arange(len(embeddings) // N_VIEWS, device=embeddings.device)
     return _metric_learning_supcon(embeddings, instances.repeat(N_VIEWS), temperature)
 
@@ -115,10 +115,10 @@ def lightly_loss() -> type[torch.nn.Module]:
 
 @functools.cache
 def _import_torchvision() -> torch.library.Library | None:
-    """lightly imports it, and uses none of it for this loss.
+    """Makes ``import torchvision`` work. lightly imports it, although this loss uses nothing of it.
 
-    Where its compiled half does not load, as that of a CUDA build beside a CPU build of torch, the import fails for want
-    of two operators. So they are declared, for as long as the result lives.
+    The import fails if torchvision's compiled part does not load, for example a CUDA build beside a CPU build of torch,
+    because two operators are missing. This declares them for as long as the result lives.
     """
     try:
         import torchvision  # noqa: F401
@@ -131,7 +131,7 @@ def _import_torchvision() -> torch.library.Library | None:
 
 
 def _siglip_kernel_sigmoid(left: Tensor, right: Tensor, temperature: float) -> Tensor:
-    """It takes rows that are normalised, and the logarithm of what logits are multiplied by."""
+    """The library expects normalised rows, and the logarithm of the logits' scale."""
     left, right = (F.normalize(x.float(), dim=1).to(x.dtype) for x in (left, right))
     scale, bias = (torch.tensor(value, device=left.device) for value in (-math.log(temperature), SIGMOID_BIAS))
     loss: Tensor = siglip_loss()(left, right, scale, bias)
@@ -147,7 +147,7 @@ def siglip_loss() -> Callable[..., Tensor]:
 
 def _obstacle_to_siglip_kernel(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cuda":
-        return "siglip-kernel runs on GPUs"
+        return "siglip-kernel runs only on GPUs"
     return _library("siglip-kernel", siglip_loss, "")(device, dtype)
 
 
@@ -190,7 +190,7 @@ _ALL = (
         "pytorch-metric-learning",
         "pytorch-metric-learning",
         {"ntxent": _metric_learning_ntxent, "supcon": _metric_learning_supcon},
-        _library("pytorch-metric-learning", _metric_learning, "softmax in float16: gradients below 6e-8 are lost"),
+        _library("pytorch-metric-learning", _metric_learning, "its softmax runs in float16, which loses gradients below 6e-8"),
         pair_arrays=12,
     ),
     Provider(
@@ -198,7 +198,7 @@ _ALL = (
         "lightly",
         "lightly",
         {"ntxent": _lightly_ntxent},
-        _library("lightly", lightly_loss, "sum of the rows' losses in float16: infinite at N = 8192"),
+        _library("lightly", lightly_loss, "it sums the rows' losses in float16, which overflows at N = 8192"),
         pair_arrays=5,
     ),
     Provider("siglip-kernel", "siglip-kernel", "siglip-kernel", {"sigmoid": _siglip_kernel_sigmoid}, _obstacle_to_siglip_kernel),
@@ -206,9 +206,9 @@ _ALL = (
 )
 
 PROVIDERS: dict[str, Provider] = {provider.name: provider for provider in _ALL}
-"""By name, the one that the others are checked against first."""
+"""By name. The other providers are checked against the first one."""
 
 
 def label(name: str) -> str:
-    """What figures and reports call a provider; rows of an older project may have others."""
+    """The name of a provider in figures and reports. Old rows may name a provider that no longer exists."""
     return PROVIDERS[name].summary if name in PROVIDERS else name

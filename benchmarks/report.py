@@ -1,4 +1,4 @@
-"""``python -m benchmarks.report CSV [CSV ...] --output DIR``: report.md and its figures, from what compare has measured."""
+"""``python -m benchmarks.report CSV [CSV ...] --output DIR``: writes report.md and figures from the results of compare."""
 
 from __future__ import annotations
 
@@ -17,43 +17,50 @@ from .targets import verdicts
 
 HOW = """\
 A contrastive loss compares each of N embeddings with every other. The usual implementations hold the N x N similarities in
-memory; clop_kernels computes the same loss and the same gradients tile by tile, in memory that grows with N. Here both are
-measured: implementations get the same inputs, and must agree in loss and gradients before any is timed. They are timed in
-turn, A B A B, so that whatever else the machine does falls on all alike; what follows are medians over these rounds, and
-ratios are medians of the ratios within a round. Memory is the peak during a call above what was in use before it. *Default* is
-the backend of clop_kernels that a user gets who asks for none. Absolute times are those of one machine at one hour: read
-ratios."""
+memory; clop_kernels computes the same loss and the same gradients tile by tile, in memory that grows with N. This report
+compares the two.
+
+- All implementations get the same inputs. If a loss or gradient differs, the row says so, and no ratio uses it.
+- Implementations are timed in turn, A B A B, so that other load on the machine affects all alike. Times are medians over rounds.
+- Ratios are paired: each round divides one time by another of the same round, and the report shows the median over rounds.
+- Memory is the peak during a call, above what was in use before it.
+- *Default* is the backend of clop_kernels that you get if you do not name one.
+- Absolute times depend on the machine and its load. Trust the ratios."""
 
 
 ON_A_GPU = """
 
-A call is timed on a GPU that is idle before it, so that a small one waits for the host, Python and PyTorch, as much as for
-the GPU. *host ms* is the time until such a call returns; *graph ms* is that of a replay as a CUDA graph, the GPU's own time.
-Shares of the matrix rate are of the GPU's own time where it was measured."""
+Each call is timed on a GPU that was idle before. A small call therefore waits for the host (Python and PyTorch) as much as for
+the GPU. *host ms* is the time until the call returns. *graph ms* is the GPU's own time, from a replay as a CUDA graph. Shares of
+the matrix rate use the GPU's own time if it was measured."""
 
 
-def write(rows: Sequence[Row], folder: Path, before: str = "", more: str = "") -> Path:
-    """Writes report.md, with figures beside it where matplotlib is installed.
+def write(rows: Sequence[Row], folder: Path, before: str = "", more: str = "", with_targets: bool = False) -> Path:
+    """Writes report.md, with figures beside it if matplotlib is installed.
 
-    ``before`` is Markdown to begin with, and ``more`` to put before the tables of all rows. Of no rows nothing else is written.
+    Args:
+        rows: The results. Without any, the report has only ``before`` and ``more``.
+        folder: Where to write.
+        before: Markdown for the beginning of the report.
+        more: Markdown for the place before the tables of all rows.
+        with_targets: Whether to compare the results with the project's own targets.
 
     Raises:
-        ValueError: if the rows are of several devices, whose times no figure may mix.
+        ValueError: if the rows are from several devices, because no figure may mix their times.
     """
     devices = sorted({row.environment.device for row in rows})
     if len(devices) > 1:
-        raise ValueError(f"rows of {', '.join(devices)}: expected those of one device, a report each")
+        raise ValueError(f"rows of {', '.join(devices)}: expected those of one device; write a report for each")
     folder.mkdir(parents=True, exist_ok=True)
     environments = dict.fromkeys([*(str(row.environment) for row in rows), *_versions(rows)])
     speed = [
         f"{'##' if before else '#'} clop_kernels beside other implementations: {', '.join(devices)}",
         HOW + (ON_A_GPU if any(row.environment.device_type == "cuda" for row in rows) else ""),
-        "\n".join(f"- {line}" for line in environments if line),
+        "Measured on:\n\n" + "\n".join(f"- {line}" for line in environments if line),
         *_findings(rows),
         *_growth(rows),
         *_figures(rows, folder),
-        "## Targets of the project",
-        markdown_table(verdicts(rows)),
+        *(["## Targets of the project", markdown_table(verdicts(rows))] if with_targets else []),
     ]
     sections = [before, *(speed if rows else []), more, *_tables(rows)]
     path = folder / "report.md"
@@ -62,13 +69,13 @@ def write(rows: Sequence[Row], folder: Path, before: str = "", more: str = "") -
 
 
 def _versions(rows: Sequence[Row]) -> list[str]:
-    """Of the packages that the environment does not name."""
+    """The versions of packages that the environment does not name."""
     named = {(PROVIDERS[row.provider].package, row.version) for row in rows if row.provider in PROVIDERS}
     return [", ".join(f"{package} {version}" for package, version in sorted(named) if package != "torch" and version)]
 
 
 def _findings(rows: Sequence[Row]) -> list[str]:
-    """The ratios that matter most: a line a case, a column a provider."""
+    """The most important ratios: a line per case, a column per provider."""
     table = []
     cases = representative(rows)
     others = dict.fromkeys(row.provider for row in rows if row.case in cases and row.seconds and not row.is_default)
@@ -79,7 +86,7 @@ def _findings(rows: Sequence[Row]) -> list[str]:
             multiples = {name: (ratio(row, default), memory_ratio(row, default)) for name, row in found.items()}
             cells = {label(name): ", ".join(f"{x:.1f}x" for x in (t, m) if x is not None) for name, (t, m) in multiples.items()}
             table.append({"case": _title(case), "default": label(default.provider), **cells})
-    text = "Time and peak extra memory, each as a multiple of the default's."
+    text = "Each cell has the time and then the peak extra memory, as multiples of the default's: 2.0x means twice as much."
     return ["## In short", text, markdown_table(table)] if table else []
 
 
@@ -100,22 +107,22 @@ def _growth(rows: Sequence[Row]) -> list[str]:
                     }
                 )
     text = (
-        f"Least squares of log cost against log N: of times from N = {FIT_FROM_N} on, of memory from {FIT_FROM_MB:g} MB on, "
-        "where what does not depend on N matters little."
+        "A power law, fitted by least squares of log cost against log N. Times are fitted from "
+        f"N = {FIT_FROM_N} on, memory from {FIT_FROM_MB:g} MB on: below that, costs that do not depend on N matter too much."
     )
     return ["## How the cost grows", text, markdown_table(table)] if table else []
 
 
 def _figures(rows: Sequence[Row], folder: Path) -> list[str]:
     if find_spec("matplotlib") is None:
-        return ["No figures: matplotlib is not installed. `python -m benchmarks.report CSV --output DIR` draws them elsewhere."]
+        return ["No figures: matplotlib is not installed. `python -m benchmarks.report CSV --output DIR` draws them where it is."]
     from . import figures
 
     return [f"![{p.title}]({p.name})\n\n*{p.title}.* {p.caption}" for p in figures.draw_all(rows, folder)]
 
 
 def _tables(rows: Sequence[Row]) -> list[str]:
-    """All rows, a table for each setting."""
+    """All rows, with a table for each setting."""
     settings = dict.fromkeys(replace(row.case, N=0, D=0) for row in rows)
     sections = ["## All rows"] if rows else []
     for setting in settings:
@@ -137,14 +144,16 @@ def _title(case: Case) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.report",
-        description="Writes report.md and its figures from CSV files of python -m benchmarks.compare, all of one device. Of a "
-        "case that several runs have measured, it takes the newest.",
+        description="Writes report.md and figures from CSV files that python -m benchmarks.compare has written on one device. "
+        "If several runs measured a case, the newest run counts.",
     )
     parser.add_argument("csv", type=Path, nargs="+", metavar="CSV")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="for report.md and the figures")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder for report.md and the figures")
+    add = parser.add_argument
+    add("--targets", action="store_true", help="also compare the results with the project's own performance targets")
     arguments = parser.parse_args(argv)
     try:
-        print(write(read_csv(arguments.csv), arguments.output))
+        print(write(read_csv(arguments.csv), arguments.output, with_targets=arguments.targets))
     except (OSError, ValueError) as error:
         parser.error(str(error))
     return 0

@@ -1,13 +1,13 @@
-"""``python -m benchmarks.resources``: compiles every shipped Triton kernel ahead of time, for GPUs that need not be there.
+"""``python -m benchmarks.resources``: compiles every shipped Triton kernel ahead of time, without a GPU.
 
-One table: registers, bytes spilled, shared memory and matrix instructions of each kernel, tile, GPU, dtype and width, as
-:mod:`clop_kernels.backends.triton.launches` would launch it; and of those that multiply matrices what their far loop executes,
-with the clocks predicted by that (:mod:`benchmarks.sass`). Ends with 1 if a kernel spills, takes more shared memory than its
-GPU has, or lacks matrix instructions where it multiplies matrices.
+It makes one table: the registers, spilled bytes, shared memory and matrix instructions of each kernel, tile, GPU, dtype and
+width, compiled as :mod:`clop_kernels.backends.triton.launches` would launch it. Kernels that multiply matrices also have the
+instructions of their far loop and the clocks predicted from them (:mod:`benchmarks.sass`). The exit code is 1 if a kernel spills,
+needs more shared memory than its GPU has, or multiplies matrices without matrix instructions.
 
-The table of a Triton version is committed, and its column ``source`` is a hash of all that the compiled code depends on: a
-kernel is compiled only where its hash is not in the table. Ends with 1 too if the whole selection is asked for and the
-committed table is not what was found.
+One table per Triton version is committed. Its column ``source`` is a hash of everything that the compiled code depends on, so
+only kernels whose hash is not in the table are compiled. The exit code is also 1 if the whole selection was requested and the
+result differs from the committed table.
 """
 
 from __future__ import annotations
@@ -39,28 +39,29 @@ from torch import Tensor
 
 from clop_kernels.backends.contract import LossOptions
 
-from . import sass
+from . import leave_interrupts_to_parent, sass
 
 SHARED_MEMORY_KB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
-"""What one program can have, by compute capability (CUDA C++ programming guide, table of technical specifications)."""
+"""The most shared memory of one program, by compute capability (CUDA C++ programming guide, technical specifications)."""
 
 TARGETS = (80, 90, 100, 120)
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 WIDTHS = (16, 32, 64, 128, 256, 768)
-"""768 stands for all wide rows, whose tiles do not depend on the width."""
+"""768 stands for all wide rows, because their tiles do not depend on the width."""
 
 PROCESSORS, ROWS = 132, 65536
-"""What is compiled depends on neither."""
+"""The compiled code depends on neither."""
 
 TABLES = Path(__file__).parent / "results" / "resources"
-"""Where the committed tables are, one a Triton version."""
+"""The folder of the committed tables, one per Triton version."""
 
 SPILLS_ALLOWED = {"3.6": 8, "3.9": 8}
-"""Triton version -> bytes a thread that a kernel may spill there; no other version may spill.
+"""Triton version -> bytes per thread that a kernel may spill. With any other version, kernels may not spill.
 
-On 3.6, the oldest version that the package takes, `gradient_kernel` has 8 bytes at D = 256 on sm_90 and below D = 64 on sm_100,
-outside its far loops; the first has none with two stages, and an H200 took 1.14 times as long. Some kernels that pass over rows
-have 8 bytes of stack, and take 40 to 96 registers, so not for want of them. The tables of 3.6 and 3.9 record which.
+On 3.6, the oldest supported version, `gradient_kernel` spills 8 bytes outside its far loops, at D = 256 on sm_90 and below D = 64
+on sm_100. At D = 256 two stages would avoid it, but an H200 then took 1.14 times as long. Some kernels that pass over rows use 8
+bytes of stack although they need only 40 to 96 registers, so a lack of registers is not the cause. The tables of 3.6 and 3.9
+record which kernels.
 """
 
 FORMS: dict[str, dict[str, Any]] = {
@@ -72,16 +73,16 @@ FORMS: dict[str, dict[str, Any]] = {
     "pairs": {"positives": "label", "alone": True},
     "one-way": {"positives": "label", "alone": True, "sides": True},
 }
-"""What is asked of a loss, which compiles to the same kernels in each form (tests/test_variants.py). Where no temperature is
-given it is a tensor; ``weighted``: reduction "none", a weight a row, and the Euclidean distance to prototypes.
+"""Forms of a loss. A test checks that every form compiles to the same kernels. The temperature is a tensor unless a number is
+given. ``weighted`` means reduction "none", one weight per row, and the Euclidean distance to prototypes.
 
     plain           NT-Xent with a prototype term
     general         SupCon with a prototype term
     two-sided       CLIP's loss
-    two-sided-raw   the same by labels, of rows that are not normalised
-    negatives       of each row the logarithm of the sum over its negatives
-    pairs           the passes over pairs ``alone``, of a loss over a process group: rows against each other
-    one-way         the same, of rows on the left against those on the right
+    two-sided-raw   the same with labels and unnormalised rows
+    negatives       for each row, the logarithm of the sum over its negatives
+    pairs           only the passes over pairs (``alone``), for a loss over a process group: all rows with each other
+    one-way         the same, left rows with right rows
 """
 
 MATRIX_INSTRUCTIONS = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma": "mma.sync"}
@@ -90,7 +91,7 @@ MATRIX_KERNELS = ("softmax_kernel", "gradient_kernel", "pair_kernel", "product_k
 
 @dataclass(frozen=True)
 class Selection:
-    """What is compiled: each of these with each other."""
+    """What to compile: every combination of these."""
 
     targets: Sequence[int] = TARGETS
     dtypes: Sequence[str] = tuple(DTYPES)
@@ -99,7 +100,7 @@ class Selection:
 
 @dataclass(frozen=True)
 class Case:
-    """A call of the loss: all its launches are compiled. ``form`` is one of :data:`FORMS`."""
+    """A call of the loss, all of whose launches are compiled. ``form`` is one of :data:`FORMS`."""
 
     capability: int
     dtype: str
@@ -110,7 +111,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Report:
-    """What one compiled kernel takes; ``loop`` is None without matrix products."""
+    """The resources of one compiled kernel. ``loop`` is None if it has no matrix products."""
 
     kernel: str
     sm: int
@@ -126,17 +127,17 @@ class Report:
 
     @property
     def is_counted(self) -> bool:
-        """Whether its loop was counted; tables of before November 28, 2026 have no such figures."""
+        """Whether its loop was counted. Tables older than November 28, 2026 have no figures of loops."""
         return self.loop is not None or self.kernel not in MATRIX_KERNELS
 
     def columns(self) -> dict[str, Any]:
-        """Of a table: what it takes, then the figures of its loop, empty if it has none."""
+        """A line of a table: its resources, then the figures of its loop, which are empty if it has none."""
         own = {name: getattr(self, name) for name in OF_KERNEL}
         return own | (dict.fromkeys(OF_LOOP, "") if self.loop is None else asdict(self.loop))
 
     @classmethod
     def of(cls, columns: dict[str, str]) -> Report:
-        """From the text of a table."""
+        """Reads a line of a table."""
         loop = _parsed(sass.Loop, columns, OF_LOOP) if columns.get("limit") else None
         return _parsed(cls, columns, OF_KERNEL, loop=loop)
 
@@ -151,14 +152,14 @@ OF_LOOP = [field.name for field in fields(sass.Loop)]
 
 
 def _parsed(kind: Any, columns: dict[str, str], names: Sequence[str], **others: Any) -> Any:
-    """An instance of a dataclass, with the fields of these names from the text of a table."""
+    """An instance of a dataclass, whose fields of these names are parsed from a line of a table."""
     types: dict[Any, Any] = {"int": int, "float": float, "str": str}
     type_of = {field.name: field.type for field in fields(kind)}
     return kind(**{name: types[type_of[name]](columns[name]) for name in names}, **others)
 
 
 def faults_of(sm: int, spilled_bytes: int, shared_kb: float, lacks_matrix_units: bool, spills_allowed: int = 0) -> list[str]:
-    """What must not be so of any kernel."""
+    """The faults that no kernel may have."""
     found = []
     if spilled_bytes > spills_allowed:
         found.append(f"spills {spilled_bytes} bytes a thread")
@@ -175,10 +176,7 @@ def cases(selection: Selection) -> list[Case]:
 
 @dataclass(frozen=True)
 class Compilation:
-    """One kernel to compile: the launch of that number in a case.
-
-    ``source`` is a hash of all that the compiled code depends on.
-    """
+    """One kernel to compile: launch ``number`` of a case. ``source`` hashes everything that the compiled code depends on."""
 
     case: Case
     number: int
@@ -196,12 +194,12 @@ class Compilation:
         )  # fmt: skip
 
     def report_as(self, known: Report) -> Report:
-        """What a compilation of the same source took; what it was called then may have changed."""
+        """The report of an earlier compilation of the same source, under its present names."""
         return self.report(known.registers, known.spilled_bytes, known.shared_kb, known.instructions, known.loop)
 
 
 def compilations(selected: Iterable[Case]) -> list[Compilation]:
-    """All that these cases launch, what compiles to the same code once."""
+    """All launches of these cases, without those that would compile to the same code."""
     found: dict[str, Compilation] = {}
     for case in selected:
         for number, launch in enumerate(launches(case)):
@@ -233,13 +231,13 @@ def launches(case: Case) -> Iterator[Any]:
 
 def launches_of(options: LossOptions, n: int, width: int, capability: int) -> Iterator[Any]:
     """The launches of a loss of n labelled rows and its gradients, on tensors without memory."""
-    from clop_kernels.backends.triton import tiles, warm_up  # after the environment is set
+    from clop_kernels.backends.triton import tiles, warm_up  # imported late, after the environment is set
 
     return warm_up.launches_of(options, n, width, options.compute_dtype, tiles.Target(capability, PROCESSORS))
 
 
 def launches_of_pairs(case: Case, n_left: int | None) -> Iterator[Any]:
-    """The launches of the passes over pairs alone. The temperature is a tensor."""
+    """The launches of only the passes over pairs. The temperature is a tensor."""
     from clop_kernels.backends.triton import launches as plan
     from clop_kernels.backends.triton import tiles
 
@@ -262,7 +260,7 @@ def tile_of(launch: Any) -> str:
 
 
 def compile_one(compilation: Compilation) -> Report:
-    """Compiles it; runs in a process of its own."""
+    """Compiles one kernel, in a worker process."""
     import triton
     from triton.backends.compiler import GPUTarget
 
@@ -274,13 +272,13 @@ def compile_one(compilation: Compilation) -> Report:
     if compilation.kernel in MATRIX_KERNELS:
         loop = sass.loop_of(_dumped("-sass", cubin), compilation.case.capability, work_of(launch))
     found = [name for name, pattern in MATRIX_INSTRUCTIONS.items() if pattern in compiled.asm["ptx"]]
-    # The stack of a kernel that asserts holds the arguments of the message.
+    # A kernel with assertions keeps the arguments of their messages on its stack; these bytes are not spills.
     spilled = 0 if launch.options["debug"] else usage.spilled_bytes
     return compilation.report(usage.registers, spilled, round(compiled.metadata.shared / 1024, 1), " ".join(found), loop)
 
 
 class Usage(NamedTuple):
-    """What a thread of a compiled kernel takes."""
+    """The resources of one thread of a compiled kernel."""
 
     registers: int
     spilled_bytes: int
@@ -292,7 +290,7 @@ def usage_of(cubin: bytes) -> Usage:
 
 
 def _dumped(option: str, cubin: bytes) -> str:
-    """What the cuobjdump that Triton brings says of a cubin."""
+    """The output of cuobjdump, which Triton's package contains, for a cubin."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -303,7 +301,7 @@ def _dumped(option: str, cubin: bytes) -> str:
 
 
 def work_of(launch: Any) -> sass.Work:
-    """What a tile of a launch with matrix products asks for; of the kernels of wide rows a step of BLOCK_K."""
+    """The work of one tile of a launch with matrix products. For the kernels of wide rows, of one step of BLOCK_K."""
     arguments, name = launch.arguments, launch.kernel.__name__
     rows, columns, zhat = arguments["BLOCK_M"], arguments["BLOCK_N"], arguments["zhat"]
     itemsize, passes = zhat.dtype.itemsize, 3 if arguments["PRECISION"] == "tf32x3" else 1
@@ -313,7 +311,7 @@ def work_of(launch: Any) -> sass.Work:
     if name == "gradient_kernel":
         products.append((rows, depth, columns))
     elif depth < arguments["WIDTH"] or name == "product_kernel":
-        n_copied += rows * depth  # the rows pass by as well
+        n_copied += rows * depth  # the rows are copied as well
     return sass.Work(tuple(products), n_copied * itemsize, itemsize, passes, launch.options["num_warps"])
 
 
@@ -352,7 +350,7 @@ def triton_version() -> str:
 
 
 def source_of(launch: Any, capability: int) -> str:
-    """A hash of all that the compiled code depends on, the same whatever Python and wherever the package is."""
+    """A hash of everything that the compiled code depends on. It does not depend on Python's version or the package's path."""
     source = _source(launch)
     parts = (
         triton_version(),
@@ -370,7 +368,7 @@ def source_of(launch: Any, capability: int) -> str:
 def code_of(kernel: Any) -> str:
     """A hash of a kernel, of all functions of this package that it calls, and of the constants that they read.
 
-    Triton's own key of a function, ``cache_key``, changes with every comment, and with every line that is added above it.
+    Triton's own ``cache_key`` of a function changes with every comment and with every line added above the function.
     """
     found: dict[str, str] = {}
     pending = [kernel]
@@ -385,9 +383,9 @@ def code_of(kernel: Any) -> str:
             if not isinstance(node, ast.Name) or not hasattr(module, node.id):
                 continue
             value = getattr(module, node.id)
-            value = getattr(value, "fn", value)  # what triton.jit was given
+            value = getattr(value, "fn", value)  # the Python function behind triton.jit
             if inspect.isfunction(value) or inspect.isclass(value):
-                if value.__module__.startswith("clop_kernels."):  # others are Triton's, whose version is in the hash
+                if value.__module__.startswith("clop_kernels."):  # other functions are Triton's, whose version is in the hash
                     pending.append(value)
             elif not inspect.ismodule(value):
                 found[f"{module.__name__}.{node.id}"] = repr(value)
@@ -399,7 +397,7 @@ def _digest(value: Any) -> str:
 
 
 def _canonical(node: Any) -> Any:
-    """A syntax tree without docstrings, positions, and fields that are empty and that not every Python has."""
+    """A syntax tree without docstrings and positions. Empty fields are dropped, since not every Python version has them."""
     if isinstance(node, ast.AST):
         named = [(name, value) for name, value in ast.iter_fields(node) if value not in (None, [])]
         return type(node).__name__, [(name, _canonical(value)) for name, value in named]
@@ -413,22 +411,24 @@ def _is_docstring(node: Any) -> bool:
 
 
 def compile_all(wanted: Sequence[Compilation], console: Console) -> Iterator[Report]:
-    """What each kernel takes, as it is known."""
-    with Progress(console=console, transient=True) as progress, ProcessPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+    """Compiles in parallel, and yields each report as it comes."""
+    n_processes = len(os.sched_getaffinity(0))
+    pool = ProcessPoolExecutor(n_processes, initializer=leave_interrupts_to_parent)
+    with Progress(console=console, transient=True) as progress, pool:
         yield from progress.track(pool.map(compile_one, wanted), len(wanted), description="compiling")
 
 
 SHOWN = {name: name for name in OF_KERNEL if name != "source"} | {
     "total": "far loop", "reciprocals": "rcp", "predicted_clocks": "clocks", "limit": "limit",
 }  # fmt: skip
-"""The columns that are printed, and their titles."""
+"""The columns to print, and their titles."""
 
 
 def report_table(reports: Sequence[Report], everything: bool, spills_allowed: int) -> Table:
     table = Table(
         title="Triton kernels compiled ahead of time",
-        caption="far loop: instructions of a thread for one tile; rcp: reciprocals of them; clocks: of a tile, predicted, by the "
-        "unit that limits",
+        caption="far loop: instructions per thread for one tile. rcp: how many of them are reciprocals. clocks: predicted clocks "
+        "per tile. limit: the unit that determines them",
     )
     left = ("kernel", "dtype", "tile", "instructions", "limit")
     for name, title in SHOWN.items():
@@ -456,16 +456,16 @@ def write_table(reports: Iterable[Report], path: Path) -> None:
 
 
 GIGAHERTZ = 1.8
-"""The clock that predicted times are for: about what an H100 or H200 keeps under load."""
+"""The clock rate of predicted times: about that of an H100 or H200 under load."""
 
 
 def plan_table(reports: Sequence[Report], capability: int, dtype: str) -> Table:
-    """What a loss launches by the number of rows, how columns are split, and the time that the far loops alone predict."""
+    """How many launches a loss needs by number of rows, how columns are split, and the time predicted from the far loops."""
     from clop_kernels.backends.triton import tiles
 
     table = Table(
-        title=f"Predicted for sm_{capability}, {dtype}, {PROCESSORS} processors at {GIGAHERTZ} GHz: not measured",
-        caption="rounds of programs x (their tiles + what a program costs besides) x clocks of a tile; whole: columns not split",
+        title=f"Predicted, not measured: sm_{capability}, {dtype}, {PROCESSORS} processors at {GIGAHERTZ} GHz",
+        caption="us: rounds of programs x (tiles per program + a program's overhead) x clocks per tile. whole: us without splits",
     )
     for title in ("D", "N", "launches", "softmax splits", "us", "whole", "gradient splits", "us", "whole"):
         table.add_column(title, justify="right", no_wrap=True)
@@ -490,11 +490,11 @@ def plan_table(reports: Sequence[Report], capability: int, dtype: str) -> Table:
     return table
 
 
-HELP = """Compiles Triton kernels as a loss would launch them, for GPUs that need not be there, and prints what each takes:
-registers, spills, shared memory, instructions of the far loop, and the clocks of a tile that these predict. Ends with 1 if a
-kernel spills, needs more shared memory than its GPU has, or lacks matrix instructions. What the committed table of this version
-of Triton has, by a hash of its source, is taken from there; a kernel that it lacks takes about five seconds of one core. The
-CUDA kernels are checked by python -m benchmarks.resources_cuda."""
+HELP = """Compiles Triton kernels as a loss would launch them, without a GPU, and prints the resources of each: registers, spills,
+shared memory, instructions of the far loop, and the clocks per tile predicted from them. The exit code is 1 if a kernel spills,
+needs more shared memory than its GPU has, or lacks matrix instructions. Kernels that have not changed are read from the committed
+table of this Triton version; each other kernel takes about five seconds of one core. For the CUDA kernels, use
+python -m benchmarks.resources_cuda."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -504,24 +504,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = TABLES / f"triton-{version}.csv"
     parser = argparse.ArgumentParser(prog="python -m benchmarks.resources", description=HELP)
     add = parser.add_argument
-    add("--targets", nargs="+", type=int, choices=SHARED_MEMORY_KB, default=whole.targets, metavar="SM", help="%(default)s")
-    add("--dtypes", nargs="+", choices=DTYPES, default=whole.dtypes, help="%(default)s")
-    add("--dims", nargs="+", type=int, default=whole.widths, metavar="D", help="widths of the embeddings (%(default)s)")
-    add("--all", action="store_true", help="compile also what the committed table has: the whole selection anew")
-    add("--update", action="store_true", help="write what was found as the committed table; goes on where it was interrupted")
-    add("--everything", action="store_true", help="print the kernels without matrix products too; they are checked in any case")
+    add(
+        "--targets",
+        nargs="+",
+        type=int,
+        choices=SHARED_MEMORY_KB,
+        default=whole.targets,
+        metavar="SM",
+        help="compute capabilities (80 90 100 120)",
+    )
+    add("--dtypes", nargs="+", choices=DTYPES, default=whole.dtypes, help="dtypes of the embeddings (all)")
+    add("--dims", nargs="+", type=int, default=whole.widths, metavar="D", help="widths of the embeddings (16 32 64 128 256 768)")
+    add("--all", action="store_true", help="compile everything anew, even unchanged kernels")
+    add("--update", action="store_true", help="write the result to the committed table; can resume after an interruption")
+    add("--everything", action="store_true", help="also print the kernels without matrix products, which are always checked")
     add(
         "--plan",
         action="store_true",
-        help="print instead what a loss launches by N, and the time that the committed table predicts",
+        help="only print how many launches a loss needs by N, and the time predicted from the committed table",
     )
-    add("--csv", type=Path, metavar="FILE", help="write the table there too")
+    add("--csv", type=Path, metavar="FILE", help="also write the table to this file")
     given = parser.parse_args(arguments)
     selection = Selection(given.targets, given.dtypes, given.dims)
     if os.environ.get("TRITON_INTERPRET") == "1":
-        parser.error("TRITON_INTERPRET=1 is in the environment: the interpreter compiles nothing; unset it")
+        parser.error("TRITON_INTERPRET=1 is set, and Triton's interpreter does not compile: unset it")
     if given.update and selection != whole:
-        parser.error("--update writes the whole table: it takes no selection")
+        parser.error("--update writes the whole table: expected no --targets, --dtypes or --dims")
 
     console = Console(width=None if sys.stdout.isatty() else 180)
     committed = read_table(path)
@@ -533,10 +541,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     wanted = compilations(cases(selection))
     missing = [one for one in wanted if one.source not in known]
     with tempfile.TemporaryDirectory() as cache:
-        os.environ["TRITON_CACHE_DIR"] = cache  # of this run alone: nothing is taken from, or left in, the user's
+        os.environ["TRITON_CACHE_DIR"] = cache  # a cache for this run only; the user's is neither read nor written
         for report in compile_all(missing, console):
             known[report.source] = report
-            if given.update:  # as it goes: what is interrupted goes on from there
+            if given.update:  # written each time, so that an interrupted run can resume
                 write_table(known.values(), path)
     reports = [one.report_as(known[one.source]) for one in wanted]
     if given.update:
@@ -553,7 +561,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(f"{n_spilling} kernels spill, up to the {spills_allowed} bytes allowed on Triton {release}", style="yellow")
     is_stale = selection == whole and not given.update and reports != committed
     if is_stale:
-        told = "is not what was found: `python -m benchmarks.resources --update` writes it, to be committed"
+        told = "differs from the result: `python -m benchmarks.resources --update` writes it; then commit it"
         console.print(f"{path.name} {told}", style="red")
     console.print(f"{len(reports)} kernels, {len(missing)} of them compiled now, {len(found)} faults")
     return 1 if found or is_stale else 0

@@ -1,7 +1,7 @@
-"""What the compiled CUDA kernels take: registers, spills, shared memory, blocks a processor, matrix instructions.
+"""Prints the resources of the compiled CUDA kernels: registers, spills, shared memory, blocks per processor, matrix instructions.
 
-Reads the installed extension with cuobjdump, of the CUDA toolkit or of Triton; needs no GPU. Fails if a kernel spills a
-register, takes more shared memory than its GPU has, or should have matrix instructions and has none.
+Reads the installed extension with cuobjdump, from the CUDA toolkit or from Triton's package. Needs no GPU. The exit code is 1 if
+a kernel spills a register, needs more shared memory than its GPU has, or multiplies matrices without matrix instructions.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from clop_kernels.backends import extension
 from .resources import SHARED_MEMORY_KB, faults_of
 
 REGISTERS, MOST_THREADS = 65536, {80: 2048, 86: 1536, 89: 1536, 90: 2048, 100: 2048, 120: 1536}
-"""Of a processor; 255 registers a thread at most, given out 8 at a time (CUDA C++ programming guide)."""
+"""Limits of a processor. A thread has at most 255 registers, allocated in units of 8 (CUDA C++ programming guide)."""
 
 MATRIX_KERNELS = ("softmax_kernel", "gradient_kernel")
 
@@ -40,7 +40,7 @@ _SHAPE = re.compile(
 
 @dataclass(frozen=True)
 class Report:
-    """One compiled kernel on one architecture; zeros for what a kernel that has no tile does not have."""
+    """One compiled kernel on one architecture. A kernel without a tile has zeros in the columns of a tile."""
 
     kernel: str
     sm: int
@@ -61,7 +61,7 @@ class Report:
 
 
 def cuobjdump() -> str | None:
-    """Its path, from CUDA_HOME, the PATH or Triton."""
+    """The path of cuobjdump, from CUDA_HOME, the PATH or Triton's package."""
     places = [str(Path(home) / "bin") for home in (os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")) if home]
     triton = importlib.util.find_spec("triton")
     if triton is not None and triton.origin is not None:
@@ -82,7 +82,7 @@ def obstacle() -> str | None:
 
 
 def dump(*options: str) -> str:
-    """What cuobjdump says of the installed extension."""
+    """The output of cuobjdump for the installed extension."""
     program, extension = cuobjdump(), importlib.util.find_spec("clop_kernels._native")
     assert program is not None
     assert extension is not None
@@ -129,7 +129,7 @@ def _report(function: str, sm: int, registers: int, spilled: int, static_shared:
     shared = rows * row_bytes + stages * columns * (row_bytes + 8)
     blocks = min(
         REGISTERS // (-(-registers // 8) * 8 * threads),
-        (SHARED_MEMORY_KB[sm] + 1) * 1024 // (shared + 1024),  # a block has 1 KB more, which the system takes
+        (SHARED_MEMORY_KB[sm] + 1) * 1024 // (shared + 1024),  # the system uses 1 KB more per block
         MOST_THREADS[sm] // threads,
     )
     return Report(kernel, sm, product, width, rows, columns, stages, threads, registers, spilled, shared / 1024, blocks, n_mma)
@@ -137,8 +137,8 @@ def _report(function: str, sm: int, registers: int, spilled: int, static_shared:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.resources_cuda", description=__doc__)
-    parser.add_argument("--everything", action="store_true", help="print the O(N D) kernels too; they are checked in any case")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table there too")
+    parser.add_argument("--everything", action="store_true", help="also print the O(N D) kernels, which are always checked")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="also write the table to this file")
     given = parser.parse_args(arguments)
     console = Console(width=None if sys.stdout.isatty() else 160)
     if (reason := obstacle()) is not None:

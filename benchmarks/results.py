@@ -1,4 +1,4 @@
-"""What is kept of a measurement: one row a provider and case, with all it takes to compare it on another day."""
+"""The results of a measurement: one row per provider and case, with everything needed to compare it on another day."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ import torch
 
 from .problems import Case
 
-HERE = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 
 FLOPS_PER_PAIR = {"forward": 2, "backward": 4, "forward+backward": 6}
-"""Times N^2 D: of the textbook's products, whatever a provider does. The symmetry of the matrix saves a third of them."""
+"""In units of N^2 D: the matrix products of the textbook's formula, whatever a provider does. Using the symmetry of the matrix
+saves a third of them."""
 
 
 @dataclass(frozen=True)
 class Environment:
-    """What a row must say to be compared with rows of other machines and days. One run has one; ``date`` tells runs apart."""
+    """Where and when a row was measured. All rows of a run share one environment; ``date`` tells runs apart."""
 
     device_type: str
     device: str
@@ -61,13 +62,13 @@ class Row:
     """One provider on one case.
 
     Attributes:
-        version: of the provider's package.
-        is_default: the backend that ``backend=None`` takes here.
-        seconds: one entry a round; entries of the same index of the rows of a case were timed one after the other.
-        matrix_tflops: the rate of torch's matrix product in the same run, in 10^12 flops a second.
-        host_ms: until a call returns, on a GPU that is idle before it.
-        graph_ms: of a replay as a CUDA graph: the GPU's own time.
-        note: why it was not measured, or not all of it; "wrong: ..." if it computes something else.
+        version: Version of the provider's package.
+        is_default: Whether ``backend=None`` selects this backend here.
+        seconds: One entry per round. Within a case, entries of the same index were timed one after the other.
+        matrix_tflops: Speed of torch's matrix product in the same run, in 10^12 flops per second.
+        host_ms: Time until a call returns, on a GPU that is idle before it.
+        graph_ms: Time of a replay as a CUDA graph: the GPU's own time.
+        note: Why all or part of it was not measured; "wrong: ..." if the provider computes something else.
     """
 
     provider: str
@@ -85,7 +86,7 @@ class Row:
 
     @property
     def is_wrong(self) -> bool:
-        """It is timed all the same, but no ratio and no target counts it."""
+        """A wrong result is still timed, but no ratio and no target uses it."""
         return self.note.startswith("wrong")
 
     def quantile_ms(self, share: float) -> float | None:
@@ -95,7 +96,7 @@ class Row:
         return 1e3 * float(torch.tensor(self.seconds, dtype=torch.float64).quantile(share))
 
     def share_of_matrix_rate(self) -> float | None:
-        """Of the GPU's own time where that is known. Above 1 where symmetry saves more than all else costs."""
+        """Uses the GPU's own time if it is known. Above 1 if using the symmetry saves more than the rest of the loss costs."""
         if not self.seconds or not self.matrix_tflops or self.is_wrong:
             return None
         flops = FLOPS_PER_PAIR[self.case.mode] * self.case.N**2 * self.case.D
@@ -122,7 +123,7 @@ class Row:
 
     @classmethod
     def of(cls, columns: dict[str, str]) -> Row:
-        """From the text of a file; the quantiles and the share follow from the rest."""
+        """Reads a line of a CSV file. The quantiles and the share are computed from the other columns."""
         case = {f.name: columns[f.name] for f in fields(Case)}
         return cls(
             provider=columns["provider"],
@@ -134,16 +135,16 @@ class Row:
             peak_extra_mb=_number(columns["peak_extra_mb"]),
             predicted_mb=float(columns["predicted_mb"]),
             matrix_tflops=_number(columns["matrix_tflops"]),
-            host_ms=_number(columns.get("host_ms", "")),  # files of before November 27, 2026 have neither
+            host_ms=_number(columns.get("host_ms", "")),  # files older than November 27, 2026 have neither
             graph_ms=_number(columns.get("graph_ms", "")),
             note=columns["note"],
         )
 
 
 def ratio(slow: Row | None, fast: Row | None) -> float | None:
-    """The median over rounds of slow / fast; None if no round timed both, or they are of different runs.
+    """The median over rounds of slow / fast. None if no round timed both, or if the rows are from different runs.
 
-    On a shared machine only ratios within one run mean something, and of those the ones within a round most.
+    On a shared machine only ratios within one run mean anything, and ratios within one round are the most reliable.
     """
     if slow is None or fast is None or slow.environment != fast.environment or slow.is_wrong or fast.is_wrong:
         return None
@@ -152,7 +153,7 @@ def ratio(slow: Row | None, fast: Row | None) -> float | None:
 
 
 def memory_ratio(large: Row | None, small: Row | None) -> float | None:
-    """None for a backward pass alone, whose extra memory leaves out what the forward pass holds for it."""
+    """None for the backward pass alone: its extra memory does not include what the forward pass keeps for it."""
     if large is None or small is None or large.peak_extra_mb is None or not small.peak_extra_mb or large.case.mode == "backward":
         return None
     return large.peak_extra_mb / small.peak_extra_mb
@@ -163,12 +164,12 @@ def find(rows: Iterable[Row], provider: str, case: Case) -> Row | None:
 
 
 def default_of(rows: Iterable[Row], case: Case) -> Row | None:
-    """The row of the backend that ``backend=None`` takes."""
+    """The row of the backend that ``backend=None`` selects."""
     return next((r for r in rows if r.is_default and r.case == case), None)
 
 
 def is_too_large(row: Row) -> bool:
-    """Not run, because the predicted memory is more than the machine has to spare."""
+    """Whether it was not run because the predicted memory exceeds what the machine can spare."""
     return row.note.startswith("skipped: needs")
 
 
@@ -176,7 +177,7 @@ def is_too_large(row: Row) -> bool:
 
 
 def write_csv(rows: Sequence[dict[str, object]], path: Path) -> None:
-    """Adds the rows to the file: a second run of one day and commit does not replace the first."""
+    """Appends the rows to the file, so a second run with the same date and commit keeps the first one's rows."""
     if not rows:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -188,10 +189,10 @@ def write_csv(rows: Sequence[dict[str, object]], path: Path) -> None:
 
 
 def read_csv(paths: Iterable[Path]) -> list[Row]:
-    """The rows of all files. Of a case that was measured in several runs, those of the newest run that timed anything.
+    """The rows of all files. If several runs measured a case, the newest run that timed anything counts.
 
     Raises:
-        ValueError: if a file is not one of :func:`write_csv`.
+        ValueError: if a file was not written by :func:`write_csv`.
     """
     rows: list[Row] = []
     for path in paths:
@@ -208,15 +209,16 @@ def read_csv(paths: Iterable[Path]) -> list[Row]:
 
 
 def default_directory(device: torch.device) -> Path:
+    """Where results go unless the user names a folder. Git ignores it, so the next run's commit is not labelled "dirty"."""
     name = re.sub(r"[^a-z0-9]+", "-", device_name(device).lower()).strip("-") if device.type == "cuda" else "cpu"
-    return HERE / "results" / name
+    return ROOT / "build" / "bench" / name
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
 def summary(rows: Sequence[Row]) -> list[dict[str, str]]:
-    """The rows as a person reads them, in columns that are as many for each row."""
+    """The rows as a table for a person. Every row has the same columns."""
     of_gpus = any(row.host_ms is not None or row.graph_ms is not None for row in rows)
     return [
         {
@@ -236,6 +238,28 @@ def summary(rows: Sequence[Row]) -> list[dict[str, str]]:
         }
         for row in rows
     ]
+
+
+def legend(rows: Sequence[Row]) -> list[str]:
+    """One plain line for each term of :func:`summary` that a newcomer may not know."""
+    if not rows:
+        return []
+    names = " or ".join(dict.fromkeys(row.provider for row in rows if row.is_default))
+    lines = []
+    if names:
+        lines += [
+            f"default: the backend of clop_kernels that you get if you do not name one, here {names}.",
+            "time / default: a paired ratio. Each round divides a provider's time by the default's time in the same round. "
+            "This is the median over rounds; above 1 means slower than the default.",
+        ]
+    lines += [
+        "share of matrix rate: the speed of the loss as a share of the speed of torch's own matrix product in the same run. "
+        "It can exceed 1, because a symmetric matrix needs fewer products than the formula counts.",
+        "extra MB: the peak memory during a call, above what was in use before it.",
+    ]
+    if any(row.host_ms is not None or row.graph_ms is not None for row in rows):
+        lines.append("host ms: the time until a call returns. graph ms: the GPU's own time, from a replay as a CUDA graph.")
+    return lines
 
 
 def markdown_table(rows: Sequence[dict[str, str]]) -> str:
@@ -293,13 +317,13 @@ def _driver() -> str:
 def commit_name() -> str:
     """The short commit of this checkout, with "-dirty" if files differ from it.
 
-    CLOP_COMMIT in the environment names it for a copy that has no repository, or another one's.
+    The environment variable CLOP_COMMIT overrides it, for a copy without a git repository or inside another one.
     """
     if given := os.environ.get("CLOP_COMMIT"):
         return given
 
     def git(*arguments: str) -> str:
-        return subprocess.run(("git", *arguments), cwd=HERE, check=True, capture_output=True, text=True).stdout.strip()
+        return subprocess.run(("git", *arguments), cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
 
     try:
         return git("rev-parse", "--short", "HEAD") + ("-dirty" if git("status", "--porcelain") else "")

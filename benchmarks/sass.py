@@ -1,16 +1,16 @@
-"""What the far loop of a compiled kernel executes, counted in its SASS, and what one tile of it should take by that.
+"""Counts the instructions in a compiled kernel's far loop from its SASS, and predicts how many clocks one tile takes.
 
-SASS is the GPU's own assembly language, as cuobjdump prints it. The far loop is, of the innermost loops with matrix
-instructions, the one of the fewest instructions: the near loop has masks on top, and the online softmax a running maximum.
-Of the kernels of wide rows it is the loop over the width, whose "tile" is one step of BLOCK_K. Where the compiler has taken that
-loop apart, what lies between the first and the last matrix instruction stands for it.
+SASS is the GPU's own assembly language, as cuobjdump prints it. The far loop visits tiles that contain no positives and no
+diagonal. It is found as the shortest of the innermost loops with matrix instructions: the near loop has masks in addition, and
+the online softmax a running maximum. In the kernels of wide rows, it is the loop over the width, and a "tile" is one step of
+BLOCK_K. If the compiler has dissolved that loop, the code between the first and the last matrix instruction is counted instead.
 
-All figures are of one tile. An iteration of a loop that was unrolled handles several, and then its counts are divided by how
-many: as many as both its matrix instructions and its copies from global memory are enough for. Matrix instructions alone do not
-tell, for where a tile has fewer rows than its warps take, several warps execute the same products.
+All figures are for one tile. An iteration of an unrolled loop handles several tiles, and its counts are divided by their number.
+That number is the largest for which the iteration has enough matrix instructions and enough copies from global memory. Matrix
+instructions alone would not tell: if a tile has fewer rows than its warps can take, several warps execute the same products.
 
-The clocks are a prediction, of a processor that is full of programs and waits for nothing: those of the unit that has the most
-to do. What is measured is longer.
+The clocks are a prediction for a processor that is full of programs and never waits: those of its busiest unit. Measured times
+are longer.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Rates:
-    """What one processor can do in a clock.
+    """How much one processor can do per clock.
 
     Attributes:
-        matrix_flops: of dense products of bfloat16 with float32 sums. TF32 has half of them.
-        float_operations: additions, products, and fused pairs of both, in float32.
-        share_of_mma: the part of ``matrix_flops`` that mma.sync reaches where there are newer instructions.
+        matrix_flops: Flops of dense bfloat16 products with float32 sums. TF32 reaches half of it.
+        float_operations: float32 additions, multiplications, and fused multiply-adds.
+        share_of_mma: The share of ``matrix_flops`` that mma.sync reaches on a GPU with newer matrix instructions.
     """
 
     matrix_flops: int
@@ -47,23 +47,24 @@ RATES = {
 }
 """By compute capability.
 
-Matrix units: the peak rates of NVIDIA's architecture white papers (A100, GA102, Ada, H100, Blackwell, RTX PRO Blackwell), over
-processors and boost clock. GeForce cards of 86, 89 and 120 have half of it with float32 sums. ``share_of_mma`` of sm_90 is what
-Luo et al. measured (arXiv 2402.13499); that of sm_100 is not known, so that there the clocks of mma.sync are too few.
+Matrix units: the peak rates in NVIDIA's architecture white papers (A100, GA102, Ada, H100, Blackwell, RTX PRO Blackwell), divided
+by the number of processors and the boost clock. GeForce cards of 86, 89 and 120 reach half of it with float32 sums. The
+``share_of_mma`` of sm_90 was measured by Luo et al. (arXiv 2402.13499). That of sm_100 is unknown, so the clocks of mma.sync are
+underestimated there.
 ``float_operations``: CUDA C++ programming guide, table of arithmetic throughput.
 """
 
 SCHEDULERS = 4
-"""Of a processor; each issues one instruction of a warp in a clock (all capabilities above)."""
+"""Schedulers of a processor. Each issues one warp instruction per clock (on all capabilities above)."""
 
 SPECIAL_FUNCTIONS = 16
-"""Results of MUFU in a clock and processor: CUDA C++ programming guide, table of arithmetic throughput (the same)."""
+"""MUFU results per clock and processor (CUDA C++ programming guide, table of arithmetic throughput; all capabilities above)."""
 
 SHARED_BYTES = 128
-"""Of shared memory in a clock and processor: 32 banks of 4 bytes (CUDA C++ programming guide)."""
+"""Bytes of shared memory per clock and processor: 32 banks of 4 bytes (CUDA C++ programming guide)."""
 
 WARP, WARPS_OF_A_GROUP = 32, 4
-"""Threads of a warp; warps that execute one HGMMA together."""
+"""Threads per warp, and warps that execute one HGMMA together."""
 
 
 # ---- reading it ------------------------------------------------------------------------------------------------------
@@ -75,14 +76,14 @@ _LINE = re.compile(
     r"(?:\s+(?P<operands>[^;&?]*?))?"
     r"\s*(?:[;&?]|/\*|$)"
 )
-"""Of an older cuobjdump a line ends with ;, of a newer one what the scheduler is told comes before it, after & or ?."""
+"""An older cuobjdump ends a line with ";". A newer one first prints hints for the scheduler, which begin with "&" or "?"."""
 
 _TARGET = re.compile(r"(0x[0-9a-f]+)\s*$")
 
 
 @dataclass(frozen=True)
 class Instruction:
-    """One instruction: where it is, the predicate that guards it or "", its name with modifiers, its operands."""
+    """One instruction: its address, the predicate that guards it (or ""), its name with modifiers, and its operands."""
 
     address: int
     guard: str
@@ -95,21 +96,21 @@ class Instruction:
 
     @property
     def target(self) -> int | None:
-        """Where it may jump to, if it is a jump."""
+        """The address to which it may jump, if it is a jump."""
         found = _TARGET.search(self.operands) if self.base in ("BRA", "JMP") else None
         return None if found is None else int(found[1], 16)
 
     @property
     def may_go_on(self) -> bool:
-        """Whether the next instruction may be executed after it."""
+        """Whether execution may continue with the next instruction."""
         if self.base in ("EXIT", "RET", "BRX", "JMX"):
             return self.guard != ""
-        # BRA.U UP0, 0x40 has its predicate among the operands.
+        # A jump like BRA.U UP0, 0x40 has its predicate among the operands.
         return self.target is None or self.guard != "" or "," in self.operands
 
 
 def instructions(text: str) -> list[Instruction]:
-    """All instructions of the only function in what ``cuobjdump -sass`` prints."""
+    """All instructions in the output of ``cuobjdump -sass``, which must have a single function."""
     found = (_LINE.match(line) for line in text.splitlines())
     return [Instruction(int(m["address"], 16), m["guard"] or "", m["name"], (m["operands"] or "").strip()) for m in found if m]
 
@@ -118,9 +119,9 @@ def instructions(text: str) -> list[Instruction]:
 
 
 def loops(code: Sequence[Instruction]) -> list[list[Instruction]]:
-    """The natural loops: whatever comes back to an instruction that every way into the loop passes.
+    """The natural loops: code that returns to an instruction which every path into the loop passes.
 
-    So code that waits for a barrier out of line, and jumps back into the middle, makes no loop of what it jumps over.
+    Out-of-line code that waits for a barrier and jumps back into the middle is therefore not mistaken for a loop.
     """
     blocks = _blocks(code)
     number_of = {block[0].address: number for number, block in enumerate(blocks)}
@@ -143,7 +144,7 @@ def loops(code: Sequence[Instruction]) -> list[list[Instruction]]:
 
 
 def far_loop(code: Sequence[Instruction]) -> list[Instruction]:
-    """Of the innermost loops with matrix instructions that with the fewest instructions; empty if there is none."""
+    """The shortest of the innermost loops with matrix instructions. Empty if there is none."""
     with_matrix = [loop for loop in loops(code) if any(is_matrix(one) for one in loop)]
     members = [{one.address for one in loop} for loop in with_matrix]
     innermost = [loop for loop, own in zip(with_matrix, members, strict=True) if not any(other < own for other in members)]
@@ -156,7 +157,7 @@ def _between_matrix_instructions(code: Sequence[Instruction]) -> list[Instructio
 
 
 def _blocks(code: Sequence[Instruction]) -> list[list[Instruction]]:
-    """Runs of instructions that are entered at the first and left at the last."""
+    """The basic blocks: instructions that are entered only at the first and left only at the last."""
     starts = {one.target for one in code if one.target is not None}
     blocks: list[list[Instruction]] = []
     begins = True
@@ -169,7 +170,7 @@ def _blocks(code: Sequence[Instruction]) -> list[list[Instruction]]:
 
 
 def _dominators(predecessors: Sequence[Sequence[int]]) -> list[int]:
-    """Of each block the set of those that every way from the first block passes, as bits. Unreachable ones have all."""
+    """For each block, as bits, the blocks that every path from the first block passes."""
     everything = (1 << len(predecessors)) - 1
     found = [1, *(everything for _ in predecessors[1:])]
     changes = True
@@ -182,12 +183,12 @@ def _dominators(predecessors: Sequence[Sequence[int]]) -> list[int]:
             common |= 1 << number
             changes |= common != found[number]
             found[number] = common
-    # What cannot be reached is dominated by all, and must close no loop.
+    # An unreachable block is still dominated by all blocks. Reset it, since it must not close a loop.
     return [bits if bits != everything or number == 0 else 1 << number for number, bits in enumerate(found)]
 
 
 def _reaching(number: int, head: int, predecessors: Sequence[Sequence[int]]) -> set[int]:
-    """The blocks from which ``number`` can be reached without passing ``head``."""
+    """The blocks from which block ``number`` can be reached without passing ``head``."""
     found, pending = set(), [number]
     while pending:
         block = pending.pop()
@@ -197,7 +198,7 @@ def _reaching(number: int, head: int, predecessors: Sequence[Sequence[int]]) -> 
     return found
 
 
-# ---- what they are ---------------------------------------------------------------------------------------------------
+# ---- kinds of instructions -------------------------------------------------------------------------------------------
 
 
 def is_matrix(one: Instruction) -> bool:
@@ -221,7 +222,7 @@ _KINDS: dict[str, Callable[[Instruction], bool]] = {
     "branches": lambda one: one.base in ("BRA", "BRX", "JMP", "JMX", "CALL", "RET", "EXIT", "BREAK", "YIELD"),
     "other": lambda one: True,
 }
-"""Kinds of instructions, each of the first that takes it; the columns of :class:`Loop` have their meanings."""
+"""Kinds of instructions. An instruction belongs to the first kind that matches. :class:`Loop` explains them."""
 
 
 def kind_of(one: Instruction) -> str:
@@ -233,14 +234,14 @@ def kind_of(one: Instruction) -> str:
 
 @dataclass(frozen=True)
 class Work:
-    """What one tile asks for, as the source says.
+    """The work of one tile, according to the source code.
 
     Attributes:
-        products: (m, n, k) of its matrix products.
-        copied_bytes: of operands, that it brings from global memory.
-        itemsize: bytes of an operand; 4 is TF32.
-        passes: products that are executed for one: three in tf32x3.
-        n_warps: of a program.
+        products: (m, n, k) of each matrix product.
+        copied_bytes: Bytes of operands that it copies from global memory.
+        itemsize: Bytes per operand. 4 means TF32.
+        passes: Products that are executed for each one in the source. tf32x3 executes three.
+        n_warps: Warps of a program.
     """
 
     products: tuple[tuple[int, int, int], ...]
@@ -255,24 +256,27 @@ class Work:
 
     @property
     def tcgen05_instructions(self) -> int:
-        """An instruction takes up to 128 rows, 256 columns and 32 bytes of the sum; their shapes are not in the SASS."""
+        """An instruction covers up to 128 rows, 256 columns and 32 bytes along k. The SASS does not say the shapes."""
         depth = 32 // self.itemsize
         return self.passes * sum(-(-m // 128) * -(-n // 256) * -(-k // depth) for m, n, k in self.products)
 
 
 def executed_flops(one: Instruction, work: Work) -> float:
-    """Of a matrix instruction, by all warps of a program."""
-    if one.base == "HMMA":  # HMMA.16816: 16 x 8 by 16, a warp
+    """Flops of a matrix instruction, executed by all warps of a program."""
+    if one.base == "HMMA":  # HMMA.16816: 16 x 8 x 16, by one warp
         shape = re.search(r"\.(16)(8)(16|8|4)\b", one.name)
         return 2 * int(shape[1]) * int(shape[2]) * int(shape[3]) * work.n_warps if shape else 0
-    if one.base == "HGMMA":  # HGMMA.64x128x16, four warps
+    if one.base == "HGMMA":  # HGMMA.64x128x16, by four warps together
         m, n, k = _hgmma_shape(one)
         return 2 * m * n * k * work.n_warps / WARPS_OF_A_GROUP
     return work.flops / work.tcgen05_instructions
 
 
 def tiles_of(code: Sequence[Instruction], work: Work, is_loop: bool) -> int:
-    """How many tiles an iteration handles; at least one. Of a loop that was taken apart the first copies come before it."""
+    """How many tiles an iteration handles, at least one.
+
+    For a dissolved loop only matrix instructions count, because its first copies come before them.
+    """
     ratio = sum(executed_flops(one, work) for one in code if is_matrix(one)) / work.flops
     copied = sum(_bytes_of_threads(one, work) for one in code if one.base in ("LDG", "LDGSTS"))
     if is_loop and copied:
@@ -281,7 +285,7 @@ def tiles_of(code: Sequence[Instruction], work: Work, is_loop: bool) -> int:
 
 
 def _bytes_of_threads(one: Instruction, work: Work) -> int:
-    """What all threads load or store by an instruction that has their width as a modifier."""
+    """Bytes that all threads load or store with an instruction, whose modifier is the width per thread in bits."""
     width = re.search(r"\.(128|64)\b", one.name)
     return WARP * work.n_warps * (int(width[1]) // 8 if width else 4)
 
@@ -292,49 +296,49 @@ def _hgmma_shape(one: Instruction) -> tuple[int, int, int]:
 
 
 def shared_bytes(one: Instruction, work: Work) -> float:
-    """What an instruction moves into or out of shared memory, by all warps, without conflicts of banks.
+    """Bytes that an instruction moves into or out of shared memory, by all warps, assuming no bank conflicts.
 
-    A number that many lanes read alike counts for each. Operands of matrix instructions count unless they are in registers or
+    A value that several lanes read counts once per lane. Operands of matrix instructions count unless they are in registers or
     tensor memory.
     """
-    if one.base == "HGMMA":  # an operand of 32 bytes a row: the columns', and the rows' where they are not in registers
+    if one.base == "HGMMA":  # 32 bytes per row of an operand; the left operand may be in registers
         m, n, _ = _hgmma_shape(one)
         rows_are_shared = one.operands.partition(",")[2].lstrip().startswith("gdesc")
         return 32 * (n + (m if rows_are_shared else 0)) * work.n_warps / WARPS_OF_A_GROUP
-    if one.base == "UTCHMMA":  # the mean of all, for which product it belongs to is not in the SASS
+    if one.base == "UTCHMMA":  # the mean over all products, since the SASS does not say which one it is
         of_columns = sum(-(-m // 128) * n * k for m, n, k in work.products)
         of_rows = sum(-(-n // 256) * m * k for m, n, k in work.products) if one.operands.startswith("gdesc") else 0
         return work.itemsize * work.passes * (of_columns + of_rows) / work.tcgen05_instructions
-    if one.base in ("LDSM", "STSM"):  # 8 x 8 numbers of 2 bytes a matrix
+    if one.base in ("LDSM", "STSM"):  # a matrix has 8 x 8 numbers of 2 bytes
         count = re.search(r"88\.(\d)", one.name)
         return 128 * (int(count[1]) if count else 1) * work.n_warps
     return _bytes_of_threads(one, work) if one.base in ("LDS", "STS", "LDGSTS") else 0
 
 
-# ---- what it comes to ------------------------------------------------------------------------------------------------
+# ---- the result ------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Loop:
-    """The far loop: instructions of a thread and clocks of a processor, for one tile of one program.
+    """The far loop: instructions per thread and clocks of a processor, for one tile of one program.
 
     Attributes:
-        tiles: that one iteration handles; the other figures are of one of them.
+        tiles: Tiles per iteration. The other figures are for one tile.
         matrix: HMMA, HGMMA, UTCHMMA.
-        mufu: exponentials and reciprocals, on the special function units.
-        reciprocals: those of them that are MUFU.RCP.
-        arithmetic: FFMA, FMUL, FADD, and FFMA2, FMUL2, FADD2, which do two at once.
-        conversions: between number formats, and arithmetic in half precision.
+        mufu: Exponentials and reciprocals, on the special function units.
+        reciprocals: How many of those are MUFU.RCP.
+        arithmetic: FFMA, FMUL, FADD, and FFMA2, FMUL2, FADD2, which do two operations at once.
+        conversions: Conversions between number formats, and arithmetic in half precision.
         shared: LDS, STS, LDSM, STSM, and LDTM and STTM of tensor memory.
         off_chip: LDG, STG, and asynchronous copies.
-        waits: barriers, fences, and waits for copies and matrix units.
-        branches: jumps; both ways of one are counted.
-        other: addresses, predicates, comparisons, moves.
-        total: all of them.
+        waits: Barriers, fences, and waits for copies and matrix units.
+        branches: Jumps. The code of both outcomes is counted.
+        other: Addresses, predicates, comparisons, moves.
+        total: All of them.
         issue_clocks: total * warps / schedulers.
-        matrix_clocks, mufu_clocks, float_clocks, shared_clocks: of the units, by :data:`RATES`.
-        predicted_clocks: the most of these five.
-        limit: whose they are.
+        matrix_clocks, mufu_clocks, float_clocks, shared_clocks: Clocks of the units, by :data:`RATES`.
+        predicted_clocks: The largest of these five.
+        limit: The unit with the largest.
     """
 
     tiles: int
@@ -359,7 +363,7 @@ class Loop:
 
 
 def loop_of(text: str, capability: int, work: Work) -> Loop | None:
-    """What the far loop in a listing does; None of a kernel without matrix instructions."""
+    """The far loop of a listing. None for a kernel without matrix instructions."""
     code = instructions(text)
     far = far_loop(code)
     loop = far or _between_matrix_instructions(code)

@@ -1,4 +1,4 @@
-"""How cost grows: rows grouped into series over N or D, and the exponent of the power law that fits a series."""
+"""How cost grows: groups rows into series over N or D, and fits a power law to each series."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .problems import Case
 from .results import Row
 
 FIT_FROM_N = 2048
-"""Times are fitted from here on: below, calls and threads cost as much as the loss does. Of a GPU its own are, if known."""
+"""Times are fitted from this N on: below it, calls and threads cost as much as the loss. Uses the GPU's own time if known."""
 
 FIT_FROM_MB = 20.0
-"""Memory is fitted from here on: below, buffers of fixed size count as much, and the noise of some MB."""
+"""Memory is fitted from this size on: below it, buffers of fixed size and noise of a few MB matter as much."""
 
 FEWEST_POINTS = 3
 
@@ -35,7 +35,7 @@ class PowerLaw:
 
     @classmethod
     def fit(cls, costs: Iterable[tuple[int, float]]) -> PowerLaw | None:
-        """Of (N, cost) pairs; None if they are fewer than FEWEST_POINTS."""
+        """Fits (N, cost) pairs. None if there are fewer than FEWEST_POINTS."""
         points = sorted(costs)
         if len(points) < FEWEST_POINTS:
             return None
@@ -45,27 +45,27 @@ class PowerLaw:
 
 
 def time_law(rows: Iterable[Row]) -> PowerLaw | None:
-    """Of one provider's rows over N."""
+    """Fits one provider's rows over N."""
     medians = [(row.case.N, row.graph_ms or row.quantile_ms(0.5)) for row in rows if row.case.N >= FIT_FROM_N]
     return PowerLaw.fit((n, ms) for n, ms in medians if ms is not None)
 
 
 def memory_law(rows: Iterable[Row]) -> PowerLaw | None:
-    """Of one provider's rows over N."""
+    """Fits one provider's rows over N."""
     peaks = [(row.case.N, row.peak_extra_mb) for row in rows]
     return PowerLaw.fit((n, mb) for n, mb in peaks if mb is not None and mb >= FIT_FROM_MB)
 
 
 @dataclass(frozen=True)
 class Series:
-    """Rows that differ in ``axis`` and provider only; ``common`` is their case, with 0 on the axis."""
+    """Rows that differ only in ``axis`` and provider. ``common`` is their case, with 0 on the axis."""
 
     axis: Axis
     common: Case
     rows: list[Row]
 
     def by_provider(self) -> dict[str, list[Row]]:
-        """Each in the order of the axis."""
+        """The rows of each provider, sorted along the axis."""
         found: dict[str, list[Row]] = defaultdict(list)
         for row in sorted(self.rows, key=lambda row: int(getattr(row.case, self.axis))):
             found[row.provider].append(row)
@@ -73,7 +73,7 @@ class Series:
 
 
 def series_over(axis: Axis, rows: Sequence[Row]) -> list[Series]:
-    """All in which some provider was timed at FEWEST_POINTS places of the axis."""
+    """All series in which some provider was timed at FEWEST_POINTS or more points."""
     groups: dict[Case, list[Row]] = defaultdict(list)
     for row in rows:
         groups[replace(row.case, N=0) if axis == "N" else replace(row.case, D=0)].append(row)
@@ -82,9 +82,9 @@ def series_over(axis: Axis, rows: Sequence[Row]) -> list[Series]:
 
 
 def representative(rows: Sequence[Row]) -> list[Case]:
-    """Of each problem, dtype and temperature, one size that stands for it: a case a mode that was measured there.
+    """Chooses one size for each problem, dtype and temperature, and returns a case for each mode measured there.
 
-    The size is the one with the most modes, then the most providers, then the largest.
+    It is the size with the most modes, then with the most providers, then the largest.
     """
     settings: dict[Case, dict[tuple[int, int], list[Row]]] = defaultdict(lambda: defaultdict(list))
     for row in rows:

@@ -1,4 +1,4 @@
-"""Which cases are measured: products of sizes and settings, and the ones with a name."""
+"""Which cases to measure: products of sizes and settings, and named presets."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from .problems import Case, Mode
 
 @dataclass(frozen=True)
 class Sweep:
-    """The product of its values, one case each.
+    """Every combination of its values is one case.
 
     Attributes:
-        repeats: rounds of a case, each of which times every provider once.
-        seconds: no further round of a case begins that would end later.
-        providers: by name; None: all that can run.
+        repeats: Rounds per case. Each round times every provider once.
+        seconds: No further round of a case begins that would end later than this.
+        providers: Names of providers. None means all that can run.
     """
 
     N: tuple[int, ...]
@@ -76,5 +76,5 @@ PRESETS = {
         Sweep((8192,), (768,), ("sigmoid",), _BFLOAT16, repeats=5, seconds=8, providers=("eager", "siglip-kernel")),
     ),
 }
-"""By name: for continuous integration; for a first look; for benchmarks/results/cpu; for benchmarks.gpu_check, targets
-first, and its other libraries."""
+"""smoke: for continuous integration. quick: for a first look. readme: for benchmarks/results/cpu. gpu: for
+benchmarks.gpu_check, the cases of the targets first. gpu-peers: the same with other libraries."""

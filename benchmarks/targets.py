@@ -1,4 +1,4 @@
-"""What the project promises, and whether rows that were measured keep it."""
+"""The project's own performance targets, and whether measured rows meet them."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ class Target:
     """A bound for a provider on a case.
 
     Attributes:
-        device_type: where it holds; for "cuda", on an H200.
-        quantity: "time" and "memory": so many times less than ``baseline``'s; "share": of the matrix rate; "MB": at most.
+        device_type: The kind of device it is for; "cuda" means an H200.
+        quantity: What ``bound`` limits. "time" and "memory": how many times less than ``baseline``'s. "share": the least
+            share of the matrix rate. "MB": the most extra memory.
     """
 
     device_type: str
@@ -74,7 +75,7 @@ TARGETS = (*_on_cpu(), *_on_h200())
 
 
 def verdicts(rows: Sequence[Row]) -> list[dict[str, str]]:
-    """One line a target whose case was tried on its kind of device."""
+    """One line for each target whose case was tried on its kind of device."""
     tried = {(row.environment.device_type, row.case) for row in rows}
     lines = []
     for target in TARGETS:

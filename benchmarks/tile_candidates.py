@@ -1,4 +1,4 @@
-"""The tiles that :mod:`benchmarks.tile_sweep` tries beside the shipped ones, as data: what is added is compiled and measured."""
+"""The tiles that :mod:`benchmarks.tile_sweep` tries beside the shipped ones. To try another tile, add it here."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Tile:
-    """A tile that was launched, or is to be. The fields are columns of the sweep's table, the first ones as in tiles.Tile.
+    """A tile. Its fields are columns of the sweep's table; the first ones are those of tiles.Tile.
 
     Attributes:
-        block_m, block_n: rows and columns.
-        block_k: how much of the width it takes at a time; None is the whole width, padded.
-        num_warps, num_stages: Triton's.
-        max_registers: what a thread may take; None leaves it to the compiler.
-        n_splits: over how many programs the columns of its rows are split; None is what the package chooses for it.
+        block_m, block_n: Rows and columns.
+        block_k: How much of the width it loads at a time. None means the whole width, padded.
+        num_warps, num_stages: Triton's launch options.
+        max_registers: The most registers per thread. None leaves it to the compiler.
+        n_splits: Over how many programs the columns are split. None leaves it to the package.
     """
 
     block_m: int
@@ -34,13 +34,13 @@ class Tile:
 
 @dataclass(frozen=True)
 class Group:
-    """Tiles of one kernel that are compared with each other.
+    """Tiles of one kernel, to be compared with each other.
 
     Attributes:
-        kernel: a function of tiles.py: "softmax", "gradient"; of wide rows "pairs", "product".
-        form: "plain", NT-Xent of two views; "two-sided", CLIP's loss. The temperature is a number, 0.1.
-        dtype, D: of the embeddings.
-        candidates: what is tried beside the shipped tile, the most promising first.
+        kernel: A function of tiles.py: "softmax" or "gradient"; for wide rows "pairs" or "product".
+        form: "plain" is NT-Xent of two views, "two-sided" is CLIP's loss. The temperature is the number 0.1.
+        dtype, D: Dtype and width of the embeddings.
+        candidates: The tiles to try beside the shipped one, the most promising first.
     """
 
     kernel: str
@@ -55,16 +55,17 @@ class Group:
 
 
 def _tiles(*columns: tuple[int, ...], depth: int | None = None) -> tuple[Tile, ...]:
-    """From rows, columns, warps, stages, and where they are not all that there are registers."""
+    """Tiles from tuples of rows, columns, warps, stages and, optionally, the most registers per thread."""
     return tuple(Tile(m, n, depth, warps, stages, *registers) for m, n, warps, stages, *registers in columns)
 
 
 def _split(tile: Tile, *counts: int) -> tuple[Tile, ...]:
-    """A tile with its columns split over so many programs, whatever the package would choose."""
+    """A tile with its columns split over each of these numbers of programs, instead of the package's choice."""
     return tuple(replace(tile, n_splits=n) for n in counts)
 
 
-# Where a processor can hold two programs of 8 warps, 128 registers make it do so; 4 warps of 255 registers are two anyway.
+# A limit of 128 registers lets a processor hold two programs of 8 warps, if nothing else prevents it. Two programs of 4 warps fit
+# even with 255 registers.
 GROUPS = (
     Group(
         "gradient", "plain", "bfloat16", 128,
@@ -147,7 +148,7 @@ GROUPS = (
         _tiles((128, 64, 8, 3), (128, 64, 8, 2), (128, 128, 8, 2), (64, 128, 4, 3), (64, 64, 4, 3)),
     ),
 )  # fmt: skip
-"""In the order of their value: a budget cuts from the end."""
+"""The most valuable groups first, since a budget leaves out groups from the end."""
 
 OF_STAND_IN = (
     Group("gradient", "plain", "float16", 16, _tiles((32, 32, 4, 2), (32, 64, 4, 2))),
@@ -155,4 +156,4 @@ OF_STAND_IN = (
     Group("pairs", "plain", "float32", 40, _tiles((32, 32, 4, 2), depth=16)),
     Group("product", "plain", "float32", 40, _tiles((32, 32, 4, 2), depth=16)),
 )
-"""What the CPU runs in Triton's interpreter, which has no bfloat16."""
+"""Groups for the CPU with Triton's interpreter, which does not support bfloat16."""

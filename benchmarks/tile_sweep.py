@@ -1,16 +1,16 @@
 """``python -m benchmarks.tile_sweep``: which of Triton's tiles is fastest on this GPU.
 
-The candidates are in :mod:`benchmarks.tile_candidates`. A loss is computed as the package computes it, with the tile of one
-kernel replaced, and that kernel's launches are then timed alone:
+The candidates are in :mod:`benchmarks.tile_candidates`. The sweep computes a loss as the package does, but replaces the tile of
+one kernel, and then times that kernel's launches alone:
 
-1. All candidates are compiled, a process a core, into Triton's cache. What spills more than the few bytes that
-   benchmarks.resources allows, or needs more shared memory than the GPU has, is rejected.
-2. The result of each is held to that of the shipped tile, and has to have the same bits twice.
-3. Each is timed at two numbers of rows, the best of a group at four more: the median of five replays of a CUDA graph of up to
-   20 launches. The shipped tile is timed first and last: where the two differ, so did the machine.
+1. All candidates are compiled into Triton's cache, with one process per core (:mod:`benchmarks.tile_kernels`). A candidate is
+   rejected if it spills more bytes than benchmarks.resources allows, or needs more shared memory than the GPU has.
+2. Each result is compared with the shipped tile's, and a second call must give the same bits.
+3. Each candidate is timed at two numbers of rows, and the best of a group at four more. A time is the median of five replays of a
+   CUDA graph with up to 20 launches. The shipped tile is timed first and last: if those times differ, the machine has changed.
 
-A row of the table is written the moment it is known. A budget cuts from the end. tests/test_tile_sweep.py holds tiles.py to the
-committed tables, benchmarks/results/tiles/sm_NN.csv.
+Each row of the table is written as soon as it is known. A budget leaves out candidates from the end. A test compares tiles.py
+with the committed tables, benchmarks/results/tiles/sm_NN.csv.
 """
 
 from __future__ import annotations
@@ -18,304 +18,76 @@ from __future__ import annotations
 import argparse
 import functools
 import math
-import multiprocessing
 import os
 import statistics
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures import TimeoutError as OutOfTime
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
-from unittest import mock
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor
 
 from . import measure, resources
 from .compare import progress_bar
-from .gpu_check.processes import end_with_parent
 from .problems import DTYPES
-from .results import Environment, environment_of
+from .results import ROOT, Environment, environment_of
 from .tile_candidates import GROUPS, OF_STAND_IN, Group, Tile
-from .tile_table import TABLES, Row, Writer, printed
-
-KERNELS = {"softmax": "softmax_kernel", "gradient": "gradient_kernel", "pairs": "pair_kernel", "product": "product_kernel"}
-"""The functions of tiles.py that choose tiles, and the kernels that get them."""
+from .tile_kernels import (
+    OF_GPU,
+    OF_INTERPRETER,
+    Compiled,
+    Sizes,
+    Trial,
+    compile_all,
+    compile_trial,
+    record,
+    said,
+    trials_of,
+)
+from .tile_table import Row, Writer, printed
 
 PRODUCTS = {"softmax": 1, "gradient": 2, "pairs": 0.5, "product": 1}
-"""Products of N x D with D x N that a kernel makes; `pairs` each pair once, for both rows."""
+"""How many N x D by D x N products a kernel computes. `pairs` computes each pair once, for both of its rows."""
 
 MOST_LAUNCHES = 20
 PAIRS_OF_A_GRAPH = 5e9
-"""A graph has as many launches as make up so many pairs, a few milliseconds, at least one and at most MOST_LAUNCHES."""
+"""A graph has enough launches for this many pairs, which take a few milliseconds: at least one, at most MOST_LAUNCHES."""
 
 N_REPLAYS = 5
 
 N_BEST = 3
-"""Candidates of a group that are timed at all numbers of rows."""
-
-
-@dataclass(frozen=True)
-class Sizes:
-    """Numbers of rows.
-
-    Attributes:
-        checked: where the result is held to that of the shipped tile.
-        first: where every candidate is timed.
-        others: where the best are.
-    """
-
-    checked: int
-    first: tuple[int, ...]
-    others: tuple[int, ...]
-
-    @property
-    def all(self) -> tuple[int, ...]:
-        return tuple(sorted({self.checked, *self.first, *self.others}))
-
-
-OF_GPU = Sizes(4096, (8192, 65536), (2048, 16384, 18432, 32768))
-"""Few rows and many, whole rounds of programs and a bit more than one."""
-OF_INTERPRETER = Sizes(48, (64, 96), (80,))
+"""How many candidates of a group are timed at all numbers of rows."""
 
 
 def allowed_error(dtype: str) -> float:
-    """Of the result against that of the shipped tile, relative in the norm: both are rounded sums, in another order."""
+    """The largest allowed relative error (in the norm) against the shipped tile's result, which sums in another order."""
     return 1e-5 if dtype == "float32" else 4 * torch.finfo(DTYPES[dtype]).eps
-
-
-# ---- launches --------------------------------------------------------------------------------------------------------
-
-
-class Recorded(NamedTuple):
-    """The launches of a kernel in one loss and its gradient, and what came of them; nothing if they only were recorded."""
-
-    launches: list[Any]
-    tile: Tile
-    result: Tensor
-
-    def run(self) -> None:
-        for launch in self.launches:
-            launch.run()
-
-
-def record(group: Group, tile: Tile | None, n_rows: int, device: torch.device, target: Any = None) -> Recorded:
-    """Computes a loss and its gradient with ``tile`` in place of the group's, or None: with the shipped one.
-
-    On the device "meta" nothing is computed, and the launches are those for ``target``.
-    """
-    from clop_kernels.backends import triton as backend
-    from clop_kernels.backends.contract import LossOptions, Needs
-    from clop_kernels.backends.triton import launches, tiles
-
-    dtype = DTYPES[group.dtype]
-    n_left = n_rows // 2 if group.form == "two-sided" else None
-    options = LossOptions(n_views=2, compute_dtype=dtype, n_left=n_left)
-    is_real = device.type != "meta"
-    if is_real:
-        generator = torch.Generator(device).manual_seed(0)
-        z = torch.randn(n_rows, group.D, device=device, generator=generator).to(dtype)
-    else:
-        z = torch.empty(n_rows, group.D, device=device, dtype=dtype)
-    found: list[Any] = []
-    original = launches.Launch.run
-
-    def run(launch: Any) -> Any:
-        if launch.kernel.__name__ == KERNELS[group.kernel]:
-            found.append(launch)
-        return original(launch) if is_real else None
-
-    with ExitStack() as stack:
-        put = stack.enter_context
-        put(mock.patch.object(launches.Launch, "run", run))
-        if not is_real:
-            put(mock.patch.object(tiles, "target_of", return_value=target))
-            put(mock.patch.object(tiles, "device_guard", return_value=nullcontext()))
-        backend.plan_of.cache_clear()  # those of other tiles
-        stack.callback(backend.plan_of.cache_clear)
-        if tile is not None:
-            _put_tile(put, group, tile)
-        loss, residuals = backend.forward(z, None, None, options)
-        result = residuals.negative
-        if group.kernel != "softmax":
-            needs = Needs(embeddings=True, temperature=False, prototypes=False)
-            gradients = backend.backward(torch.ones_like(loss), z, residuals, None, None, options, needs)
-            assert gradients.embeddings is not None
-            result = gradients.embeddings
-    if not found:
-        raise LookupError(f"{group.name}: a loss of this width does not launch {KERNELS[group.kernel]}")
-    return Recorded(found, tile_of(found[0]), result)
-
-
-def _put_tile(put: Callable[[Any], Any], group: Group, tile: Tile) -> None:
-    """The one place where the package is made to take another tile, and to split columns otherwise."""
-    from clop_kernels.backends.triton import launches, tiles
-
-    block_k = tiles.padded(group.D) if tile.block_k is None else tile.block_k
-    chosen = tiles.Tile(tile.block_m, tile.block_n, block_k, tile.num_warps, tile.num_stages, tile.max_registers)
-    put(mock.patch.object(tiles, group.kernel, return_value=chosen))
-    if tile.n_splits is not None:
-        name = f"{group.kernel}_splits"
-        if not hasattr(launches, name):
-            raise LookupError(f"{group.kernel} does not split columns")
-        put(mock.patch.object(launches, name, return_value=tile.n_splits))
-
-
-def tile_of(launch: Any) -> Tile:
-    """What a launch has: the package may change what tiles.py says."""
-    arguments = launch.arguments
-    n_splits = arguments.get("n_splits") if launch.kernel.__name__ in ("softmax_kernel", "gradient_kernel") else None
-    return Tile(
-        arguments["BLOCK_M"], arguments["BLOCK_N"], arguments["BLOCK_K"] if "BLOCK_K" in arguments else arguments["BLOCK_D"],
-        launch.options["num_warps"], launch.options["num_stages"], launch.options.get("maxnreg"), n_splits,
-    )  # fmt: skip
-
-
-def is_same(tile: Tile, other: Tile) -> bool:
-    """Whether two launched tiles are one. Left to choose, the compiler has 255 registers too; unsplit columns are one split."""
-    own, others = (replace(t, max_registers=t.max_registers or 255, n_splits=t.n_splits or 1) for t in (tile, other))
-    return own == others
-
-
-# ---- compiling -------------------------------------------------------------------------------------------------------
-
-
-class Compiled(NamedTuple):
-    """What a candidate's kernel takes, or why there is none."""
-
-    registers: int | None = None
-    spilled_bytes: int | None = None
-    shared_kb: float | None = None
-    fault: str = ""
-
-
-Trial = tuple[Group, Tile | None]
-"""A candidate of a group; None is the shipped tile."""
-
-
-def trials_of(group: Group) -> list[Trial]:
-    return [(group, None), *((group, tile) for tile in group.candidates)]
-
-
-def compile_trial(trial: Trial, target: Any, sizes: Sizes, with_stand_in: bool) -> Compiled:
-    """Compiles all variants of the kernel that the sweep launches, by the very way of a launch, into Triton's cache.
-
-    ``with_stand_in``: the driver is one, so that no GPU is needed; it takes the place of the real one in this process.
-    """
-    group, tile = trial
-    if with_stand_in:
-        _use_stand_in_driver(target.capability)
-    try:
-        launches = [one for n in sizes.all for one in record(group, tile, n, torch.device("meta"), target).launches]
-        kernels = {}
-        for launch in launches:
-            kernel = launch.kernel.warmup(**launch.arguments, **launch.options, grid=launch.grid)
-            kernels[kernel.hash] = kernel
-        usage = [resources.usage_of(kernel.asm["cubin"]) for kernel in kernels.values()]
-        shared = max(kernel.metadata.shared for kernel in kernels.values()) / 1024
-    except LookupError as error:
-        return Compiled(fault=str(error))
-    except Exception as error:
-        return Compiled(fault=f"does not compile: {_said(error)}")
-    registers, spilled = max(one.registers for one in usage), max(one.spilled_bytes for one in usage)
-    # The shipped tile is judged by benchmarks.resources; others may spill what that allows of any.
-    release = ".".join(resources.triton_version().split(".")[:2])
-    allowed = math.inf if tile is None else resources.SPILLS_ALLOWED.get(release, 0)
-    known = resources.SHARED_MEMORY_KB.get(target.capability, math.inf)
-    fault = ""
-    if spilled > allowed:
-        fault = f"spills {spilled} bytes a thread"
-    elif shared > known:
-        fault = f"needs {shared:.0f} KB of shared memory, and there are {known}"
-    return Compiled(registers, spilled, round(shared, 1), fault)
-
-
-def _use_stand_in_driver(capability: int) -> None:
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime import driver
-
-    class Driver:
-        """What Triton asks of a driver before it launches."""
-
-        def get_current_target(self) -> Any:
-            return GPUTarget("cuda", capability, 32)
-
-        def get_current_device(self) -> int:
-            return 0
-
-        def get_current_stream(self, device: int) -> int:
-            return 0
-
-    driver.set_active(Driver())
-
-
-def _start_compiler() -> None:
-    end_with_parent()
-    os.environ.pop("TRITON_INTERPRET", None)  # the interpreter compiles nothing
-
-
-def compile_all(
-    trials: Sequence[Trial], target: Any, sizes: Sizes, n_processes: int, until: float
-) -> Iterator[tuple[Trial, Compiled]]:
-    """As they are compiled, side by side; ends at ``until``, on the clock of time.monotonic."""
-    found: set[Trial] = set()
-    try:
-        for trial, compiled in _compile_together(trials, target, sizes, n_processes, until):
-            found.add(trial)
-            yield trial, compiled
-    except BrokenProcessPool:  # one has taken all that were on the way with it
-        for trial in trials:
-            if trial not in found:
-                try:
-                    yield from _compile_together([trial], target, sizes, 1, until)
-                except BrokenProcessPool:
-                    yield trial, Compiled(fault="the compiler died")
-
-
-def _compile_together(
-    trials: Sequence[Trial], target: Any, sizes: Sizes, n_processes: int, until: float
-) -> Iterator[tuple[Trial, Compiled]]:
-    if time.monotonic() >= until:
-        return
-    with ProcessPoolExecutor(n_processes, multiprocessing.get_context("spawn"), _start_compiler) as pool:
-        pending = {pool.submit(compile_trial, trial, target, sizes, True): trial for trial in trials}
-        try:
-            for done in as_completed(pending, None if until == math.inf else until - time.monotonic()):
-                yield pending[done], done.result()
-        except OutOfTime:
-            pass
-        finally:
-            for future in pending:
-                future.cancel()
 
 
 # ---- measuring -------------------------------------------------------------------------------------------------------
 
 
 class Checked(NamedTuple):
-    """A candidate's result against that of the shipped tile."""
+    """How a candidate's result compares with the shipped tile's."""
 
     error: float
     same_bits: bool
 
 
 class Timed(NamedTuple):
-    """How long one pass over all pairs takes, and with which tile."""
+    """The time of one pass over all pairs, and the tile that was launched."""
 
     seconds: float
     tile: Tile
 
 
 class Bench(Protocol):
-    """Where candidates are tried."""
+    """A place to try candidates."""
 
     sizes: Sizes
 
@@ -327,7 +99,7 @@ class Bench(Protocol):
 
 
 class Device:
-    """A GPU; or the CPU as its stand-in, with Triton's interpreter, which says nothing about times."""
+    """A GPU, or the CPU with Triton's interpreter in its place, whose times mean nothing."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -362,10 +134,10 @@ class Sweep:
     """The sweep over some groups.
 
     Attributes:
-        bench: where candidates are tried.
-        compiled: what is known of them before; a candidate that is not here was left out by the budget.
-        until: on the clock of time.monotonic, when nothing more is begun.
-        on_step: called after each measurement, to show progress.
+        bench: Where candidates are tried.
+        compiled: The results of compiling. The budget left out a candidate that is missing here.
+        until: When to start nothing more, on the clock of time.monotonic.
+        on_step: Called after each measurement, to show progress.
     """
 
     bench: Bench
@@ -412,7 +184,7 @@ class Sweep:
             yield from (timed(tile, n_rows) for tile in (None, *best, None))
 
     def _obstacle(self, group: Group, tile: Tile) -> Row | None:
-        """Why a candidate is not timed, if it is not."""
+        """A row that says why a candidate is not timed, or None if it can be timed."""
         compiled = self.compiled.get((group, tile))
         if compiled is None or self._is_over():
             return self._row(group, tile, None, outcome="left out", reason=BUDGET_SPENT)
@@ -421,12 +193,12 @@ class Sweep:
         try:
             checked = self._checked[group, tile] = self.bench.check(group, tile)
         except Exception as error:
-            return self._row(group, tile, self.bench.sizes.checked, outcome="failed", reason=_said(error))
+            return self._row(group, tile, self.bench.sizes.checked, outcome="failed", reason=said(error))
         self.on_step()
         if not checked.error <= allowed_error(group.dtype):
-            reason = f"its result is off by {checked.error:.1e}, of the shipped tile's"
+            reason = f"its result differs from the shipped tile's by a relative {checked.error:.1e}"
         elif not checked.same_bits:
-            reason = "the same call gave other bits the second time"
+            reason = "a second call gave other bits"
         else:
             return None
         return self._row(group, tile, self.bench.sizes.checked, outcome="wrong", reason=reason)
@@ -437,9 +209,9 @@ class Sweep:
         try:
             seconds, launched = self.bench.time(group, tile, n_rows)
         except Exception as error:
-            return self._row(group, tile, n_rows, outcome="failed", reason=_said(error))
+            return self._row(group, tile, n_rows, outcome="failed", reason=said(error))
         self.on_step()
-        # Rows of two sides are compared with those of the other side alone: half of the pairs.
+        # A two-sided loss compares rows only with the other side: half of the pairs.
         flops = 2 * PRODUCTS[group.kernel] * n_rows**2 * group.D * (0.5 if group.form == "two-sided" else 1)
         tflops = flops / seconds / 1e12
         return replace(
@@ -463,13 +235,13 @@ class Sweep:
         return time.monotonic() >= self.until
 
     def n_steps(self, groups: Iterable[Group]) -> int:
-        """How many measurements there are at most."""
+        """The most measurements there can be."""
         first, others = len(self.bench.sizes.first), len(self.bench.sizes.others)
         return sum((1 + first) * len(group.candidates) + 2 * first + (N_BEST + 2) * others for group in groups)
 
 
 def sweep_group(group: Group, device: torch.device, target: Any) -> Iterator[Row]:
-    """The sweep over one group, in this process alone: what is compiled already, it takes from Triton's cache."""
+    """The sweep over one group, in this process alone. Kernels that are already compiled come from Triton's cache."""
     bench = Device(device)
     compiled = {
         trial: compile_trial(trial, target, bench.sizes, with_stand_in=False) if bench.is_gpu else Compiled()
@@ -481,15 +253,11 @@ def sweep_group(group: Group, device: torch.device, target: Any) -> Iterator[Row
 BUDGET_SPENT = "the budget was spent"
 
 
-def _said(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"[:300]
-
-
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
 def here() -> tuple[torch.device, Any, dict[str, Any]]:
-    """The device, its target for tiles.py, and the columns :data:`WHERE`."""
+    """The device, its target for tiles.py, and the columns of the table that say where and when it is."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     target = target_of(device)
     environment = environment_of(device, datetime.now(timezone.utc).isoformat(timespec="seconds"))
@@ -497,7 +265,7 @@ def here() -> tuple[torch.device, Any, dict[str, Any]]:
 
 
 def target_of(device: torch.device) -> Any:
-    """What tiles.py goes by."""
+    """The description of the device by which tiles.py chooses tiles."""
     from clop_kernels.backends.triton import tiles  # after the environment is set
 
     return tiles.target_of(device)
@@ -521,7 +289,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.compile_only and not has_gpu:
         os.environ.pop("TRITON_INTERPRET", None)
     elif not has_gpu and os.environ.get("TRITON_INTERPRET") != "1":
-        _parser().error("there is no GPU: TRITON_INTERPRET=1 runs it small on the CPU, --compile-only compiles for --sm")
+        _parser().error("there is no GPU: TRITON_INTERPRET=1 runs it small on the CPU, and --compile-only compiles for --sm")
     from clop_kernels.backends.triton import tiles
 
     until = time.monotonic() + given.seconds
@@ -550,11 +318,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
             console.print(_compiled_table(compiled, trials))
             return 0
 
-        path = given.output or TABLES / f"sm_{target.capability}.csv"
-        if is_small and given.output is None:
-            path = Path("build") / "tile_sweep" / "cpu.csv"
+        name = "cpu.csv" if is_small else f"sm_{target.capability}.csv"
+        path = given.output or ROOT / "build" / "tile_sweep" / name
         writer, rows = Writer(path, where), []
-        task = progress.add_task("measuring")
+        status, task = 0, progress.add_task("measuring")
         sweep = Sweep(bench, compiled, until, lambda: progress.advance(task))
         progress.update(task, total=sweep.n_steps(groups))
         try:
@@ -564,15 +331,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 progress.update(task, description=f"measuring: {row.kernel} {row.dtype} D={row.D}")
                 if row.outcome == "failed" and _is_broken(device):
                     console.print(
-                        f"the GPU is in an error after {row.name}: --groups with those that are left goes on", style="red"
+                        f"The GPU is in an error state after {row.name}. Continue with --groups and the remaining groups.",
+                        style="red",
                     )
                     break
         except KeyboardInterrupt:
-            console.print("interrupted; what there is so far is kept")
+            console.print("interrupted; the results so far are kept")
+            status = 130
     for table in printed(rows):
         console.print(table)
-    console.print(f"{sum(row.outcome == 'measured' for row in rows)} times, added to {path}")
-    return int(any(row.outcome in ("wrong", "failed") for row in rows))
+    console.print(f"{sum(row.outcome == 'measured' for row in rows)} times were added to {path}")
+    return status or int(any(row.outcome in ("wrong", "failed") for row in rows))
 
 
 def _is_broken(device: torch.device) -> bool:
@@ -584,14 +353,14 @@ def _is_broken(device: torch.device) -> bool:
 
 
 def _listed(groups: Sequence[Group]) -> Table:
-    table = Table("group", "candidates", title="most valuable first")
+    table = Table("group", "candidates", title="Groups of candidates, the most valuable first")
     for group in groups:
         table.add_row(group.name, "; ".join(map(str, group.candidates)))
     return table
 
 
 def _compiled_table(compiled: Mapping[Trial, Compiled], trials: Sequence[Trial]) -> Table:
-    table = Table("group", "tile", "registers", "spilled bytes", "shared KB", "rejected, for it")
+    table = Table("group", "tile", "registers", "spilled bytes", "shared KB", "rejected because it")
     for group, tile in trials:
         if found := compiled.get((group, tile)):
             columns = ("" if value is None else str(value) for value in found)
@@ -620,25 +389,31 @@ def _processes(text: str) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.tile_sweep",
-        description="Compiles candidates for Triton's tiles, times the kernels alone, and appends to the table of this GPU, in "
-        "which the newest run of a case counts. Prints the fastest tile of each case beside the shipped one. Each row is in the "
-        "file the moment it is known. Predicted to take 2 to 3 minutes on an H200 with 16 cores.",
-        epilog="Without a GPU, TRITON_INTERPRET=1 in the environment runs it small on the CPU, to be tested itself, and "
-        "--compile-only shows which candidates spill. tests/test_tile_sweep.py holds clop_kernels/backends/triton/tiles.py to "
-        "the tables that are committed.",
+        description="Compiles the candidates for Triton's tiles, times their kernels alone, and prints the fastest tile of each "
+        "case beside the shipped one. Each row is appended to a table as soon as it is known; the newest run of a case counts. "
+        "Predicted to take 2 to 3 minutes on an H200 with 16 cores.",
+        epilog="Without a GPU, --compile-only shows which candidates spill, and the environment variable TRITON_INTERPRET=1 runs "
+        "the sweep small on the CPU, which only tests it. A test compares clop_kernels/backends/triton/tiles.py with the "
+        "committed tables in benchmarks/results/tiles; copy a new table there to commit it.",
     )  # fmt: skip
     add = parser.add_argument
-    add("--groups", nargs="+", metavar="GROUP", help="only these (--list)")
-    add("--seconds", type=_seconds, default=math.inf, help="ends by then, leaves out the end, and says so in rows (no limit)")
-    add("--output", type=Path, metavar="FILE", help="the table; by default benchmarks/results/tiles/sm_NN.csv")
-    add("--processes", type=_processes, default=len(os.sched_getaffinity(0)), metavar="N", help="that compile (%(default)s)")
-    add("--compile-only", action="store_true", help="compile, print what each candidate takes, and end")
+    add("--groups", nargs="+", metavar="GROUP", help="measure only these groups (see --list)")
+    add("--seconds", type=_seconds, default=math.inf, help="stop after this time; rows name what was left out (no limit)")
+    add("--output", type=Path, metavar="FILE", help="the table to append to (default: build/tile_sweep/sm_NN.csv)")
+    add(
+        "--processes",
+        type=_processes,
+        default=len(os.sched_getaffinity(0)),
+        metavar="N",
+        help="processes that compile (%(default)s)",
+    )
+    add("--compile-only", action="store_true", help="only compile, and print the resources of each candidate")
     add(
         "--sm",
         type=int,
         default=90,
         choices=resources.TARGETS,
-        help="what --compile-only compiles for without a GPU (%(default)s)",
+        help="compute capability for --compile-only without a GPU (%(default)s)",
     )
     add("--list", action="store_true", help="print the groups and their candidates")
     return parser

@@ -1,4 +1,4 @@
-"""The table of a tile sweep: a line for each tile, kernel and number of rows, and what it says of the shipped tiles."""
+"""The table of a tile sweep, with a line for each tile, kernel and number of rows, and a summary of it."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from rich.table import Table
 from .tile_candidates import Tile
 
 TABLES = Path(__file__).parent / "results" / "tiles"
-"""Where the committed tables are, one a compute capability: sm_NN.csv."""
+"""The folder of the committed tables, one per compute capability: sm_NN.csv."""
 
 CLOSE = 1.03
-"""A tile is as good as the fastest if it takes no more than this times its time: more is not known of two runs."""
+"""A tile counts as equally fast if it takes at most this factor longer. Two runs do not tell smaller differences apart."""
 
 
 @dataclass(frozen=True)
@@ -25,17 +25,18 @@ class Row:
     """One line of the table.
 
     Attributes:
-        kernel, form, dtype, D: of the group.
-        N: rows of both sides; None where nothing was launched.
-        tile: as it was launched.
-        is_shipped: whether the package takes this tile.
-        outcome: "measured", or why not: "rejected" by the compiler's report, "wrong", "failed", "left out".
-        reason: in words, if it was not measured.
-        registers, spilled_bytes, shared_kb: of the compiled kernel; where it is compiled in several variants the largest.
-        microseconds: of one pass over all pairs.
-        tflops: by the textbook's products, 2 N^2 D flops each.
-        share_of_matrix_rate: of that of torch's matrix product in the same run.
-        error, same_bits: against the shipped tile, and against itself.
+        kernel, form, dtype, D: Those of the group.
+        N: Rows of both sides together. None if nothing was launched.
+        tile: The tile as it was launched.
+        is_shipped: Whether the package uses this tile.
+        outcome: "measured", or why not: "rejected" (after compiling), "wrong", "failed" or "left out".
+        reason: Why it was not measured.
+        registers, spilled_bytes, shared_kb: Resources of the compiled kernel, the largest of its variants.
+        microseconds: Time of one pass over all pairs.
+        tflops: Speed, counting the textbook's products at 2 N^2 D flops each.
+        share_of_matrix_rate: That speed as a share of the speed of torch's matrix product in the same run.
+        error: Relative difference from the shipped tile's result.
+        same_bits: Whether a second call gave the same bits.
     """
 
     kernel: str
@@ -62,7 +63,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        """For a person."""
+        """Its name for a person."""
         rows = "" if self.N is None else f" N={self.N}"
         return f"{self.kernel} {self.form} {self.dtype} D={self.D}{rows} {self.tile or ''}".rstrip()
 
@@ -74,7 +75,7 @@ class Row:
 
     @classmethod
     def of(cls, columns: Mapping[str, Any]) -> Row:
-        """From figures, or from the text of a table."""
+        """Reads :meth:`figures`, or a line of a table."""
         text = {name: "" if columns.get(name) is None else str(columns[name]) for name in FIGURES}
 
         def number(name: str, kind: Callable[[str], Any] = int) -> Any:
@@ -97,7 +98,7 @@ FIGURES = [
     "tflops", "share_of_matrix_rate", "error", "same_bits", "outcome", "reason",
 ]  # fmt: skip
 WHERE = ["device", "sm", "processors", "torch", "triton", "driver", "commit", "date"]
-"""The columns that say where and when; ``sm`` and ``processors`` are what tiles.py goes by."""
+"""The columns that say where and when it was measured. tiles.py chooses tiles by ``sm`` and ``processors``."""
 
 
 def columns_of(figures: Mapping[str, Any], where: Mapping[str, Any]) -> dict[str, Any]:
@@ -108,7 +109,7 @@ def columns_of(figures: Mapping[str, Any], where: Mapping[str, Any]) -> dict[str
 
 
 def read_table(path: Path) -> list[tuple[Row, dict[str, str]]]:
-    """The rows, and where each was measured; of a case that a device has measured in several runs those of the newest."""
+    """The rows, and where each was measured. If a device measured a case in several runs, the newest run counts."""
     with path.open(newline="") as file:
         found = [(Row.of(line), {name: line[name] for name in WHERE}) for line in csv.DictReader(file)]
     newest: dict[Any, str] = {}
@@ -134,11 +135,11 @@ class Writer:
             writer.writerow(columns_of(row.figures(), self._where))
 
 
-# ---- what it says ----------------------------------------------------------------------------------------------------
+# ---- summary ---------------------------------------------------------------------------------------------------------
 
 
 def fastest(rows: Iterable[Row]) -> list[dict[str, str]]:
-    """Of each case the fastest tile beside the shipped one, for a person."""
+    """For each case the fastest tile beside the shipped one, as a table for a person."""
     cases: dict[Any, list[Row]] = {}
     for row in rows:
         if row.microseconds is not None:
@@ -164,7 +165,7 @@ def fastest(rows: Iterable[Row]) -> list[dict[str, str]]:
 
 
 def printed(rows: Sequence[Row]) -> Iterator[Table]:
-    """What a person wants to see at the end: the fastest tiles, and what was not measured."""
+    """The tables to print at the end: the fastest tiles, and the candidates that were not measured."""
     if cases := fastest(rows):
         table = Table(title="the fastest tile beside the shipped one; the shipped one was timed first and last")
         for header in cases[0]:

@@ -1,4 +1,4 @@
-"""What the examples take on their command lines; a wrong value is an error that says what was expected."""
+"""Types for the examples' command lines. A wrong value is an error that says what was expected."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 
 def number(kind: type[int] | type[float], is_valid: Callable[[float], bool], expected: str) -> Callable[[str], float]:
-    """A parser of one argument; argparse puts the argument's name before the message."""
+    """A parser for one argument. argparse puts the argument's name before the message."""
 
     def parse(text: str) -> float:
         try:

@@ -1,19 +1,23 @@
 """When do embeddings collapse? NT-Xent, SupCon and CLOP over learning rates and batch sizes, on real handwritten digits.
 
-A small network learns from noisy views of scikit-learn's 8x8 digits with SGD, from scratch for each method, learning rate, batch
-size and seed, with BatchNorm and without; all runs see as many digits. Then come changes that may keep CLOP from
-collapsing: of its temperature and weight, warm-ups, clipping. Each run is asked what its embeddings of the test digits hold::
+For each method, learning rate, batch size and seed, a small network learns from noisy views of scikit-learn's 8x8 digits, with
+SGD, from scratch, with and without BatchNorm. All runs see the same number of digits. Further runs try changes that may keep CLOP
+from collapsing: its temperature and weight, warm-ups, clipping. Each run measures its embeddings of the test digits::
 
-    python examples/collapse.py                     # 40 minutes on two cores: a folder with CSV, tables and figures
-    python examples/collapse.py --short             # a quick check of the same, for CI
-    python examples/collapse.py --redraw            # tables and figures again, from the CSV in the folder
-    python examples/collapse.py --learning-rates 1,3 --batch-sizes 256 --changes none    # one corner, more closely
+    python examples/collapse.py                     # 40 minutes on two cores; writes a folder with CSV, tables and figures
+    python examples/collapse.py --short             # the same, small and quick, for CI
+    python examples/collapse.py --redraw            # makes tables and figures again from the CSV in the folder
+    python examples/collapse.py --learning-rates 1,3 --batch-sizes 256 --changes none    # a closer look at one region
 
-SupCon and CLOP are given a tenth of the labels, or all of them; the probes (kNN and a linear classifier) see all.
+SupCon and CLOP get a tenth of the labels, or all of them. The probes (kNN and a linear classifier) always see all labels. Ctrl-C
+keeps the finished runs.
 """
 
 from __future__ import annotations
 
+from script import leave_interrupts_to_parent
+
+# isort: split
 import argparse
 import math
 import multiprocessing
@@ -57,12 +61,12 @@ METHODS = {
     "CLOP, 100% labels": Method("instance", 1.0, True),
 }
 CHANGED = "CLOP, 10% labels"
-"""The one method that all CHANGES are made to; BatchNorm is for all methods."""
+"""The method to which all CHANGES apply. BatchNorm alone applies to every method."""
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a run trains. Warm-ups are shares of all steps, over which a rate or weight grows linearly from 0."""
+    """How a run trains. A warm-up is the share of all steps during which a rate or weight grows linearly from 0."""
 
     temperature: float = 0.5
     prototype_weight: float = 1.0
@@ -93,7 +97,7 @@ CHANGES = {
 
 @dataclass(frozen=True)
 class Settings:
-    """One run, and the first columns of its row. A learning rate of 0: the untrained encoder."""
+    """One run, and the first columns of its row. A learning rate of 0 means the untrained encoder."""
 
     method: str
     change: str
@@ -114,7 +118,7 @@ def make_encoder(batch_norm: bool) -> nn.Module:
 
 
 def batches(n_steps: int, batch_size: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Indices of digits: one permutation after another, cut into batches, so that none is dropped at the end of an epoch."""
+    """Indices of digits: one permutation after another, cut into batches. Batches may span two epochs: no digit is dropped."""
     left = torch.empty(0, dtype=torch.int64)
     for _ in range(n_steps):
         if len(left) < batch_size:
@@ -124,7 +128,7 @@ def batches(n_steps: int, batch_size: int, generator: torch.Generator) -> Iterat
 
 
 def train(encoder: nn.Module, criterion: CLOPLoss, data: Digits, settings: Settings, recipe: Recipe) -> float:
-    """The last step's loss."""
+    """Trains the encoder. Returns the loss of the last step."""
     generator = torch.Generator().manual_seed(settings.seed)
     optimizer = torch.optim.SGD(encoder.parameters(), lr=settings.learning_rate, momentum=recipe.momentum)
     final_weight = criterion.prototype_weight
@@ -144,7 +148,7 @@ def train(encoder: nn.Module, criterion: CLOPLoss, data: Digits, settings: Setti
 
 @torch.no_grad()
 def evaluate(encoder: nn.Module, data: Digits, prototypes: Tensor | None) -> dict[str, float]:
-    """Probes are fitted on unit embeddings of the training digits; all else is of those of the test digits."""
+    """Measures the embeddings of the test digits. Probes are fitted on unit embeddings of the training digits."""
     encoder.eval()
     train_z, test_z = encoder(data.train_x), encoder(data.test_x)
     if not (train_z.isfinite().all() and test_z.isfinite().all()):
@@ -175,7 +179,7 @@ def digits(labelled_fraction: float, seed: int) -> Digits:
 
 
 def run(settings: Settings) -> dict[str, object]:
-    """The row of one run. All randomness comes from the seed: weights, prototypes, which labels are kept, order and views."""
+    """The row of one run. The seed determines weights, prototypes, the labels that are kept, the order, and the views."""
     method, recipe = METHODS[settings.method], CHANGES[settings.change]
     data = digits(method.labelled_fraction, settings.seed)
     torch.manual_seed(settings.seed)
@@ -197,7 +201,7 @@ def run(settings: Settings) -> dict[str, object]:
 
 
 def plan(options: argparse.Namespace) -> list[Settings]:
-    """The longest first, so that no process is left alone with one at the end."""
+    """All runs, the longest first, so that at the end no process works alone on a long one."""
     seeds = range(options.seeds)
     sizes = options.batch_sizes
     usual = 256 if 256 in sizes else sizes[len(sizes) // 2]
@@ -211,13 +215,14 @@ def plan(options: argparse.Namespace) -> list[Settings]:
 
 
 def alone_on_a_core() -> None:
-    """Of a process that runs: matrices this small gain nothing from a second thread."""
+    """Sets up a worker process. Matrices this small gain nothing from a second thread."""
+    leave_interrupts_to_parent()
     torch.set_num_threads(1)
     threadpool_limits(1)
 
 
 def measure(runs: list[Settings], workers: int, table: Path, console: Console) -> None:
-    """One row a run into ``table``. What is done by then is written even if something, or someone, interrupts the rest."""
+    """Writes one row per run to ``table``. After an error or Ctrl-C, it writes the runs that were finished."""
     rows = []
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("runs, last {task.fields[last]}"))
     context = multiprocessing.get_context("spawn")
@@ -232,11 +237,13 @@ def measure(runs: list[Settings], workers: int, table: Path, console: Console) -
     finally:
         pool.shutdown(cancel_futures=True)
         if rows:
+            if len(rows) < len(runs):
+                console.print(f"{len(rows)} of {len(runs)} runs were finished and are in {table}; --redraw makes their figures.")
             in_order(pd.DataFrame(rows)).to_csv(table, index=False, float_format="%.5g")
 
 
 def in_order(frame: pd.DataFrame) -> pd.DataFrame:
-    """Rows by change and method, in the order of their definitions here, which tables and figures keep."""
+    """Sorts rows by change and method, in the order of their definitions here. Tables and figures keep this order."""
     kinds = {"change": pd.Categorical(frame["change"], CHANGES), "method": pd.Categorical(frame["method"], METHODS)}
     return frame.assign(**kinds).sort_values(["change", "method", "batch_size", "learning_rate", "seed"])
 
@@ -245,31 +252,33 @@ def in_order(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def learning_rates(text: str) -> list[float]:
-    parse = number(float, lambda rate: 0 < rate < math.inf, "positive finite numbers, with commas between them")
+    parse = number(float, lambda rate: 0 < rate < math.inf, "positive finite numbers, separated by commas")
     return sorted({parse(part) for part in text.split(",")})
 
 
 def batch_sizes(text: str) -> list[int]:
-    parse = number(int, lambda n: 2 <= n <= N_TRAIN, f"integers from 2 to {N_TRAIN}, the training digits, with commas between")
+    parse = number(int, lambda n: 2 <= n <= N_TRAIN, f"integers from 2 to {N_TRAIN} (the training digits), separated by commas")
     return sorted({int(parse(part)) for part in text.split(",")})
 
 
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
-    add("--learning-rates", type=learning_rates, help="of SGD (default: 0.01,0.1,1,10,100; 0.1,10 with --short)")
+    add("--learning-rates", type=learning_rates, help="learning rates of SGD (default: 0.01,0.1,1,10,100; 0.1,10 with --short)")
     add(
-        "--batch-sizes", type=batch_sizes, help="digits a step, two views of each (default: 32,64,...,1024; 256,512 with --short)"
+        "--batch-sizes",
+        type=batch_sizes,
+        help="digits per step, two views of each (default: 32,64,...,1024; 256,512 with --short)",
     )
-    add("--epochs", type=COUNT, help=f"times {N_TRAIN} digits are seen, in any run (default: 30; 1 with --short)")
-    add("--seeds", type=COUNT, help="runs of each kind, of seeds 0, 1, ... (default: 5; 1 with --short)")
-    changes_help = f"whether to run {CHANGED.replace('%', '%%')}, with all changes too, at batch 256 (default: %(default)s)"
+    add("--epochs", type=COUNT, help=f"passes over the {N_TRAIN} training digits in each run (default: 30; 1 with --short)")
+    add("--seeds", type=COUNT, help="runs of each kind, with seeds 0, 1, ... (default: 5; 1 with --short)")
+    changes_help = f"whether to also run '{CHANGED.replace('%', '%%')}' with each change, at batch 256 (default: %(default)s)"
     add("--changes", choices=("all", "none"), default="all", help=changes_help)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    add("--workers", type=COUNT, default=cores, help="processes (default: one a core, %(default)s)")
-    add("--output", type=Path, default=Path("collapse"), help="the folder that all goes to (default: %(default)s)")
-    add("--redraw", action="store_true", help="tables and figures of the collapse.csv that is there, and no run")
-    add("--short", action="store_true", help="few and short runs, for CI; they show nothing but that all works")
+    add("--workers", type=COUNT, default=cores, help="processes (default: one per core, %(default)s)")
+    add("--output", type=Path, default=Path("collapse"), help="folder for all files (default: %(default)s)")
+    add("--redraw", action="store_true", help="run nothing; make tables and figures from the folder's collapse.csv")
+    add("--short", action="store_true", help="few and short runs for CI, which only show that everything works")
     options = parser.parse_args(arguments)
     short = options.short
     options.learning_rates = options.learning_rates or ([0.1, 10.0] if short else [0.01, 0.1, 1.0, 10.0, 100.0])
@@ -279,7 +288,9 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     options.changes = list(CHANGES) if options.changes == "all" else []
     options.table = options.output / "collapse.csv"
     if options.redraw and not options.table.is_file():
-        parser.error(f"argument --redraw: there is no {options.table}; run without it first, or name the folder with --output")
+        parser.error(
+            f"argument --redraw: there is no {options.table}; run without --redraw first, or name the folder with --output"
+        )
     try:
         options.output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -289,7 +300,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
-    matplotlib.use("Agg")  # files, never a window
+    matplotlib.use("Agg")  # draws to files, never to a window
     console = Console()
     if not options.redraw:
         measure(plan(options), options.workers, options.table, console)

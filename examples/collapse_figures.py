@@ -1,11 +1,11 @@
-"""Tables and figures of what examples/collapse.py measured: each number with its spread over seeds.
+"""Tables and figures of the results of examples/collapse.py. Each number has its spread over seeds.
 
-Methods and changes come in the order of its CSV file.
+Methods and changes keep the order of the CSV file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,11 +17,13 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from rich.table import Table
 
-ENCODERS = {"as is": "no normalisation inside", "BatchNorm": "with BatchNorm"}
-"""Of the changes, those that all methods were run with."""
+ENCODERS = {"as is": "without BatchNorm", "BatchNorm": "with BatchNorm"}
+"""The changes that all methods were run with, which are two kinds of encoder."""
 COLORS = ("#000000", "#56B4E9", "#0072B2", "#E69F00", "#D55E00")
-"""Of Okabe and Ito, which the colour-blind tell apart, by method."""
+"""Colours of the methods, by Okabe and Ito, which colour-blind readers can tell apart."""
 MARKERS = "sv^oD"
+WIDTH, DPI = 9, 150
+"""Of a figure, in inches: narrow enough to be readable in the column of a page."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +31,11 @@ class Metric:
     name: str
     digits: int
     most: float | None = None
-    """The end of its axis; None: what was measured."""
+    """The end of its axis. None fits the axis to the data."""
     scale: float = 1
 
     def cell(self, values: pd.Series) -> str:
-        """Mean and standard deviation over seeds, and how many of them diverged and are in neither."""
+        """Mean and standard deviation over seeds. Diverged seeds are counted, but not in mean and deviation."""
         known = values.dropna() * self.scale
         diverged = f" ({len(values) - len(known)} diverged)" if len(known) < len(values) else ""
         if known.empty:
@@ -55,7 +57,7 @@ MAIN = ("effective_rank", "linear_accuracy")
 
 @dataclass(frozen=True)
 class Numbers:
-    """A table: ``cells`` has a name a row and a name a column. All are written, the main ones are also printed."""
+    """A table, whose ``cells`` have named rows and columns. All tables are written; the main ones are also printed."""
 
     title: str
     corner: str
@@ -79,19 +81,19 @@ class Numbers:
 
 
 def spread(frame: pd.DataFrame, rows: str, columns: str, metric: str) -> pd.DataFrame:
-    """One cell a row and column: what its runs of all seeds come to."""
+    """One cell per row and column, which summarises its runs over all seeds."""
     cells = frame.groupby([rows, columns])[metric].agg(METRICS[metric].cell).unstack(columns).fillna("")
     return cells.reindex(frame[rows].unique()).rename(columns="{:g}".format)
 
 
 def middle(values: pd.Series, wanted: float) -> float:
-    """The wanted one where it was run, else the middle one."""
+    """``wanted`` if it was run, otherwise the middle one of the values."""
     known = sorted(values.unique())
     return wanted if wanted in known else known[len(known) // 2]
 
 
 def parts(frame: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
-    """The untrained encoders; the grid of all methods; the runs with changes, at the one batch size that they have."""
+    """The untrained encoders, the grid of all methods, and the runs with changes, which have one batch size."""
     trained = frame[frame.learning_rate > 0]
     grid = trained[trained.change.isin(ENCODERS)]
     changed_batch = trained[~trained.change.isin(ENCODERS)][["method", "batch_size"]].drop_duplicates()
@@ -126,7 +128,7 @@ def tables(frame: pd.DataFrame) -> list[Numbers]:
 
 def write_markdown(found: list[Numbers], frame: pd.DataFrame, folder: Path) -> Path:
     path = folder / "collapse-tables.md"
-    head = f"Of examples/collapse.py: mean ± standard deviation over {seeds(frame)}, {frame.epochs.max()} epochs."
+    head = f"From examples/collapse.py: mean ± standard deviation over {seeds(frame)}, {frame.epochs.max()} epochs."
     path.write_text("\n\n".join(["# All tables of collapse", head, *(numbers.markdown() for numbers in found)]) + "\n")
     return path
 
@@ -139,6 +141,7 @@ def draw(frame: pd.DataFrame, folder: Path) -> Iterator[Path]:
     plt.rcParams.update({"axes.titleweight": "bold", "axes.titlesize": 12})
     untrained, grid, changed = parts(frame)
     figures = {
+        "collapse-overview": draw_lines(grid, untrained, "learning_rate", "batch_size", middle(grid.batch_size, 256), MAIN),
         "collapse-learning-rate": draw_lines(grid, untrained, "learning_rate", "batch_size", middle(grid.batch_size, 256)),
         "collapse-batch-size": draw_lines(grid, untrained, "batch_size", "learning_rate", middle(grid.learning_rate, 1)),
         "collapse-effective-rank": draw_grid(grid, "effective_rank"),
@@ -153,14 +156,18 @@ def draw(frame: pd.DataFrame, folder: Path) -> Iterator[Path]:
         yield path
 
 
-def draw_lines(grid: pd.DataFrame, untrained: pd.DataFrame, x: str, fixed: str, value: float) -> Figure:
-    """A panel a metric and encoder: mean over seeds against ``x``, with a band from the least to the most."""
+def draw_lines(
+    grid: pd.DataFrame, untrained: pd.DataFrame, x: str, fixed: str, value: float, metrics: Sequence[str] = tuple(METRICS)
+) -> Figure:
+    """A panel per metric and encoder: the mean over seeds against ``x``, with a band from the smallest to the largest value."""
     shown = grid[grid[fixed] == value]
+    size = WIDTH, 1.6 + 2.6 * len(metrics)
     figure, axes = plt.subplots(
-        len(ENCODERS), len(METRICS), figsize=(20, 8), dpi=100, sharex=True, sharey="col", squeeze=False, layout=tight()
+        len(metrics), len(ENCODERS), figsize=size, dpi=DPI, sharex=True, sharey="row", squeeze=False, layout=tight()
     )
-    for row, (change, encoder) in zip(axes, ENCODERS.items(), strict=True):
-        for panel, (metric, about) in zip(row, METRICS.items(), strict=True):
+    for row, metric in zip(axes, metrics, strict=True):
+        about = METRICS[metric]
+        for panel, (change, encoder) in zip(row, ENCODERS.items(), strict=True):
             for name, color, marker in zip(grid.method.unique(), COLORS, MARKERS, strict=False):
                 runs = shown[(shown.method == name) & (shown.change == change)].groupby(x)[metric]
                 low, mean, high = (about.scale * getattr(runs, which)() for which in ("min", "mean", "max"))
@@ -174,24 +181,26 @@ def draw_lines(grid: pd.DataFrame, untrained: pd.DataFrame, x: str, fixed: str, 
             if x == "batch_size":
                 panel.set_xticks(sorted(grid[x].unique()), labels=map(str, sorted(grid[x].unique())))
                 panel.minorticks_off()
-    for panel, about in zip(axes[-1], METRICS.values(), strict=True):
+    for panel, metric in zip(axes[:, 0], metrics, strict=True):
+        panel.set_ylim(min(0, panel.get_ylim()[0]), METRICS[metric].most)
+    for panel in axes[-1]:
         panel.set_xlabel(x.replace("_", " "))
-        panel.set_ylim(min(0, panel.get_ylim()[0]), about.most)
     at = f"{fixed.replace('_', ' ')} {value:g}"
-    figure.suptitle(f"Against the {x.replace('_', ' ')}, at {at}: mean, and range over {seeds(grid)}")
-    figure.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=6)
+    figure.suptitle(f"By {x.replace('_', ' ')}, at {at}: mean, and range over {seeds(grid)}")
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), frameon=False, loc="outside lower center", ncols=3)
     return figure
 
 
 def draw_grid(grid: pd.DataFrame, metric: str) -> Figure:
-    """A heatmap a method and encoder: batch size against learning rate."""
+    """A heatmap per method and encoder, of batch sizes and learning rates."""
     names = grid.method.unique()
+    size = WIDTH, 1 + 2.6 * len(names)
     figure, axes = plt.subplots(
-        len(ENCODERS), len(names), figsize=(20, 8), dpi=100, sharex=True, sharey=True, squeeze=False, layout=tight()
+        len(names), len(ENCODERS), figsize=size, dpi=DPI, sharex=True, sharey=True, squeeze=False, layout=tight()
     )
     most = grid.groupby(["method", "change", "learning_rate", "batch_size"])[metric].mean().max()
-    for row, (change, encoder) in zip(axes, ENCODERS.items(), strict=True):
-        for panel, name in zip(row, names, strict=True):
+    for row, name in zip(axes, names, strict=True):
+        for panel, (change, encoder) in zip(row, ENCODERS.items(), strict=True):
             heatmap(panel, grid[(grid.method == name) & (grid.change == change)], "batch_size", metric, most)
             panel.set_title(f"{name}\n{encoder}")
     for panel in axes[-1]:
@@ -203,7 +212,7 @@ def draw_grid(grid: pd.DataFrame, metric: str) -> Figure:
 
 
 def draw_changes(changed: pd.DataFrame) -> Figure:
-    figure, axes = plt.subplots(1, 2, figsize=(16, 7), dpi=100, sharey=True, layout=tight())
+    figure, axes = plt.subplots(1, 2, figsize=(11, 6.5), dpi=DPI, sharey=True, layout=tight())
     for panel, metric in zip(axes, ("effective_rank", "linear_accuracy"), strict=True):
         heatmap(panel, changed, "change", metric, changed.groupby(["change", "learning_rate"])[metric].mean().max())
         panel.set(title=METRICS[metric].name, xlabel="learning rate")
@@ -213,7 +222,7 @@ def draw_changes(changed: pd.DataFrame) -> Figure:
 
 
 def heatmap(axes: Axes, runs: pd.DataFrame, rows: str, metric: str, most: float) -> None:
-    """Coloured by the mean, from 0 to ``most``; each cell says mean and spread."""
+    """Colours show the mean, from 0 to ``most``. Each cell has mean and spread."""
     cells = spread(runs, rows, "learning_rate", metric)
     mean = runs.groupby([rows, "learning_rate"])[metric].mean().unstack("learning_rate").reindex(cells.index)
     axes.imshow(mean.to_numpy(), cmap="viridis", vmin=0, vmax=most, aspect="auto")

@@ -1,17 +1,21 @@
-"""A whole training step in one CUDA graph: encoder, CLOPLoss, backward pass and optimizer, replayed without a launch from Python.
+"""A whole training step in one CUDA graph: encoder, CLOPLoss, backward pass and optimizer.
 
-Small batches are bound by launches, not by arithmetic. The loss reads nothing back to the host, so it can be captured with the
-rest. Replayed steps are compared with eager ones, loss by loss, and both are timed by turns::
+Small batches spend their time on launches, not on arithmetic. A replayed graph needs no launches from Python. The loss never
+reads a value back to the host, so it can be captured. This script compares the losses of replayed and eager steps, and times
+both in turn::
 
     python examples/cuda_graph.py                      # needs a GPU; without one it says so
     python examples/cuda_graph.py --batch-size 64 --steps 500
 
-Three things make a step capturable: inputs that stay where they are and are overwritten, an optimizer with ``capturable=True``,
-and a few steps on another stream first, in which everything that is made once is made. Its test has passed on an H200.
+A step can be captured if its inputs keep their memory and are overwritten, its optimizer has ``capturable=True``, and a few steps
+ran on another stream before, which allocate everything that is allocated once. The test of this script has passed on an H200.
 """
 
 from __future__ import annotations
 
+import script  # noqa: F401
+
+# isort: split
 import argparse
 import copy
 import statistics
@@ -40,14 +44,15 @@ from clop_kernels import CLOPLoss
 
 WARM_UP_STEPS = 3
 ROUNDS = 7
-"""Of the timing, eager and replayed by turns."""
+"""Rounds of the timing, with eager and replayed steps in turn."""
 
 
 class Trainer:
-    """Encoder, loss, optimizer, and the inputs that they always read.
+    """Encoder, loss, optimizer, and their inputs.
 
     Attributes:
-        images: (2 B, 8, 8), the second view below the first; labels: (B,). Both are overwritten in place.
+        images: (2 B, 8, 8), the second view below the first. Overwritten in place.
+        labels: (B,). Overwritten in place.
     """
 
     def __init__(self, encoder: nn.Module, batch_size: int, device: torch.device, seed: int) -> None:
@@ -63,7 +68,7 @@ class Trainer:
         self.labels.copy_(labels, non_blocking=True)
 
     def step(self) -> Tensor:
-        """The loss, (), of a step with what was loaded."""
+        """Trains one step on the loaded inputs. Returns the loss, of shape ()."""
         self.optimizer.zero_grad(set_to_none=True)
         loss: Tensor = self.criterion(self.encoder(self.images), labels=self.labels)
         loss.backward()
@@ -71,7 +76,7 @@ class Trainer:
         return loss.detach()
 
     def captured(self) -> Callable[[], Tensor]:
-        """``step`` as a graph: the same work, and the same tensor for the loss of every call."""
+        """``step`` as a graph. Every call returns the same tensor, with the new loss in it."""
         start = copy.deepcopy(self.encoder.state_dict())
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
@@ -92,7 +97,7 @@ class Trainer:
 
     @torch.no_grad()
     def _go_back_to(self, start: dict[str, Tensor]) -> None:
-        """What the warm-up learned is undone in place, for the graph knows its tensors by their addresses."""
+        """Undoes the warm-up's training in place, because the graph knows its tensors by their addresses."""
         for name, value in self.encoder.state_dict().items():
             value.copy_(start[name])
         for state in self.optimizer.state.values():
@@ -108,7 +113,7 @@ def batches(data: Digits, batch_size: int, n_steps: int, seed: int) -> Iterator[
 
 
 def losses(trainer: Trainer, step: Callable[[], Tensor], data: Digits, options: argparse.Namespace, progress: Progress) -> Tensor:
-    """(steps,), one a step; the copies stay on the device, so that nothing waits for it."""
+    """The loss of each step, (steps,). The copies stay on the device, so that no step waits."""
     found = []
     steps = batches(data, options.batch_size, options.steps, options.seed)
     for images, labels in progress.track(steps, total=options.steps, description="training"):
@@ -130,9 +135,9 @@ def milliseconds(step: Callable[[], Tensor], n_steps: int) -> float:
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
-    add("--steps", type=COUNT, help="training steps, eager and replayed (default: 200; 20 with --short)")
-    add("--batch-size", type=BATCH_SIZE, default=256, help="digits a step, two views of each (default: %(default)s)")
-    add("--seed", type=SEED, default=0, help="of weights, prototypes, labels, order and views (default: %(default)s)")
+    add("--steps", type=COUNT, help="training steps of each kind, eager and replayed (default: 200; 20 with --short)")
+    add("--batch-size", type=BATCH_SIZE, default=256, help="digits per step, two views of each (default: %(default)s)")
+    add("--seed", type=SEED, default=0, help="seed of weights, prototypes, labels, order and views (default: %(default)s)")
     add("--short", action="store_true", help="fewer steps, for CI")
     options = parser.parse_args(arguments)
     options.steps = options.steps or (20 if options.short else 200)
@@ -143,7 +148,7 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
     console = Console()
     if not torch.cuda.is_available():
-        console.print("CUDA graphs need an NVIDIA GPU, and this torch sees none: nothing was run.")
+        console.print("CUDA graphs need an NVIDIA GPU, and torch sees none here. Nothing was run.")
         return
     device = torch.device("cuda")
     data = load_data(labelled_fraction=0.1, seed=options.seed)
@@ -164,11 +169,11 @@ def main(arguments: list[str] | None = None) -> None:
     table.add_column("eager", justify="right")
     table.add_column("CUDA graph", justify="right")
     table.add_row("loss of the last step", f"{expected[-1]:.6f}", f"{found[-1]:.6f}")
-    table.add_row(f"milliseconds a step, median of {ROUNDS}", f"{of_eager:.3f}", f"{of_graph:.3f}")
+    table.add_row(f"milliseconds per step, median of {ROUNDS} rounds", f"{of_eager:.3f}", f"{of_graph:.3f}")
     console.print(table)
     console.print(f"The losses of {options.steps} steps differ by at most {difference:.1e}.")
     if not difference <= 1e-3 * float(expected.abs().max()):
-        raise SystemExit("The graph does not train as the eager steps do.")
+        raise SystemExit("The graph does not train like the eager steps.")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Train a deep encoder on batches that are encoded in sub-batches, and compare memory and time with whole batches.
+"""Train a deep encoder with gradient caching, and compare memory and time with training on whole batches.
 
-Copies of one encoder learn from the same noisy views of scikit-learn's digits, step by step in turn: one encodes each batch
-at once, the others with ``clop_kernels.gradcache.encode`` in sub-batches of several sizes. Their losses agree; what differs
-is in the table at the end, and in a CSV file with ``--output``::
+Copies of one encoder learn from the same noisy views of scikit-learn's digits, and take their steps in turn. One copy encodes
+each batch at once. The others use ``clop_kernels.gradcache.encode`` with sub-batches of several sizes. Their losses agree. A
+table at the end, and a CSV file with ``--output``, compares memory and time::
 
     python examples/gradient_caching.py
     python examples/gradient_caching.py --short --output /tmp/gradient_caching.csv    # a quick check, for CI
@@ -13,6 +13,9 @@ Everything runs on the CPU and takes about a minute on one core.
 
 from __future__ import annotations
 
+import script  # noqa: F401
+
+# isort: split
 import argparse
 import copy
 import csv
@@ -38,7 +41,7 @@ LEARNING_RATE = 1e-3
 
 
 class Block(nn.Module):
-    """A residual block of the kind that transformers have. Its LayerNorm, unlike BatchNorm, does not see sub-batches."""
+    """A residual block as in transformers. Unlike BatchNorm, its LayerNorm does not depend on sub-batches."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -55,7 +58,7 @@ def make_encoder(n_blocks: int) -> nn.Module:
 
 @dataclass
 class Run:
-    """The training of one copy of the encoder. ``sub_batch`` None: whole batches."""
+    """The training of one copy of the encoder. ``sub_batch=None`` means whole batches."""
 
     sub_batch: int | None
     encoder: nn.Module
@@ -69,7 +72,7 @@ class Run:
         return "whole" if self.sub_batch is None else str(self.sub_batch)
 
     def forward_backward(self, criterion: nn.Module, views: list[Tensor], labels: Tensor) -> None:
-        """The only place where the two ways differ."""
+        """The only code that differs between the two."""
         if self.sub_batch is None:
             z_1, z_2 = (self.encoder(view) for view in views)
         else:
@@ -79,14 +82,14 @@ class Run:
         self.losses.append(loss.item())
 
     def ratios(self, whole: Run) -> tuple[float, float, float]:
-        """Time by that of whole batches in the same step: median and quartiles."""
+        """Time relative to whole batches in the same step: the median and the quartiles."""
         ratios = [mine / other for mine, other in zip(self.seconds, whole.seconds, strict=True)]
         low, median, high = statistics.quantiles(ratios, n=4, method="inclusive")
         return median, low, high
 
 
 def train(runs: list[Run], criterion: nn.Module, batch_size: int, n_steps: int, seed: int, progress: Progress) -> None:
-    """Fills the runs, which take turns: what else the machine does falls on all alike. The first step measures memory."""
+    """Trains the runs in turn, so that other load affects all alike. The first step measures memory, the others time."""
     data = load_data(labelled_fraction=0.1, seed=seed)
     generator = torch.Generator().manual_seed(seed)
     task = progress.add_task("train", total=n_steps * len(runs), note="")
@@ -107,7 +110,7 @@ def train(runs: list[Run], criterion: nn.Module, batch_size: int, n_steps: int, 
 
 
 def results(runs: list[Run]) -> list[dict[str, object]]:
-    """One row a run."""
+    """One row per run."""
     whole = runs[0]
     rows: list[dict[str, object]] = []
     for run in runs:
@@ -131,11 +134,11 @@ def results(runs: list[Run]) -> list[dict[str, object]]:
 
 
 def report(rows: list[dict[str, object]], batch_size: int, n_blocks: int) -> Table:
-    table = Table(title=f"2 views of {batch_size} digits through {n_blocks} residual blocks", caption_justify="left")
+    table = Table(title=f"2 views of {batch_size} digits, through {n_blocks} residual blocks", caption_justify="left")
     table.caption = (
-        "Peak memory and time of forward and backward of encoder and loss; time as a multiple of that of whole batches, the "
-        "median and quartiles of steps taken in turn. One more forward pass is 4/3 where backward takes twice as long as "
-        "forward. Losses differ from those with whole batches by at most so much, over all steps."
+        "Peak memory and time of encoder and loss, forward and backward. Time is relative to whole batches: median and quartiles "
+        "over steps that were taken in turn. Gradient caching adds a forward pass, which makes 4/3 if backward takes twice as "
+        "long as forward. The last column is the largest difference of a step's loss from that with whole batches."
     )
     for name in ("sub-batch", "peak memory", "of whole", "time", "quartiles", "loss differs by"):
         table.add_column(name, justify="left" if name == "sub-batch" else "right")
@@ -153,7 +156,7 @@ def report(rows: list[dict[str, object]], batch_size: int, n_blocks: int) -> Tab
 
 
 def sizes(text: str) -> list[int]:
-    parse: Callable[[str], float] = number(int, lambda n: n >= 1, "integers of at least 1, with commas between them")
+    parse: Callable[[str], float] = number(int, lambda n: n >= 1, "integers of at least 1, separated by commas")
     return [int(parse(part)) for part in text.split(",")]
 
 
@@ -171,13 +174,13 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     steps = number(int, lambda n: n >= 3, "an integer of at least 3")
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
-    add("--batch-size", type=BATCH_SIZE, help="digits a step, two views of each (default: 1024; 256 with --short)")
-    add("--sub-batches", type=sizes, help="sizes to compare with whole batches (default: 512,128,32; 32 with --short)")
-    add("--blocks", type=COUNT, help="depth of the encoder, what its memory grows with (default: 32; 8 with --short)")
+    add("--batch-size", type=BATCH_SIZE, help="digits per step, two views of each (default: 1024; 256 with --short)")
+    add("--sub-batches", type=sizes, help="sizes of sub-batches to compare (default: 512,128,32; 32 with --short)")
+    add("--blocks", type=COUNT, help="depth of the encoder; its memory grows with it (default: 32; 8 with --short)")
     add("--steps", type=steps, help="training steps of each copy (default: 20; 4 with --short)")
-    add("--seed", type=SEED, default=0, help="of weights, prototypes, batches and views (default: %(default)s)")
-    add("--output", type=csv_file, help="a CSV file for the table (default: none)")
-    add("--short", action="store_true", help="small and few, for CI")
+    add("--seed", type=SEED, default=0, help="seed of weights, prototypes, batches and views (default: %(default)s)")
+    add("--output", type=csv_file, help="CSV file for the table (default: none)")
+    add("--short", action="store_true", help="a small and quick run, for CI")
     options = parser.parse_args(arguments)
     short = options.short
     options.batch_size = options.batch_size or (256 if short else 1024)
@@ -189,7 +192,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
-    torch.set_num_threads(1)  # sub-batches are small: a second thread gains little, and waits wherever cores are shared
+    torch.set_num_threads(1)  # sub-batches are small: a second thread gains little, and waits if other programs use the cores
     torch.manual_seed(options.seed)
     encoder = make_encoder(options.blocks)
     prototypes = torch.Generator().manual_seed(options.seed)

@@ -1,25 +1,26 @@
-"""How large a gradient step can embeddings take? The bound of a simplified model of InfoNCE, beside the real loss.
+"""How large a gradient step can embeddings take? Compares the bound of a simplified model of InfoNCE with the real loss.
 
-The model: positives are merged, the softmax is nearly uniform, and what is left of the gradient of the sum-reduced loss is
-2 / tau * mean, the same for all unit embeddings. A step mu then takes the mean to (1 - 2 mu / tau) times itself: it contracts
-if and only if 0 < mu < tau, which is ``clop_kernels.critical_learning_rate``; beyond, the embeddings align, to rank 1.
+The model assumes merged positives and a nearly uniform softmax. The gradient of the sum-reduced loss is then 2 / tau * mean, the
+same for all unit embeddings. A step mu multiplies the mean by (1 - 2 mu / tau). The mean contracts if and only if 0 < mu < tau;
+that limit is ``clop_kernels.critical_learning_rate``. With larger steps the embeddings align, to rank 1.
 
-The script takes steps of the model and of the gradient of NT-Xent through its normalisation, with merged positives and with views
-that differ, and shows where the two part:
+The script takes steps with the model, and with the gradient of NT-Xent through its normalisation. Positives are merged, or views
+differ. It shows where model and loss disagree:
 
-- The model keeps its word: its mean vanishes below tau, and beyond it all embeddings are one direction, of rank 1.
-- NT-Xent with merged positives has the threshold where its softmax is nearly uniform (at 1.05 tau with tau = 0.5), and none up to
-  2 tau where it is not (tau = 0.1). Beyond it the mean stays, but there is no collapse: the nearer embeddings are to one
-  direction, the smaller the gradient along the sphere, which points away from it. The effective rank stays above 29 of 32.
-- Positives do not stay merged. The model leaves out that they attract: a step multiplies what two views differ by with about
-  1 - 4 mu / tau, so that they meet only up to tau / 2 (1.1 tau with tau = 0.1), where the mean contracts fastest. Beyond, the
-  views part instead of the mean growing.
+- The model behaves as predicted: its mean vanishes below tau, and above tau all embeddings have one direction, of rank 1.
+- NT-Xent with merged positives has the threshold if its softmax is nearly uniform (at 1.05 tau with tau = 0.5). If it is not
+  (tau = 0.1), there is no threshold up to 2 tau. Above the threshold the mean remains, but nothing collapses: the closer the
+  embeddings are to one direction, the smaller is the gradient along the sphere, and it points away from that direction. The
+  effective rank stays above 29 of 32.
+- Positives do not stay merged. The model leaves out their attraction: a step multiplies the difference of two views by about
+  1 - 4 mu / tau. Views therefore meet only up to tau / 2 (1.1 tau with tau = 0.1), where the mean contracts fastest. With larger
+  steps, the views separate, but the mean does not grow.
 
-It also shows that embeddings that are equal or collinear are stationary points of the loss, but not minima. At the end come two
-tables, a figure, learning_rate_bound.png, and a CSV file beside it::
+It also shows that equal or collinear embeddings are stationary points of the loss, but not minima. The results are two tables, a
+figure (learning_rate_bound.png), and a CSV file beside it::
 
     python examples/learning_rate_bound.py
-    python examples/learning_rate_bound.py --short     # a quick check of the same, for CI
+    python examples/learning_rate_bound.py --short     # the same, small and quick, for CI
     python examples/learning_rate_bound.py --help
 
 Everything runs on one core of a CPU and takes half a minute.
@@ -27,6 +28,9 @@ Everything runs on one core of a CPU and takes half a minute.
 
 from __future__ import annotations
 
+import script  # noqa: F401
+
+# isort: split
 import argparse
 import csv
 import math
@@ -51,17 +55,17 @@ from clop_kernels import alignment, critical_learning_rate, effective_rank, mean
 
 WIDTH = 32
 OFFSET = 0.5
-"""Of the first embeddings along one direction, so that there is a mean to contract: of length 0.44."""
+"""Offset of the first embeddings along one direction. It gives them a mean to contract, of length 0.44."""
 LEAST_STEP, MOST_STEP = 0.1, 2.0
-"""In units of the critical one."""
+"""Range of steps, in units of the critical step."""
 
 COLORS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""Of Okabe and Ito, which the colour-blind tell apart; black is the model."""
+"""Colours of Okabe and Ito, which colour-blind readers can tell apart. Black is the model."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """What one simulation came to, with one step."""
+    """The result of one simulation with one step size."""
 
     step: float
     """mu / critical_learning_rate."""
@@ -72,7 +76,7 @@ class Point:
 
 @dataclass
 class Simulation:
-    """``run(mu)`` is the embeddings (2 B, D), two views, after all steps of size mu."""
+    """``run(mu)`` returns the embeddings of two views, (2 B, D), after all steps of size mu."""
 
     name: str
     temperature: float
@@ -86,7 +90,7 @@ class Simulation:
         self.points.append(Point(step, mean_resultant_length(z), effective_rank(z), 1 - alignment(z) / 2))
 
     def last(self, holds: Callable[[Point], bool]) -> float | None:
-        """The end of the first range of steps for which it holds; the smallest may take more of them than there are."""
+        """The end of the first range of step sizes for which it holds. The smallest sizes may need more steps than there are."""
         last = None
         for point in self.points:
             if holds(point):
@@ -100,7 +104,7 @@ class Simulation:
 
 
 def first_embeddings(n_instances: int, seed: int) -> Tensor:
-    """(B, D) unit rows, uniform on the sphere and then moved along the first axis; float64, as is all that follows."""
+    """(B, D) unit rows: uniform on the sphere, then moved along the first axis. Everything is computed in float64."""
     generator = torch.Generator().manual_seed(seed)
     x = normalize(torch.randn(n_instances, WIDTH, generator=generator, dtype=torch.float64), dim=1)
     x[:, 0] += OFFSET
@@ -108,7 +112,7 @@ def first_embeddings(n_instances: int, seed: int) -> Tensor:
 
 
 def two_views(x: Tensor, noise: float, seed: int) -> Tensor:
-    """(B, D) -> (2 B, D): each row twice, with noise of so much of its length."""
+    """(B, D) -> (2 B, D): each row twice, with added noise. ``noise`` is its length relative to the row's."""
     generator = torch.Generator().manual_seed(seed)
     views = x.repeat(2, 1)
     return normalize(views + noise / WIDTH**0.5 * torch.randn(views.shape, generator=generator, dtype=x.dtype), dim=1)
@@ -123,7 +127,7 @@ def model(z: Tensor, temperature: float, n_steps: int, mu: float, *, on_sphere: 
 
 
 def loss_and_gradient(z: Tensor, temperature: float) -> tuple[float, Tensor]:
-    """NT-Xent summed over rows. Its gradient is tangent to the sphere, for the loss normalises the rows itself."""
+    """NT-Xent summed over rows. Its gradient is tangent to the sphere, because the loss normalises the rows itself."""
     z = z.detach().requires_grad_()
     loss = ntxent_loss(z, temperature=temperature, reduction="sum")
     (gradient,) = torch.autograd.grad(loss, z)
@@ -131,7 +135,7 @@ def loss_and_gradient(z: Tensor, temperature: float) -> tuple[float, Tensor]:
 
 
 def descend(z: Tensor, temperature: float, n_steps: int, mu: float) -> Tensor:
-    """Rows return to the sphere after each step. Left alone they grow, see a smaller gradient, and mu means less and less."""
+    """Takes gradient steps, and normalises rows after each. Otherwise rows would grow, and the same mu would move them less."""
     for _ in range(n_steps):
         z = normalize(z - mu * loss_and_gradient(z, temperature)[1], dim=1)
     return z
@@ -166,7 +170,7 @@ def simulations(options: argparse.Namespace) -> list[Simulation]:
 
 @dataclass(frozen=True)
 class Stationarity:
-    """One arrangement of the embeddings: the norm of the gradient, and what the summed loss gains by moves of each row."""
+    """One arrangement of the embeddings: the norm of the gradient, and how the summed loss changes if rows move."""
 
     name: str
     temperature: float
@@ -176,7 +180,7 @@ class Stationarity:
 
 
 def stationarity(options: argparse.Namespace, size: float = 0.01) -> Iterator[Stationarity]:
-    """Moves are ``size`` long and orthogonal to the line: random for each instance, both views alike or opposite."""
+    """Moves have length ``size``, orthogonal to the line. Instances move randomly; their two views move alike or opposite."""
     n_instances = options.instances
     generator = torch.Generator().manual_seed(options.seed)
     line = normalize(torch.randn(1, WIDTH, generator=generator, dtype=torch.float64), dim=1)
@@ -196,16 +200,17 @@ def stationarity(options: argparse.Namespace, size: float = 0.01) -> Iterator[St
             yield Stationarity(name, tau, float(gradient.norm()), *moved)
 
 
-# ---- what a person gets to see --------------------------------------------------------------------------------------
+# ---- output ---------------------------------------------------------------------------------------------------------
 
 
 def table_of_steps(runs: list[Simulation], n_steps: int) -> Table:
-    table = Table(title=f"After {n_steps} steps, by the size mu of the step", caption_justify="left")
+    table = Table(title=f"Embeddings after {n_steps} steps of size mu", caption_justify="left")
     table.caption = (
-        f"Steps from {LEAST_STEP} to {MOST_STEP} tau; critical is tau. Up to which the mean vanishes (|mean| < 0.05) and views "
-        "that differ meet (cosine > 0.99); then the most of |mean| and the least effective rank that any step came to."
+        f"mu ranges from {LEAST_STEP} to {MOST_STEP} tau; tau is critical. Columns: the largest mu for which the mean vanishes "
+        "(|mean| < 0.05), the largest mu for which differing views meet (cosine > 0.99), and the largest |mean| and the smallest "
+        "effective rank for any mu."
     )
-    for name in ("", "mean vanishes", "views meet", "most |mean|", "least rank"):
+    for name in ("", "mean vanishes up to", "views meet up to", "largest |mean|", "smallest rank"):
         table.add_column(name, justify="right" if name else "left")
     for run in runs:
         vanishes = in_tau(run.last(lambda point: point.mean < 0.05))
@@ -220,10 +225,10 @@ def in_tau(step: float | None) -> str:
 
 
 def table_of_stationarity(rows: list[Stationarity]) -> Table:
-    table = Table(title="Stationary, but no minima", caption_justify="left")
+    table = Table(title="Equal and collinear embeddings are stationary, but not minima", caption_justify="left")
     table.caption = (
-        "The summed loss in float64: the norm of its gradient, and its change when each instance moves 0.01 off the line in a "
-        "direction of its own, both views alike or opposite ways."
+        "The summed loss in float64: the norm of its gradient, and its change if each instance moves by 0.01 off the line in its "
+        "own direction. Its two views move together, or apart in opposite directions."
     )
     for name in ("embeddings", "tau", "|gradient|", "instances move", "views move apart"):
         table.add_column(name, justify="left" if name == "embeddings" else "right")
@@ -295,7 +300,7 @@ def write(runs: list[Simulation], n_steps: int, path: Path) -> None:
 
 
 def temperatures(text: str) -> list[float]:
-    parse = number(float, lambda t: 0 < t < math.inf, "positive finite numbers, with commas between them")
+    parse = number(float, lambda t: 0 < t < math.inf, "positive finite numbers, separated by commas")
     values = [parse(part) for part in text.split(",")]
     if len(values) > len(COLORS):
         raise argparse.ArgumentTypeError(f"{text!r}: expected at most {len(COLORS)} temperatures")
@@ -308,14 +313,24 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     noise = number(float, lambda f: 0 <= f < math.inf, "a finite number of at least 0")
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
-    add("--temperatures", type=temperatures, default="0.5,0.1", help="tau of NT-Xent (default: %(default)s)")
-    add("--instances", type=instances, help=f"B, two views of each, {WIDTH} wide (default: 256; 64 with --short)")
+    add("--temperatures", type=temperatures, default="0.5,0.1", help="temperatures tau of NT-Xent (default: %(default)s)")
+    add("--instances", type=instances, help=f"instances, with two views of width {WIDTH} each (default: 256; 64 with --short)")
     add("--steps", type=COUNT, help="gradient steps of each simulation (default: 100; 50 with --short)")
-    add("--points", type=points, help=f"step sizes, from {LEAST_STEP} to {MOST_STEP} tau (default: 39; 6 with --short)")
-    add("--view-noise", type=noise, default=0.5, help="length of the noise in differing views (default: %(default)s)")
-    add("--seed", type=SEED, default=0, help="of embeddings and views (default: %(default)s)")
-    add("--output", type=png, default="learning_rate_bound.png", help="the figure; the CSV file beside it (default: %(default)s)")
-    add("--short", action="store_true", help="few and small, for CI")
+    add("--points", type=points, help=f"number of step sizes, from {LEAST_STEP} to {MOST_STEP} tau (default: 39; 6 with --short)")
+    add(
+        "--view-noise",
+        type=noise,
+        default=0.5,
+        help="length of the noise of differing views, relative to a row (default: %(default)s)",
+    )
+    add("--seed", type=SEED, default=0, help="seed of embeddings and views (default: %(default)s)")
+    add(
+        "--output",
+        type=png,
+        default="learning_rate_bound.png",
+        help="path of the figure; the CSV file goes beside it (default: %(default)s)",
+    )
+    add("--short", action="store_true", help="a small and quick run, for CI")
     options = parser.parse_args(arguments)
     short = options.short
     options.instances = options.instances or (64 if short else 256)
@@ -326,8 +341,8 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
-    matplotlib.use("Agg")  # a file, never a window
-    torch.set_num_threads(1)  # matrices this small gain nothing from a second
+    matplotlib.use("Agg")  # draws to a file, never to a window
+    torch.set_num_threads(1)  # matrices this small gain nothing from a second thread
     console = Console()
     runs = simulations(options)
     columns = (TextColumn("{task.description:42}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn())

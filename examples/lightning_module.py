@@ -1,18 +1,21 @@
-"""CLOPLoss in a PyTorch Lightning module, on one device or several, with the diagnostics of collapse as validation metrics.
+"""CLOPLoss in a PyTorch Lightning module, on one or several devices, with collapse diagnostics as validation metrics.
 
-Lightning's DDP averages gradients, so on several devices the loss must be that of the whole batch: the criterion gets the process
-group once there is one, in ``setup``. Before the first step the loss that the devices share is compared with one device's.
-The prototypes are a buffer: they are in the checkpoint, and a model that is loaded from it measures the same::
+Lightning's DDP averages gradients, so on several devices each must compute the loss of the whole batch. ``setup`` therefore gives
+the criterion the process group, once it exists. Before the first step, a check compares the shared loss with that of one device.
+Prototypes are a buffer, so checkpoints contain them, and a model loaded from a checkpoint has the same metrics::
 
     python examples/lightning_module.py
     python examples/lightning_module.py --devices 2     # two processes, on CPUs with gloo
-    python examples/lightning_module.py --short         # a quick check of the same, for CI
+    python examples/lightning_module.py --short         # the same, small and quick, for CI
 
-Needs ``pip install '.[recipes]'``. About half a minute on two cores. On GPUs it has not yet been run.
+Needs ``pip install '.[recipes]'``. It takes about half a minute on two cores. It has not yet been run on GPUs.
 """
 
 from __future__ import annotations
 
+import script  # noqa: F401
+
+# isort: split
 import argparse
 import tempfile
 from typing import Any
@@ -38,9 +41,9 @@ class ContrastiveEncoder(lightning.LightningModule):
     """An encoder of digits, trained with two noisy views of each.
 
     Args:
-        temperature, prototype_weight: of the loss.
-        learning_rate: of AdamW.
-        seed: of the prototypes and of the noise.
+        temperature, prototype_weight: Options of the loss.
+        learning_rate: Learning rate of AdamW.
+        seed: Seed of the prototypes and of the noise.
     """
 
     def __init__(self, temperature: float, prototype_weight: float, learning_rate: float, seed: int) -> None:
@@ -49,14 +52,14 @@ class ContrastiveEncoder(lightning.LightningModule):
         self.learning_rate = learning_rate
         self.seed = seed
         self.encoder = make_encoder()
-        prototypes = torch.Generator().manual_seed(seed)  # or group= in the constructor, which sends them from the first rank
+        prototypes = torch.Generator().manual_seed(seed)  # a criterion built with group= would broadcast them instead
         self.criterion = CLOPLoss(N_CLASSES, EMBEDDING_DIM, temperature, prototype_weight, generator=prototypes)
         self.embedded: list[tuple[Tensor, Tensor]] = []
 
     def setup(self, stage: str) -> None:
-        """Lightning has made the process group by now, if it makes one."""
+        """Lightning calls this after it has made the process group, if it makes one."""
         self.criterion.group = distributed.group.WORLD if self.trainer.world_size > 1 else None
-        self.noise = torch.Generator().manual_seed(self.seed + self.global_rank)  # each device blurs its digits in its own way
+        self.noise = torch.Generator().manual_seed(self.seed + self.global_rank)  # each device adds different noise
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         return torch.optim.AdamW(self.parameters(), lr=self.learning_rate)
@@ -64,7 +67,7 @@ class ContrastiveEncoder(lightning.LightningModule):
     def training_step(self, batch: tuple[Tensor, Tensor], batch_index: int) -> Tensor:
         images, labels = batch
         views = (self.encoder(noisy_view(images.cpu(), self.noise).to(self.device)) for _ in range(2))
-        loss: Tensor = self.criterion(*views, labels=labels)  # on every device the loss of all devices' rows
+        loss: Tensor = self.criterion(*views, labels=labels)  # every device gets the loss over all devices' rows
         self.log("loss", loss, prog_bar=True)
         return loss
 
@@ -80,11 +83,11 @@ class ContrastiveEncoder(lightning.LightningModule):
             z, labels = (part.flatten(0, 1) for part in gathered)
         report = collapse_report(z, labels, self.criterion.prototypes)
         numbers = {name: float(value) for name, value in report.as_dict().items() if value is not None}
-        self.log_dict(numbers, sync_dist=True)  # all devices have all rows, so the mean over devices is what each has
+        self.log_dict(numbers, sync_dist=True)  # every device has all rows, so the mean over devices changes nothing
 
 
 class LossOfAllDevices(lightning.Callback):
-    """``difference``: of the loss that the devices share from that of one device with all their rows, before the first step."""
+    """Before the first step, computes the ``difference`` between the shared loss and the loss of one device with all rows."""
 
     def __init__(self, data: Digits) -> None:
         self.data = data
@@ -111,10 +114,10 @@ class LossOfAllDevices(lightning.Callback):
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
-    add("--devices", type=COUNT, default=1, help="GPUs, or processes where there is none (default: %(default)s)")
+    add("--devices", type=COUNT, default=1, help="number of GPUs, or of processes without a GPU (default: %(default)s)")
     add("--epochs", type=COUNT, help="passes over the training digits (default: 40; 8 with --short)")
-    add("--batch-size", type=BATCH_SIZE, default=256, help="digits a step on all devices together (default: %(default)s)")
-    add("--seed", type=SEED, default=0, help="of weights, prototypes, labels, order and views (default: %(default)s)")
+    add("--batch-size", type=BATCH_SIZE, default=256, help="digits per step, on all devices together (default: %(default)s)")
+    add("--seed", type=SEED, default=0, help="seed of weights, prototypes, labels, order and views (default: %(default)s)")
     add("--short", action="store_true", help="fewer epochs, for CI")
     options = parser.parse_args(arguments)
     options.epochs = options.epochs or (8 if options.short else 40)
@@ -134,19 +137,19 @@ def report(stages: dict[str, dict[str, float]]) -> Table:
 
 
 def main(arguments: list[str] | None = None) -> tuple[dict[str, dict[str, float]], float]:
-    """Validation metrics by stage ("untrained", "trained", "from the checkpoint"), and LossOfAllDevices.difference."""
+    """Returns the metrics by stage ("untrained", "trained", "from the checkpoint") and LossOfAllDevices.difference."""
     options = parse_arguments(arguments)
     lightning.seed_everything(options.seed, verbose=False)
     has_gpus = torch.cuda.is_available()
     if not has_gpus:
-        torch.set_num_threads(1)  # tensors are small, and each process has a core to itself
+        torch.set_num_threads(1)  # tensors are small, and each process has its own core
     data = load_data(labelled_fraction=0.1, seed=options.seed)
     training = DataLoader(
         TensorDataset(data.train_x, data.labels), options.batch_size // options.devices, shuffle=True, drop_last=True
     )
     validation = DataLoader(TensorDataset(data.test_x, data.test_y), 256)
     check = LossOfAllDevices(data)
-    # A CPU backend beside NCCL: sizes and options are compared without waiting for the GPU.
+    # With gloo beside NCCL, the loss compares sizes and options of ranks without waiting for the GPU.
     ddp = DDPStrategy(process_group_backend="cpu:gloo,cuda:nccl" if has_gpus else "gloo")
     with tempfile.TemporaryDirectory() as folder:
         keep = ModelCheckpoint(folder, filename="last")
@@ -170,12 +173,14 @@ def main(arguments: list[str] | None = None) -> tuple[dict[str, dict[str, float]
         stages: dict[str, dict[str, float]] = {"untrained": measured(model)}
         trainer.fit(model, training, validation)
         stages["trained"] = measured(model)
-        path: Any = trainer.strategy.broadcast(keep.best_model_path)  # that of the first process, which wrote it
+        path: Any = trainer.strategy.broadcast(keep.best_model_path)  # the first process wrote it
         stages["from the checkpoint"] = measured(ContrastiveEncoder.load_from_checkpoint(path))
     if trainer.is_global_zero:
         console = Console()
         console.print(report(stages))
-        console.print(f"Devices: {trainer.world_size}. The loss of all, against one device's: {check.difference:.1e} apart.")
+        console.print(
+            f"Devices: {trainer.world_size}. The shared loss differs from that of one device by {check.difference:.1e}."
+        )
     return stages, check.difference
 
 

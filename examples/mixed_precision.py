@@ -1,20 +1,23 @@
-"""Mixed precision the usual way: autocast, a gradient scaler and torch.compile around an encoder and CLOPLoss, on real digits.
+"""Mixed precision as usual: autocast, a gradient scaler and torch.compile around an encoder and CLOPLoss, on real digits.
 
-Two runs from the same weights, on the same views: float32, step by step in Python; then mixed precision, with encoder and loss
-in one graph, ``torch.compile(fullgraph=True)``, and for float16 the backward pass on a scaled loss. The scaler begins at a scale
-that overflows, so its first steps must be skipped, and no NaN may get into the weights::
+Two runs start from the same weights and see the same views. The first is float32 and eager. The second is mixed precision, with
+encoder and loss in one graph (``torch.compile(fullgraph=True)``) and, for float16, a scaled loss. The scaler starts with a scale
+that overflows, so it must skip the first steps, and no NaN may reach the weights::
 
     python examples/mixed_precision.py                      # float16
-    python examples/mixed_precision.py --dtype bfloat16     # has float32's range: no scaler
-    python examples/mixed_precision.py --short              # a quick check of the same, for CI
+    python examples/mixed_precision.py --dtype bfloat16     # has float32's range and needs no scaler
+    python examples/mixed_precision.py --short              # the same, small and quick, for CI
 
-The loss takes part in all of that like any other: its value is float32 whatever the embeddings are, and what overflows in its
-backward pass stays infinite, for the scaler to see. About a minute on two cores, most of it compiling. On an
-H200 its short mode has run; the scaler skipped step 20 there too, after the first five.
+The loss behaves like any other: its value is float32 for every dtype of the embeddings, and an overflow in its backward pass
+stays infinite, so the scaler notices it. It takes about a minute on two cores, mostly for compiling. The short mode has run on an
+H200, where the scaler skipped steps 0 to 4 and step 20.
 """
 
 from __future__ import annotations
 
+import script  # noqa: F401
+
+# isort: split
 import argparse
 import copy
 import math
@@ -45,11 +48,11 @@ from clop_kernels import CLOPLoss
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 OVERFLOWING_SCALE = 2.0**24
-"""The scaler's own default is 2^16. Gradients of activations times this are beyond float16's 65504."""
+"""With this scale, gradients of activations exceed float16's largest number, 65504. The scaler's own default is 2^16."""
 
 
 class TrainingStep(nn.Module):
-    """Encoder and loss as one module, which is one graph to compile: views and labels in, the loss out."""
+    """Encoder and loss in one module, so that torch.compile makes one graph of them."""
 
     def __init__(self, encoder: nn.Module, criterion: CLOPLoss) -> None:
         super().__init__()
@@ -57,14 +60,14 @@ class TrainingStep(nn.Module):
         self.criterion = criterion
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        """(2 B, 8, 8), the second view below the first, and (B,) -> ()."""
+        """images (2 B, 8, 8), with the second view below the first; labels (B,). Returns the loss, ()."""
         loss: Tensor = self.criterion(self.encoder(images), labels=labels)
         return loss
 
 
 @dataclass
 class Scaling:
-    """What the scaler did: its scale after each step, and which steps it skipped."""
+    """The scaler's scale after each step, and the steps that it skipped."""
 
     scales: list[float] = field(default_factory=list)
     skipped: list[int] = field(default_factory=list)
@@ -73,7 +76,7 @@ class Scaling:
 def train(
     run: Run, data: Digits, options: argparse.Namespace, device: torch.device, dtype: torch.dtype | None, progress: Progress
 ) -> Scaling:
-    """``dtype=None``: float32, not compiled. A scaler that is not enabled does nothing."""
+    """Trains one run. ``dtype=None`` means float32 without compiling. A disabled scaler does nothing."""
     is_mixed = dtype is not None
     step = TrainingStep(run.encoder, run.criterion)
     if is_mixed:
@@ -92,7 +95,7 @@ def train(
             with torch.autocast(device.type, dtype, enabled=is_mixed):
                 loss = step(views, data.labels[batch].to(device))
             scaler.scale(loss).backward()
-            scaler.step(optimizer)  # unless a gradient is infinite or NaN
+            scaler.step(optimizer)  # skips the step if a gradient is infinite or NaN
             before = scaler.get_scale()
             scaler.update()
             if scaler.get_scale() < before:
@@ -109,7 +112,7 @@ def weights_are_finite(encoder: nn.Module) -> bool:
 
 def report(runs: list[Run], scalings: list[Scaling]) -> Table:
     table = Table(title="CLOPLoss on handwritten digits, mixed precision", caption_justify="left")
-    table.caption = "The scaler of float16 begins too high on purpose; a skipped step leaves the weights as they were."
+    table.caption = "The float16 scaler starts with too large a scale on purpose. A skipped step leaves the weights unchanged."
     table.add_column("")
     for run in runs:
         table.add_column(run.name, justify="right")
@@ -128,10 +131,10 @@ def report(runs: list[Run], scalings: list[Scaling]) -> Table:
 def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
-    add("--dtype", choices=tuple(DTYPES), default="float16", help="of autocast (default: %(default)s)")
+    add("--dtype", choices=tuple(DTYPES), default="float16", help="dtype of autocast (default: %(default)s)")
     add("--epochs", type=COUNT, help="passes over the training digits, in each run (default: 40; 12 with --short)")
-    add("--batch-size", type=BATCH_SIZE, default=256, help="digits a step, two views of each (default: %(default)s)")
-    add("--seed", type=SEED, default=0, help="of weights, prototypes, labels, order and views (default: %(default)s)")
+    add("--batch-size", type=BATCH_SIZE, default=256, help="digits per step, two views of each (default: %(default)s)")
+    add("--seed", type=SEED, default=0, help="seed of weights, prototypes, labels, order and views (default: %(default)s)")
     add("--short", action="store_true", help="fewer epochs, for CI")
     options = parser.parse_args(arguments)
     options.epochs = options.epochs or (12 if options.short else 40)
@@ -139,7 +142,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: list[str] | None = None) -> tuple[list[Run], list[Scaling]]:
-    """Returns the two runs, float32 first, and what their scalers did."""
+    """Returns the two runs, float32 first, and the records of their scalers."""
     options = parse_arguments(arguments)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     console = Console()

@@ -1,14 +1,15 @@
-"""Train a sentence-transformers model on in-batch negatives with the two-sided loss, and measure retrieval before and after.
+"""Train a sentence-transformers model with in-batch negatives, and measure retrieval before and after.
 
-:class:`InBatchNegatives` goes where ``MultipleNegativesRankingLoss(model, directions=("query_to_doc", "doc_to_query"),
-partition_mode="per_direction")`` goes, the mean of both directions that ``MultipleNegativesSymmetricRankingLoss`` was, with
-or without hard negatives: the same values and gradients, without a B x B matrix. It takes two things more. A column "label" in
-the training set says which pairs have the same text, so that these are positives of each other and not false negatives. And
-``sub_batch`` encodes that many texts at a time with ``clop_kernels.gradcache``, as ``CachedMultipleNegativesRankingLoss`` does
-with its ``mini_batch_size``, so that batches fit whose activations do not.
+:class:`InBatchNegatives` replaces ``MultipleNegativesRankingLoss(model, directions=("query_to_doc", "doc_to_query"),
+partition_mode="per_direction")``, the mean of both directions, which used to be ``MultipleNegativesSymmetricRankingLoss``. It has
+the same values and gradients, with or without hard negatives, but builds no B x B matrix. It can do two things more:
 
-The texts are on every machine: the first lines of docstrings of Python's standard library, and the names that they describe.
-The model, hashed words and trigrams under a mean, starts from random weights. Nothing is downloaded, and nothing is kept::
+- A column "label" in the training set marks pairs with the same text. They become positives of each other, not false negatives.
+- ``sub_batch`` encodes that many texts at a time with ``clop_kernels.gradcache``, like the ``mini_batch_size`` of
+  ``CachedMultipleNegativesRankingLoss``. Batches can then be larger than their activations would allow.
+
+The texts come from Python's standard library: the first lines of docstrings, and the names that they describe. The model averages
+embeddings of hashed words and trigrams, and starts from random weights. Nothing is downloaded, and no files remain::
 
     python examples/sentence_pairs.py
     python examples/sentence_pairs.py --sub-batch 64    # with gradient caching
@@ -20,6 +21,9 @@ Needs ``pip install '.[recipes]'``. Everything runs on the CPU and takes about a
 
 from __future__ import annotations
 
+import script  # noqa: F401
+
+# isort: split
 import argparse
 import ast
 import math
@@ -61,18 +65,18 @@ SKIPPED = {"site-packages", "dist-packages", "test", "tests", "idlelib", "lib2to
 class InBatchNegatives(nn.Module):
     """Both directions of in-batch negatives over cosines, for ``SentenceTransformerTrainer(loss=...)``.
 
-    Columns are anchors, positives and any number of hard negatives. A label, where there are any, is of a row's anchor and
-    positive: rows of one label are positives of each other.
+    Columns are anchors, positives and any number of hard negatives. An optional label belongs to a row's anchor and positive;
+    rows with the same label are positives of each other.
 
     Args:
-        model: whose "sentence_embedding" is compared.
-        scale: what cosines are multiplied by, the inverse of a temperature.
-        sub_batch: how many texts the model encodes at a time; None is all. Needs features with a row for each text.
+        model: The model whose "sentence_embedding" is compared.
+        scale: Factor of the cosines, the inverse of a temperature.
+        sub_batch: How many texts the model encodes at a time. None means all. Needs features with one row per text.
     """
 
     def __init__(self, model: nn.Module, scale: float = 20.0, sub_batch: int | None = None) -> None:
         super().__init__()
-        self.model = model  # the trainer puts its wrapped model here
+        self.model = model  # the trainer replaces it by its wrapped model
         self.scale = scale
         self.sub_batch = sub_batch
 
@@ -106,7 +110,7 @@ class InBatchNegatives(nn.Module):
 
 @dataclass
 class Pairs:
-    """Names in full, the sentences that describe them, and a number for each different sentence."""
+    """Full names, the sentences that describe them, and a number for each different sentence."""
 
     sentences: list[str]
     names: list[str]
@@ -114,7 +118,7 @@ class Pairs:
 
 
 def described(tree: ast.AST, prefix: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    """The first line of each docstring, and the name of the function or class in full."""
+    """The first line of each docstring, and the full name of its function or class."""
     for node in ast.iter_child_nodes(tree):
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
             path = (*prefix, node.name)
@@ -125,9 +129,9 @@ def described(tree: ast.AST, prefix: tuple[str, ...]) -> Iterator[tuple[str, str
 
 
 def load_pairs(every: int, seed: int) -> tuple[Pairs, Pairs]:
-    """(training, test) pairs of each ``every``-th module of the standard library. Modules are read and never imported.
+    """(training, test) pairs from each ``every``-th module of the standard library. Modules are read, never imported.
 
-    A name occurs once, and what has the same sentence is on one side: no text of the test pairs was seen in training.
+    Each name occurs once. All names with the same sentence are in the same part, so training sees no text of the test pairs.
     """
     root = Path(sysconfig.get_path("stdlib"))
     modules = [path for path in sorted(root.rglob("*.py")) if not SKIPPED & set(path.relative_to(root).parts)]
@@ -153,7 +157,7 @@ def load_pairs(every: int, seed: int) -> tuple[Pairs, Pairs]:
 
 
 class HashedNgrams(InputModule):
-    """Embeddings of a text's words and their trigrams, each in one of ``BUCKETS`` places by its hash."""
+    """Embeds a text's words and their trigrams. The hash of each selects one of ``BUCKETS`` embeddings."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -188,7 +192,7 @@ def make_model() -> SentenceTransformer:
 
 
 class Bar(TrainerCallback):
-    """The steps of a trainer as a bar of rich."""
+    """Shows a trainer's steps in a progress bar."""
 
     def __init__(self, progress: Progress) -> None:
         self.progress = progress
@@ -208,7 +212,7 @@ def train(
             num_train_epochs=epochs,
             per_device_train_batch_size=batch_size,
             learning_rate=LEARNING_RATE,
-            dataloader_drop_last=True,  # a rest would be of few negatives
+            dataloader_drop_last=True,  # a smaller last batch would have few negatives
             seed=seed,
             use_cpu=True,
             report_to="none",
@@ -222,7 +226,7 @@ def train(
 
 
 def retrieval(model: SentenceTransformer, pairs: Pairs) -> dict[str, float]:
-    """Each different sentence asks for the names that it describes, among all of ``pairs``."""
+    """Each different sentence is a query for the names that it describes, among all names of ``pairs``."""
     relevant: dict[str, set[str]] = {}
     for name, label in zip(pairs.names, pairs.labels, strict=True):
         relevant.setdefault(str(label), set()).add(name)
@@ -250,10 +254,10 @@ def retrieval(model: SentenceTransformer, pairs: Pairs) -> dict[str, float]:
 
 def report(before: dict[str, float], after: dict[str, float], train_pairs: Pairs, test_pairs: Pairs) -> Table:
     n_test, n_names = len(set(test_pairs.labels)), len(test_pairs.names)
-    table = Table(title="From a sentence to the name that it describes", caption_justify="left")
+    table = Table(title="Finding the name that a sentence describes", caption_justify="left")
     table.caption = (
-        f"{n_test} sentences ask for their names among {n_names}, none of them seen in training on {len(train_pairs.names)} "
-        f"pairs. By chance recall@1 is {1 / n_names:.2%}; weights that are random still see the letters that texts share."
+        f"{n_test} sentences are queries for their names among {n_names}. Training used {len(train_pairs.names)} other pairs. "
+        f"Chance would give a recall@1 of {1 / n_names:.2%}; random weights do better, because related texts share letters."
     )
     for name in ("", "random weights", "trained"):
         table.add_column(name, justify="right" if name else "left")
@@ -272,11 +276,11 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("--epochs", type=COUNT, help="passes over the training pairs (default: 20; 8 with --short)")
-    add("--batch-size", type=batch_size, default=256, help="pairs a step, each the others' negatives (default: %(default)s)")
-    add("--sub-batch", type=COUNT, help="texts at a time through the model, with gradient caching (default: all of a batch)")
-    add("--scale", type=scale, default=20.0, help="of cosines, the inverse of a temperature (default: %(default)s)")
-    add("--seed", type=SEED, default=0, help="of weights, test pairs and batches (default: %(default)s)")
-    add("--short", action="store_true", help="one in four modules of the standard library, for CI")
+    add("--batch-size", type=batch_size, default=256, help="pairs per step, negatives of each other (default: %(default)s)")
+    add("--sub-batch", type=COUNT, help="encode this many texts at a time, with gradient caching (default: all)")
+    add("--scale", type=scale, default=20.0, help="factor of the cosines, the inverse of a temperature (default: %(default)s)")
+    add("--seed", type=SEED, default=0, help="seed of weights, test pairs and batches (default: %(default)s)")
+    add("--short", action="store_true", help="use one in four modules of the standard library, for CI")
     options = parser.parse_args(arguments)
     options.epochs = options.epochs or (8 if options.short else 20)
     return options
@@ -284,7 +288,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> tuple[dict[str, float], dict[str, float]]:
     options = parse_arguments(arguments)
-    torch.set_num_threads(1)  # tensors are small: a second thread gains little, and waits wherever cores are shared
+    torch.set_num_threads(1)  # tensors are small: a second thread gains little, and waits if other programs use the cores
     torch.manual_seed(options.seed)
     train_pairs, test_pairs = load_pairs(4 if options.short else 1, options.seed)
     if options.batch_size > len(train_pairs.names):

@@ -1,7 +1,7 @@
-"""Imported before libraries that import torchvision where they find it, and of which these examples use nothing that needs it.
+"""Makes ``import torchvision`` work, for libraries that import it. The examples use nothing that needs it.
 
-Its compiled half does not load beside another build of torch, as that of a CUDA build beside a CPU build, and then its import
-fails for want of two operators. So they are declared.
+The import fails if torchvision's compiled part does not load, for example a CUDA build beside a CPU build of torch, because two
+operators are missing. This module declares them. Import it before those libraries.
 """
 
 from __future__ import annotations
@@ -13,6 +13,6 @@ try:
 except ModuleNotFoundError:
     pass
 except RuntimeError:
-    LIBRARY = torch.library.Library("torchvision", "FRAGMENT")  # for as long as this module is there
+    LIBRARY = torch.library.Library("torchvision", "FRAGMENT")  # the operators exist as long as this object
     for _name in ("nms", "qnms"):
         LIBRARY.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")

@@ -1,11 +1,11 @@
 """Train an encoder on real handwritten digits, once with the plain loss and once with the fused loss, and compare.
 
-A small network learns from noisy views of scikit-learn's 8x8 digits, of which only one in ten keeps its label. Both
-runs start from the same weights and see the same views in the same order; they differ only in how CLOPLoss is computed.
-At the end come a table (accuracy, effective rank, cost of the loss at a large batch) and a figure, train_digits.png::
+A small network learns from noisy views of scikit-learn's 8x8 digits. Only one digit in ten keeps its label. Both runs start
+from the same weights and see the same views in the same order. They differ only in how CLOPLoss is computed. The result is a
+table (accuracy, effective rank, cost of the loss at a large batch) and a figure, train_digits.png::
 
     make demo                                   # or: python examples/train_digits.py
-    python examples/train_digits.py --short     # a quick check of the same, for CI
+    python examples/train_digits.py --short     # the same, small and quick, for CI
     python examples/train_digits.py --help
 
 Everything runs on the CPU and takes about a minute on two cores.
@@ -13,6 +13,9 @@ Everything runs on the CPU and takes about a minute on two cores.
 
 from __future__ import annotations
 
+import script  # noqa: F401
+
+# isort: split
 import argparse
 import copy
 import ctypes
@@ -52,15 +55,15 @@ LARGE_BATCH_DIM = 128
 LEARNING_RATE = 3e-3
 PROTOTYPE_WEIGHT = 5.0
 
-BATCH_SIZE = number(int, lambda n: 2 <= n <= N_TRAIN, f"an integer from 2 to {N_TRAIN}, the training digits")
+BATCH_SIZE = number(int, lambda n: 2 <= n <= N_TRAIN, f"an integer from 2 to {N_TRAIN}, the number of training digits")
 
 REFERENCE, FUSED = "#9ecae1", "#08306b"
-"""Light under dark: where the curves coincide, both are seen."""
+"""The light curve is drawn below the dark one, so that both are visible where they coincide."""
 
 
 @dataclass
 class Digits:
-    """Images are (N, 8, 8) in [0, 1]; of ``labels`` all but a fraction are -1, ``train_y`` and ``test_y`` are whole."""
+    """Images are (N, 8, 8) in [0, 1]. ``labels`` is -1 except for a fraction; ``train_y`` and ``test_y`` are complete."""
 
     train_x: Tensor
     train_y: Tensor
@@ -71,7 +74,7 @@ class Digits:
 
 @dataclass
 class Run:
-    """One training run and what was measured of it."""
+    """One training run and its measurements."""
 
     name: str
     encoder: nn.Module
@@ -92,7 +95,7 @@ def load_data(labelled_fraction: float, seed: int) -> Digits:
     train_y, test_y = (torch.tensor(part, dtype=torch.int64) for part in parts[2:])
     labels = torch.full_like(train_y, -1)
     generator = torch.Generator().manual_seed(seed)
-    for digit in range(N_CLASSES):  # class by class, so that no digit is left without a label
+    for digit in range(N_CLASSES):  # class by class, so that every class keeps labels
         members = (train_y == digit).nonzero().squeeze(1)
         kept = members[torch.randperm(len(members), generator=generator)[: math.ceil(labelled_fraction * len(members))]]
         labels[kept] = digit
@@ -100,7 +103,7 @@ def load_data(labelled_fraction: float, seed: int) -> Digits:
 
 
 def noisy_view(images: Tensor, generator: torch.Generator) -> Tensor:
-    """(B, 8, 8) -> (B, 8, 8): each turned, scaled and shifted a little, noisy, and a tenth of its pixels blank."""
+    """(B, 8, 8) -> (B, 8, 8): rotates, scales and shifts each image a little, adds noise, and blanks a tenth of its pixels."""
     n = len(images)
     most = torch.tensor([[0.26], [0.15], [0.25], [0.25]])  # radians, share of the size, halves of the width
     angle, scale, dy, dx = most * (2 * torch.rand(4, n, generator=generator) - 1)
@@ -127,7 +130,7 @@ def make_encoder() -> nn.Module:
 
 
 def train(run: Run, data: Digits, epochs: int, batch_size: int, seed: int, progress: Progress) -> None:
-    """Fills ``run.losses``, one a step. All randomness comes from ``seed``: two runs see the same views."""
+    """Trains, and adds each step's loss to ``run.losses``. ``seed`` determines the views, so two runs see the same ones."""
     generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(run.encoder.parameters(), lr=LEARNING_RATE)
     task = progress.add_task(f"train with {run.name}", total=epochs, note="")
@@ -151,7 +154,7 @@ def embed(run: Run, images: Tensor) -> Tensor:
 
 
 def evaluate(run: Run, data: Digits, steps_per_epoch: int) -> None:
-    """Fills ``run.metrics``. The probes see every training label: they ask what the embedding holds."""
+    """Fills ``run.metrics``. The probes use every training label, because they test what the embedding contains."""
     train_z, test_z = embed(run, data.train_x), embed(run, data.test_x)
     knn = KNeighborsClassifier(5, metric="cosine").fit(train_z.numpy(), data.train_y.numpy())
     linear = LogisticRegression(C=10, max_iter=2000).fit(train_z.numpy(), data.train_y.numpy())
@@ -165,7 +168,7 @@ def evaluate(run: Run, data: Digits, steps_per_epoch: int) -> None:
 
 
 def accuracy_from_pixels(data: Digits) -> float | None:
-    """What the labelled digits alone teach a linear classifier; None if there are none."""
+    """Accuracy of a linear classifier on the pixels of the labelled digits. None if no digit has a label."""
     known = (data.labels >= 0).numpy()
     if not known.any():
         return None
@@ -174,19 +177,19 @@ def accuracy_from_pixels(data: Digits) -> float | None:
     return float(classifier.score(test_pixels, data.test_y.numpy()))
 
 
-# ---- what the loss costs --------------------------------------------------------------------------------------------
+# ---- cost of the loss -----------------------------------------------------------------------------------------------
 
 
 def resident_megabytes(entry: str) -> float:
-    """VmRSS (now) or VmHWM (the peak since it was last reset) of this process, from Linux."""
+    """This process's memory according to Linux: VmRSS (now) or VmHWM (the peak since the last reset)."""
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(entry))
     return int(line.split()[1]) * 1024 / 1e6
 
 
 def cost(step: Callable[[], object]) -> tuple[float, float | None]:
-    """Seconds, and the peak of the memory beyond what was resident before, in MB; None where Linux does not tell."""
+    """Seconds, and the peak memory above what was in use before, in MB. None if the system does not report it."""
     try:
-        ctypes.CDLL("libc.so.6").malloc_trim(0)  # or memory freed earlier is used again and not seen
+        ctypes.CDLL("libc.so.6").malloc_trim(0)  # otherwise memory that was freed earlier is reused, and not counted
         Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
         before = resident_megabytes("VmRSS")
     except (OSError, AttributeError, StopIteration):
@@ -202,7 +205,7 @@ def forward_backward(criterion: CLOPLoss, rows: Tensor, labels: Tensor) -> None:
 
 
 def measure_large_batch(runs: list[Run], n_rows: int, repeats: int, seed: int, progress: Progress) -> None:
-    """Fills ``seconds`` and ``megabytes``: forward and backward of the loss alone on random rows, by turns."""
+    """Fills ``seconds`` and ``megabytes``: forward and backward of only the loss on random rows, with the runs in turn."""
     generator = torch.Generator().manual_seed(seed)
     rows = torch.randn(n_rows, LARGE_BATCH_DIM, generator=generator).requires_grad_()
     labels = torch.randint(-1, N_CLASSES, (n_rows // 2,), generator=generator)
@@ -221,17 +224,17 @@ def measure_large_batch(runs: list[Run], n_rows: int, repeats: int, seed: int, p
         run.megabytes = None if None in megabytes else max(megabytes)
 
 
-# ---- what a person gets to see --------------------------------------------------------------------------------------
+# ---- output ---------------------------------------------------------------------------------------------------------
 
 
 def report(runs: list[Run], data: Digits, n_rows: int) -> list[Table | str]:
-    """The table, and the few lines that say what it means."""
+    """The table, and a few lines that say what it means."""
     plain, fused = runs
     table = Table(title="CLOPLoss on handwritten digits", caption_justify="left")
     table.caption = (
-        f"{N_TEST} test digits. kNN (k=5, cosine) and linear are probes, fitted on all {N_TRAIN} training labels; "
-        f"nearest-prototype uses only the {int((data.labels >= 0).sum())} labels seen in training. Seconds and extra "
-        f"peak memory: forward and backward of the loss alone, {n_rows} x {LARGE_BATCH_DIM} float32."
+        f"Measured on {N_TEST} test digits. kNN (k=5, cosine) and linear are probes, fitted with all {N_TRAIN} training labels; "
+        f"nearest-prototype uses only the {int((data.labels >= 0).sum())} labels seen in training. Seconds and extra peak memory "
+        f"are for the loss alone, forward and backward, on {n_rows} x {LARGE_BATCH_DIM} float32 numbers."
     )
     table.add_column("")
     for run in runs:
@@ -243,17 +246,17 @@ def report(runs: list[Run], data: Digits, n_rows: int) -> list[Table | str]:
     table.add_row(f"seconds, {n_rows} rows", *(f"{run.seconds:.3f}" for run in runs))
     table.add_row(f"peak memory, {n_rows} rows", *(megabytes(run.megabytes) for run in runs))
 
-    speedup = f"{plain.seconds / fused.seconds:.1f} times as fast"
+    speedup = f"1/{plain.seconds / fused.seconds:.1f} of the time"
     if plain.megabytes is not None and fused.megabytes:
-        speedup += f", 1/{plain.megabytes / fused.megabytes:.0f} of the memory"
+        speedup += f" and 1/{plain.megabytes / fused.megabytes:.0f} of the memory of the plain loss"
     gap = differences(plain, fused)
     lines = [
-        f"At {n_rows} rows the fused loss is {speedup}.",
-        f"The two runs' losses differ by at most {gap.max():.1e} over {len(gap)} steps.",
+        f"At {n_rows} rows, the fused loss takes {speedup}.",
+        f"The losses of the two runs differ by at most {gap.max():.1e} in any of the {len(gap)} steps.",
     ]
     baseline = accuracy_from_pixels(data)
     if baseline is not None:
-        lines.append(f"A linear classifier on the pixels of the labelled digits alone reaches {baseline:.1%}.")
+        lines.append(f"For comparison: a linear classifier on the pixels of the labelled digits reaches {baseline:.1%}.")
     return [table, *lines]
 
 
@@ -267,7 +270,7 @@ def differences(plain: Run, fused: Run) -> np.ndarray:
 
 
 def draw(runs: list[Run], data: Digits, n_rows: int, output: Path) -> None:
-    """Left the losses and their difference, in the middle the embedding, right what the loss costs."""
+    """Draws the losses and their difference (left), the embedding (middle), and the cost of the loss (right)."""
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False})
     plt.rcParams.update({"axes.titleweight": "bold", "axes.titlesize": 12})
     figure = plt.figure(figsize=(16, 7), dpi=100, layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08))
@@ -285,10 +288,10 @@ def draw_losses(top: Axes, bottom: Axes, runs: list[Run]) -> None:
     plain, fused = runs
     top.plot(plain.losses, color=REFERENCE, linewidth=6, label=plain.name)
     top.plot(fused.losses, color=FUSED, linewidth=1.2, linestyle=(0, (4, 2)), label=fused.name)
-    top.set(title="The same losses, step by step", ylabel="CLOP loss")
+    top.set(title="Both runs have the same losses", ylabel="CLOP loss")
     top.tick_params(labelbottom=False)
     top.legend(frameon=False)
-    # Equal losses have no logarithm: they are left out, and the dots that remain show the float32 rounding of the rest.
+    # A difference of 0 has no logarithm and is left out. The other dots show float32 rounding.
     gap = differences(plain, fused)
     bottom.semilogy(np.where(gap > 0, gap, np.nan), ".", color=FUSED, markersize=3)
     bottom.set(xlabel="training step", ylabel="|difference|", xlim=top.get_xlim(), ylim=(1e-8, max(1e-3, gap.max())))
@@ -334,12 +337,12 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     add = parser.add_argument
     add("--epochs", type=COUNT, help="passes over the training digits, in each run (default: 100; 6 with --short)")
-    add("--batch-size", type=BATCH_SIZE, default=256, help="digits a step, two views of each (default: %(default)s)")
-    add("--seed", type=SEED, default=0, help="of weights, prototypes, labels, order and views (default: %(default)s)")
+    add("--batch-size", type=BATCH_SIZE, default=256, help="digits per step, two views of each (default: %(default)s)")
+    add("--seed", type=SEED, default=0, help="seed of weights, prototypes, labels, order and views (default: %(default)s)")
     add("--temperature", type=temperature, default=0.5, help="tau of the loss (default: %(default)s)")
-    add("--labelled-fraction", type=fraction, default=0.1, help="share of labels that are kept (default: %(default)s)")
-    add("--output", type=png, default="train_digits.png", help="where the figure goes (default: %(default)s)")
-    large_batch_help = "rows N of the time and memory comparison, where the reference takes 20 to 35 N^2 bytes"
+    add("--labelled-fraction", type=fraction, default=0.1, help="share of digits that keep their label (default: %(default)s)")
+    add("--output", type=png, default="train_digits.png", help="path of the figure (default: %(default)s)")
+    large_batch_help = "rows N for comparing time and memory; the plain loss needs 20 to 35 N^2 bytes"
     add("--large-batch", type=large_batch, help=f"{large_batch_help} (default: 8192; 2048 with --short)")
     add("--short", action="store_true", help="fewer epochs and a smaller large batch, for CI")
     options = parser.parse_args(arguments)
@@ -350,7 +353,7 @@ def parse_arguments(arguments: list[str] | None) -> argparse.Namespace:
 
 def main(arguments: list[str] | None = None) -> None:
     options = parse_arguments(arguments)
-    matplotlib.use("Agg")  # a file, never a window
+    matplotlib.use("Agg")  # draws to a file, never to a window
     console = Console()
     data = load_data(options.labelled_fraction, options.seed)
 
@@ -358,7 +361,7 @@ def main(arguments: list[str] | None = None) -> None:
     encoder = make_encoder()
     fused = select(None, torch.device("cpu"), torch.float32).name
     runs = []
-    for name, backend in (("reference", "reference"), (f"fused ({fused})", None)):
+    for name, backend in (("plain (reference)", "reference"), (f"fused ({fused})", None)):
         prototypes = torch.Generator().manual_seed(options.seed)
         criterion = CLOPLoss(
             N_CLASSES, EMBEDDING_DIM, options.temperature, PROTOTYPE_WEIGHT, generator=prototypes, backend=backend
@@ -372,7 +375,7 @@ def main(arguments: list[str] | None = None) -> None:
         TextColumn("{task.fields[note]:11}"),
     )
     with Progress(*columns, TimeElapsedColumn(), console=console) as progress:
-        # On tensors this small a second thread gains little, and waits for the first wherever cores are shared.
+        # On tensors this small, a second thread gains little, and waits if other programs use the cores.
         threads = torch.get_num_threads()
         torch.set_num_threads(1)
         for run in runs:

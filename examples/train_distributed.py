@@ -1,19 +1,22 @@
 """Train an encoder on real handwritten digits with several processes, each with its share of every batch.
 
-The loss is that of the whole batch, whatever the number of processes: ``CLOPLoss(..., group=...)`` compares the rows of every
-process with those of all, and DistributedDataParallel averages the gradients to those of one process. The first step is
-checked against one process that has the whole batch, and the table says how far apart they are::
+The loss is that of the whole batch, for any number of processes: ``CLOPLoss(..., group=...)`` compares each process's rows with
+the rows of all processes, and DistributedDataParallel averages the gradients, which gives those of a single process. The first
+step is compared with a single process that has the whole batch, and the table shows the difference::
 
     torchrun --nproc-per-node 2 examples/train_distributed.py             # on CPUs with gloo, on GPUs with NCCL
     torchrun --nproc-per-node 2 examples/train_distributed.py --strategy ring --sub-batch 64    # with gradient caching
-    torchrun --nproc-per-node 2 examples/train_distributed.py --short     # a quick check of the same, for CI
+    torchrun --nproc-per-node 2 examples/train_distributed.py --short     # the same, small and quick, for CI
     python examples/train_distributed.py                                  # one process
 
-About half a minute on two cores. On GPUs it has not yet been run.
+It takes about half a minute on two cores. It has not yet been run on GPUs.
 """
 
 from __future__ import annotations
 
+import script  # noqa: F401
+
+# isort: split
 import argparse
 import copy
 import os
@@ -45,7 +48,7 @@ from clop_kernels import CLOPLoss, gradcache
 
 
 def start() -> torch.device:
-    """This process's device, and the default process group: of all that torchrun has started, or of this process alone."""
+    """Makes the default process group, of torchrun's processes or of this process alone. Returns this process's device."""
     is_one_of_several = distributed.is_torchelastic_launched()
     alone: dict[str, Any] = {}
     if not is_one_of_several:
@@ -55,13 +58,13 @@ def start() -> torch.device:
         return torch.device("cpu")
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
-    # A CPU backend beside NCCL: sizes and options are compared without waiting for the GPU.
+    # With gloo beside NCCL, the loss compares sizes and options of ranks without waiting for the GPU.
     distributed.init_process_group("cpu:gloo,cuda:nccl", **alone)
     return device
 
 
 def share_of(rows: Tensor) -> Tensor:
-    """This process's part of a batch; the parts differ by a row at most."""
+    """This process's part of a batch. The sizes of the parts differ by one row at most."""
     return rows.tensor_split(distributed.get_world_size())[distributed.get_rank()]
 
 
@@ -72,7 +75,7 @@ def gradients(model: nn.Module) -> Tensor:
 def distance_from_one_process(
     encoder: nn.Module, criterion: CLOPLoss, views: list[Tensor], labels: Tensor, of_group: Tensor
 ) -> float:
-    """Relative difference of the averaged gradients from those of one process with the whole batch."""
+    """Relative difference between the averaged gradients and those of one process with the whole batch."""
     encoder, alone = copy.deepcopy(encoder), copy.deepcopy(criterion)
     alone.group = None
     encoder.zero_grad()
@@ -84,13 +87,13 @@ def distance_from_one_process(
 def train(
     encoder: nn.Module, criterion: CLOPLoss, data: Digits, options: argparse.Namespace, device: torch.device, progress: Progress
 ) -> tuple[list[float], float]:
-    """The losses, one a step, and the first step's distance from one process."""
+    """Returns the loss of each step, and the first step's distance from one process."""
     is_first = distributed.get_rank() == 0
     model = DistributedDataParallel(encoder, device_ids=None if device.type == "cpu" else [device.index])
-    # DDP around the loss only where it has something to learn: it averages the gradient of the temperature.
+    # A learnable temperature also needs its gradient averaged. DDP refuses a module without parameters.
     learned = DistributedDataParallel(criterion) if criterion.log_temperature is not None else criterion
     optimizer = torch.optim.AdamW([*encoder.parameters(), *criterion.parameters()], lr=LEARNING_RATE)
-    generator = torch.Generator().manual_seed(options.seed)  # the same batches and views everywhere
+    generator = torch.Generator().manual_seed(options.seed)  # every process draws the same batches and views
     losses: list[float] = []
     distance = 0.0
     task = progress.add_task("training", total=options.epochs, note="", visible=is_first)
@@ -119,7 +122,7 @@ def report(run: Run, losses: list[float], distance: float, steps_per_epoch: int)
     table = Table(title=f"CLOPLoss on handwritten digits, {processes}, {run.name}")
     table.add_column("")
     table.add_column("", justify="right")
-    table.add_row("first step: averaged gradients, relative distance from one process", f"{distance:.1e}")
+    table.add_row("first step: relative difference of the gradients from one process", f"{distance:.1e}")
     table.add_row("loss, mean of the first epoch", f"{statistics.fmean(losses[:steps_per_epoch]):.4f}")
     for name, value in run.metrics.items():
         table.add_row(name, f"{value:.1%}" if "accuracy" in name else f"{value:.4f}" if "loss" in name else f"{value:.2f}")
@@ -128,20 +131,22 @@ def report(run: Run, losses: list[float], distance: float, steps_per_epoch: int)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--batch-size", type=int, default=256, help="images of all processes together (default: %(default)s)")
-    parser.add_argument("--strategy", choices=("auto", "gather", "ring"), default="auto", help="how rows come to other processes")
-    parser.add_argument("--sub-batch", type=int, help="images at a time through the encoder of a process (default: all of its)")
-    parser.add_argument("--labelled", type=float, default=0.1, help="the share of digits that keep their label")
-    parser.add_argument("--temperature", type=float, default=0.2)
-    parser.add_argument("--learnable-temperature", action="store_true")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--short", action="store_true", help="two epochs")
+    parser.add_argument("--epochs", type=int, default=20, help="passes over the training digits (default: %(default)s)")
+    parser.add_argument(
+        "--batch-size", type=int, default=256, help="digits per step of all processes together (default: %(default)s)"
+    )
+    parser.add_argument("--strategy", choices=("auto", "gather", "ring"), default="auto", help="how processes exchange rows")
+    parser.add_argument("--sub-batch", type=int, help="encode this many images at a time, with gradient caching (default: all)")
+    parser.add_argument("--labelled", type=float, default=0.1, help="share of digits that keep their label (0.1)")
+    parser.add_argument("--temperature", type=float, default=0.2, help="temperature of the loss (%(default)s)")
+    parser.add_argument("--learnable-temperature", action="store_true", help="learn the temperature, starting at --temperature")
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights, labels, order and views (%(default)s)")
+    parser.add_argument("--short", action="store_true", help="train two epochs, for CI")
     options = parser.parse_args()
     if options.short:
         options.epochs = 2
     if not 1 <= options.batch_size <= N_TRAIN:
-        parser.error(f"--batch-size {options.batch_size}: expected 1 to {N_TRAIN}, the number of images")
+        parser.error(f"--batch-size {options.batch_size}: expected 1 to {N_TRAIN}, the number of training digits")
 
     device = start()
     torch.manual_seed(options.seed)

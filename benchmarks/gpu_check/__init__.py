@@ -1,13 +1,12 @@
-"""``python -m benchmarks.gpu_check``: all that a machine with a GPU should show, the most valuable answers first.
+"""``python -m benchmarks.gpu_check``: checks and measures everything that needs a GPU, the most valuable results first.
 
     plan.py          the steps: what runs, in which order, with which time limits
-    processes.py     runs a step's processes, each in a group that is killed whole at its limit
-    journal.py       results.jsonl: a line for each result, written the moment it is known
-    workers.py       what runs in those processes: canaries, timings, the sweep over tiles of benchmarks/tile_sweep.py
-    pytest_rows.py   a plugin of pytest that writes each test's outcome into the journal
-    summary.py       report.md, the CSV files and the archive, made from the journal alone
+    processes.py     runs a step's processes; each has a process group, which is killed at its time limit
+    journal.py       results.jsonl: one line per result, written as soon as it is known
+    workers.py       the code of these processes: canaries, timings, and the tile sweep of benchmarks/tile_sweep.py
+    pytest_rows.py   a pytest plugin that writes each test's outcome to the journal
+    summary.py       makes report.md, the CSV files and the archive from the journal
 
-A process that crashes, hangs, or leaves the GPU in an error costs one result and no other. A run that is cut off keeps what it
-has, and ``--report DIR`` makes the report of it afterwards. On a machine without a GPU all of it runs against a stand-in, the
-CPU: small, and to show that the check itself works.
+A process that crashes, hangs, or breaks the GPU's state costs one result. An interrupted run keeps its results, and
+``--report DIR`` then makes its report. Without a GPU, everything runs small on the CPU, which tests the check itself.
 """

@@ -16,11 +16,10 @@ from datetime import datetime, timezone
 from pathlib import Path
 from types import FrameType
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
-from ..results import Environment, default_directory
+from ..results import Environment
 from . import summary
 from .journal import WHOLE, Journal, read
 from .plan import PLAN, Step, machine_here
@@ -33,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 160)
     if given.report is not None:
         try:
-            console.print(f"written: {summary.write(given.report)}, and {given.report.resolve()}.tar.gz, which holds all")
+            console.print(f"Written: {summary.write(given.report)}. An archive of the folder: {given.report.resolve()}.tar.gz")
         except FileNotFoundError as error:
             parser.error(str(error))
         return 0
@@ -44,26 +43,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     environment = _environment()
     on_gpu = environment.device_type == "cuda"
-    by_default = default_directory(torch.device("cuda")) if on_gpu else ROOT / "build" / "gpu_check"
-    folder = (given.output or by_default / f"{environment.date[:10]}-{environment.commit}").resolve()
+    folder = (given.output or ROOT / "build" / "gpu_check" / f"{environment.date[:10]}-{environment.commit}").resolve()
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     console.print(str(environment))
     if not on_gpu:
-        console.print("no GPU: the CPU stands in for it, which shows that this check works, and nothing about GPUs")
+        console.print(
+            "No GPU was found. The check runs small on the CPU, which tests the check itself and says nothing about GPUs."
+        )
 
     journal = Journal(folder / summary.JOURNAL, environment)
     if journal.path.exists():
-        console.print(f"{journal.path}: adding to what an earlier run has left there")
+        console.print(f"{journal.path}: adding to the results of an earlier run")
     runner = Runner(journal, folder / "logs", given.budget)
     with Follower(journal.path, console):
         status = _run(runner, steps, on_gpu, console)
-    console.print(f"written: {summary.write(folder)}, and {folder}.tar.gz, which holds all")
+    console.print(f"Written: {summary.write(folder)}. An archive of the folder: {folder}.tar.gz")
     results = [result for result, _ in read(folder / summary.JOURNAL)]
     return status or int(not all(result.is_good for result in results))
 
 
 def _run(runner: Runner, steps: Sequence[Step], on_gpu: bool, console: Console) -> int:
-    """The steps in turn; 130 if it was interrupted, by Ctrl-C or a signal to end."""
+    """Runs the steps in turn. Returns 130 if Ctrl-C or SIGTERM interrupted it."""
 
     def interrupt(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
@@ -81,7 +81,7 @@ def _run(runner: Runner, steps: Sequence[Step], on_gpu: bool, console: Console) 
             runner.run_all(step.name, step.jobs(machine), 1 if step.runs_apart else machine.at_once)
             runner.add(step.name, WHOLE, "done", time.monotonic() - began)
     except KeyboardInterrupt:
-        console.print("interrupted; what there is so far is kept")
+        console.print("interrupted; the results so far are kept")
         return 130
     finally:
         signal.signal(signal.SIGTERM, before)
@@ -89,24 +89,24 @@ def _run(runner: Runner, steps: Sequence[Step], on_gpu: bool, console: Console) 
 
 
 def _environment() -> Environment:
-    """By a process of its own, for it may hang where a driver does."""
+    """Asks in a separate process, since the question can hang if the driver hangs."""
     date = datetime.now(timezone.utc).isoformat(timespec="seconds")
     command = [sys.executable, "-m", "benchmarks.gpu_check.workers", "describe", json.dumps([date])]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=True)
     except subprocess.TimeoutExpired:
-        raise SystemExit("the GPU's driver does not answer within 120 seconds: does nvidia-smi?") from None
+        raise SystemExit("The GPU's driver did not answer within 120 seconds. Check whether nvidia-smi works.") from None
     except subprocess.CalledProcessError as error:
-        raise SystemExit(f"the GPU cannot be asked for its name: {error.stderr[-2000:]}") from None
+        raise SystemExit(f"Asking for the GPU's name failed: {error.stderr[-2000:]}") from None
     return Environment(**json.loads(done.stdout.splitlines()[-1]))
 
 
 class Follower:
-    """Shows the journal as it grows: what is not good in full, of the rest how many there are."""
+    """Shows the journal as it grows: bad results in full, and the number of the others."""
 
     def __init__(self, path: Path, console: Console) -> None:
         self._path, self._console = path, console
-        self._end_of_shown = _size(path)  # what an earlier run has left is not shown again
+        self._end_of_shown = _size(path)  # does not show the results of an earlier run again
         self._counts: Counter[str] = Counter()
         self._status = console.status("")
         self._end = threading.Event()
@@ -151,9 +151,9 @@ def _size(path: Path) -> int:
 
 
 def _table(steps: Sequence[Step]) -> Table:
-    table = Table(title="the plan, most valuable first; seconds as on an H200 with 16 CPU cores; ~ guessed")
-    for header in ("step", "what it answers", "seconds", "until then"):
-        table.add_column(header, justify="right" if header in ("seconds", "until then") else "left")
+    table = Table(title="The plan, most valuable steps first. Seconds on an H200 with 16 CPU cores; ~ marks a guess")
+    for header in ("step", "what it answers", "seconds", "total"):
+        table.add_column(header, justify="right" if header in ("seconds", "total") else "left")
     total = 0.0
     for step in steps:
         total += step.expected
@@ -174,10 +174,11 @@ def _seconds(text: str) -> float:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu_check",
-        description="All that a machine with a GPU should show, the most valuable answers first. Each result is written to "
-        "DIR/results.jsonl the moment it is known; report.md, CSV files and one archive are made of that file. Ends with 1 if "
-        "something is wrong, failed or out of time. Without a GPU it runs small, on the CPU, to be tested itself.",
-        epilog="A budget cuts from the end of the plan. Where this folder has no .git, set CLOP_COMMIT to the commit that it is.",
+        description="Checks and measures everything that needs a GPU, the most valuable results first. Writes each result to "
+        "DIR/results.jsonl as soon as it is known, and makes report.md, CSV files and an archive from that file. The exit code "
+        "is 1 if a result is wrong, failed or out of time. Without a GPU it runs small on the CPU, which only tests the check.",
+        epilog="A budget leaves out steps from the end of the plan. If this folder has no .git, set the environment variable "
+        "CLOP_COMMIT to its commit.",
     )  # fmt: skip
     names = [step.name for step in PLAN]
     add = parser.add_argument
@@ -185,12 +186,18 @@ def _parser() -> argparse.ArgumentParser:
         "--output",
         type=Path,
         metavar="DIR",
-        help="for all files; by default DATE-COMMIT under benchmarks/results/GPU, without a GPU build/gpu_check",
+        help="folder for all files (default: build/gpu_check/DATE-COMMIT)",
     )
-    add("--steps", nargs="+", choices=names, metavar="STEP", help=f"only these, of {', '.join(names)}")
-    add("--budget", type=_seconds, default=math.inf, metavar="SECONDS", help="ends by then, with what there is (no limit)")
-    add("--list", action="store_true", help="print the plan, and what each step takes")
-    add("--report", type=Path, metavar="DIR", help="make the report of an earlier run, of one that was cut off too")
+    add("--steps", nargs="+", choices=names, metavar="STEP", help=f"run only these steps, of {', '.join(names)}")
+    add(
+        "--budget",
+        type=_seconds,
+        default=math.inf,
+        metavar="SECONDS",
+        help="stop after this time and keep the results so far (no limit)",
+    )
+    add("--list", action="store_true", help="print the plan and how long each step takes")
+    add("--report", type=Path, metavar="DIR", help="make the report of an earlier run, even of an interrupted one")
     return parser
 
 

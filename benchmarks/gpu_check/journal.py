@@ -1,4 +1,4 @@
-"""results.jsonl: one JSON object a line for each result, appended the moment it is known."""
+"""results.jsonl: one JSON object per line and result, appended as soon as it is known."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from typing import Any
 from ..results import Environment
 
 VARIABLE = "CLOP_GPU_CHECK"
-"""How a process that the check starts finds the journal: its path, the environment of the run and the step, as JSON."""
+"""The environment variable through which a process finds the journal: its path, the run's environment and the step, as JSON."""
 
 GOOD = ("done", "right", "measured", "passed", "skipped", "left out")
-"""The outcomes that are no reason to look; the others are "wrong", "failed", "crashed" and "out of time"."""
+"""The outcomes that need no attention. The others are "wrong", "failed", "crashed" and "out of time"."""
 
 
 WHOLE = "whole step"
-"""The name of the result that ends a step, and says what it took."""
+"""The name of the result that ends a step and has its duration."""
 
 
 @dataclass
@@ -27,12 +27,12 @@ class Result:
     """One result of a step.
 
     Attributes:
-        step: of the plan.
-        name: what was tried.
-        outcome: one word, or two; see :data:`GOOD`.
-        seconds: what it took; None if that says nothing.
-        figures: numbers and words behind the outcome, by name.
-        details: why, where it is not good.
+        step: The step of the plan.
+        name: What was tried.
+        outcome: One or two words; see :data:`GOOD`.
+        seconds: The duration. None if it means nothing.
+        figures: The numbers and words behind the outcome, by name.
+        details: The reason, if the outcome is not good.
     """
 
     step: str
@@ -48,7 +48,7 @@ class Result:
 
 
 class Journal:
-    """Appends results to a file. Processes may share the file: a line is one write."""
+    """Appends results to a file. Several processes may share the file, since each line is a single write."""
 
     def __init__(self, path: Path, environment: Environment, step: str = "") -> None:
         self.path = path
@@ -62,19 +62,19 @@ class Journal:
         return result
 
     def as_variable(self, step: str) -> dict[str, str]:
-        """For the environment of a process of a step, which shall write here too."""
+        """The environment variable that lets a process of a step write to this journal."""
         handed = {"path": str(self.path.resolve()), "environment": asdict(self.environment), "step": step}
         return {VARIABLE: json.dumps(handed)}
 
     @classmethod
     def of_process(cls) -> Journal:
-        """The journal that the process which started this one has handed on."""
+        """The journal that the parent process passed to this one."""
         given = json.loads(os.environ[VARIABLE])
         return cls(Path(given["path"]), Environment(**given["environment"]), given["step"])
 
 
 def read(path: Path, start: int = 0) -> Iterator[tuple[Result, Environment]]:
-    """All results, in the order in which they came, from a place in the file on. A line that was cut off is left out."""
+    """All results in the order of the file, from the byte ``start`` on. Skips a line that was cut off."""
     names = [f.name for f in fields(Result)]
     with path.open("rb") as file:
         file.seek(start)

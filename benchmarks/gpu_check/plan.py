@@ -1,7 +1,7 @@
-"""The plan: which steps there are, in which order, and what each may take. The order is that of their value.
+"""The plan: the steps in the order of their value, and their time limits.
 
-``expected`` is what a step takes on an H200 with 16 CPU cores, in seconds; ``limit`` is for each of its processes. A budget cuts
-from the end: nothing is begun that it does not cover.
+``expected`` is the duration of a step in seconds, on an H200 with 16 CPU cores. ``limit`` applies to each of its processes. A
+budget leaves out steps from the end: a step that the budget does not cover never starts.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from .processes import Job
 
 @dataclass(frozen=True)
 class Machine:
-    """What a plan is made for: a GPU, or the CPU as its stand-in."""
+    """The machine that a plan is for: one with a GPU, or one where the CPU stands in for it."""
 
     on_gpu: bool
     cores: int
 
     @property
     def at_once(self) -> int:
-        """How many processes may compile at the same time."""
+        """How many processes may compile at once."""
         return max(1, min(14, self.cores - 2))
 
     @property
@@ -45,11 +45,11 @@ class Step:
     """One step.
 
     Attributes:
-        name: what ``--steps`` takes.
-        summary: what it answers, in one line.
-        expected: seconds; a guess unless ``was_timed``.
+        name: Its name for ``--steps``.
+        summary: The question it answers, in one line.
+        expected: Its duration in seconds. A guess unless ``was_timed``.
         jobs: machine -> its processes.
-        runs_apart: one process after the other, for what is timed; else several at once.
+        runs_apart: Whether its processes run one after another, as timings need it. Otherwise several run at once.
     """
 
     name: str
@@ -83,7 +83,7 @@ _SHAPES = (
     (13200, 256),
     (16896, 100),
 )
-"""N and D: few blocks and many, odd widths, both sides of the widths that stay on chip."""
+"""N and D: few and many blocks, odd widths, and widths below and above the largest one that stays on chip."""
 
 _OPTIONS: tuple[dict[str, Any], ...] = (
     {"n_views": 2, "positives": "instance", "temperature": 0.1},
@@ -94,7 +94,7 @@ _OPTIONS: tuple[dict[str, Any], ...] = (
 
 
 def _canary(machine: Machine) -> list[Job]:
-    """A process for each backend and dtype, several for one that compiles: a fault in one does not touch the others."""
+    """A process for each backend and dtype, so that a fault affects only one. A backend that compiles gets several."""
     jobs = []
     for dtype in ("bfloat16", "float32", "float16"):
         for backend in machine.backends:
@@ -133,7 +133,7 @@ def _cases(machine: Machine, preset: str) -> Iterator[dict[str, Any]]:
 
 
 LARGEST_TO_FILL = 65536
-"""Beyond, nothing else is compiled, and side by side the calls would take all memory."""
+"""Larger cases compile the same code, and running several of them side by side would use up all memory."""
 
 
 def _fill(machine: Machine) -> list[Job]:
@@ -157,7 +157,7 @@ def _fill_tiles(machine: Machine) -> list[Job]:
 
 
 def _filling(machine: Machine, items: list[dict[str, Any]]) -> list[Job]:
-    """The items, spread over as many processes as may compile at once."""
+    """Spreads the items over all processes that may compile at once."""
     n_jobs = machine.at_once
     jobs = [Job.worker("fill", items[part::n_jobs], 100, f"fill {part}") for part in range(n_jobs)]
     return [job for job in jobs if job.items]
@@ -185,7 +185,7 @@ _OF_A_STAND_IN = ("tests/api/test_prototypes.py", "tests/gpu/test_losses.py::tes
 
 
 def _pytest(name: str, limit: float, *arguments: str) -> Job:
-    # Warnings of torch's own are no errors here, and a time limit for each test keeps one from costing all.
+    # torch's own warnings are not errors here. A time limit per test keeps a hanging test from using up the step's time.
     command = (
         sys.executable, "-m", "pytest", "-q", "-W", "default", "-p", "no:cacheprovider", "-p", "benchmarks.gpu_check.pytest_rows",
         *(("--timeout", "120") if find_spec("pytest_timeout") else ()), *arguments,
@@ -194,7 +194,7 @@ def _pytest(name: str, limit: float, *arguments: str) -> Job:
 
 
 def _tests(machine: Machine) -> list[Job]:
-    """Many at a time, where pytest-xdist is installed: each worker compiles what its tests need, into one cache for all."""
+    """Runs tests in parallel if pytest-xdist is installed. The workers compile in parallel, into one shared cache."""
     workers = ("-n", str(machine.at_once)) if find_spec("xdist") else ()
     chosen = (*_TESTS, "-m", "gpu and not alone") if machine.on_gpu else _OF_A_STAND_IN
     return [_pytest("numbers", 240, *workers, *chosen)]
@@ -219,7 +219,7 @@ _ONCE = (sys.executable, "-m", "benchmarks.gpu_check.workers", "once")
 
 
 def _sanitizer(machine: Machine) -> list[Job]:
-    sanitizer = tool("compute-sanitizer") if machine.on_gpu else "env"  # which only runs what comes after it
+    sanitizer = tool("compute-sanitizer") if machine.on_gpu else "env"  # `env` only runs the command that follows it
     if sanitizer is None:
         return []
     jobs = []
@@ -242,22 +242,22 @@ def _profile(machine: Machine) -> list[Job]:
 
 
 PLAN = (
-    Step("machine", "the GPU, the versions, which backends run, the rate of a matrix product", 11, _machine),
-    Step("canary", "is it right at all? each backend, dtype and width against float64", 50, _canary, False),
-    Step("fill", "compiles what is timed later, so that no timing waits for a compiler", 40, _fill, False),
-    Step("speed", "time and memory beside the plain loss and torch.compile of it", 90, _speed("gpu")),
-    Step("tests", "the tests that need a GPU, many at a time: every option against float64", 120, _tests),
-    Step("alone", "the tests that need the GPU to themselves: launches, streams, memory, the largest sizes", 120, _serial),
+    Step("machine", "the GPU, the versions, the available backends, the speed of a matrix product", 11, _machine),
+    Step("canary", "are the results right? each backend, dtype and width against float64", 50, _canary, False),
+    Step("fill", "compiles the code of later steps, so that no timing waits for a compiler", 40, _fill, False),
+    Step("speed", "time and memory beside plain PyTorch and torch.compile", 90, _speed("gpu")),
+    Step("tests", "the tests that need a GPU, in parallel: every option against float64", 120, _tests),
+    Step("alone", "the tests that need the GPU alone: launches, streams, memory, the largest sizes", 120, _serial),
     Step("fill-tiles", "compiles the candidates for Triton's tiles", 30, _fill_tiles, was_timed=False),
     Step("tiles", "which of Triton's tiles is fastest", 100, _tiles, was_timed=False),
-    Step("host", "the host's time of a small call", 10, _host, was_timed=False),
+    Step("host", "how long the host needs for a small call", 10, _host, was_timed=False),
     Step(
-        "peers", "other libraries, where they are installed: lightly, metric-learning, siglip-kernel", 40, _speed("gpu-peers"),
+        "peers", "other libraries, if installed: lightly, metric-learning, siglip-kernel", 40, _speed("gpu-peers"),
         was_timed=False,
     ),
-    Step("profile", "Nsight Compute on the two passes over pairs, where ncu is installed", 60, _profile, was_timed=False),
-    Step("distributed", "the loss over a process group, one rank a GPU", 40, _distributed, was_timed=False),
-    Step("sanitizer", "compute-sanitizer on both backends, where it is installed", 120, _sanitizer, False, was_timed=False),
+    Step("profile", "Nsight Compute on the two passes over pairs, if ncu is installed", 60, _profile, was_timed=False),
+    Step("distributed", "the loss over a process group, one rank per GPU", 40, _distributed, was_timed=False),
+    Step("sanitizer", "compute-sanitizer on both backends, if it is installed", 120, _sanitizer, False, was_timed=False),
 )  # fmt: skip
 
 

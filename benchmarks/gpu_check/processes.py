@@ -1,4 +1,4 @@
-"""Runs processes of a step: each in a group of its own, which is killed whole at its limit, with what it printed in a file."""
+"""Runs the processes of a step. Each has its own process group, which is killed at its time limit, and its own log file."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ from .journal import Journal, Result
 ROOT = Path(__file__).resolve().parents[2]
 
 RENEW = 4
-"""The exit code of a worker that asks for a new process, to go on with its next item in."""
+"""The exit code with which a worker asks to continue with its next item in a new process."""
 
 SHORTEST = 5.0
-"""Seconds: with fewer left nothing is begun."""
+"""No process starts with fewer seconds left."""
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,13 @@ class Job:
     """One process.
 
     Attributes:
-        name: what the journal calls it, and its log file.
-        command: what to run; for a job with ``items``, up to and without them.
-        limit: seconds, after which its group is killed.
-        environment: variables on top of this process's.
-        items: what a worker does one after the other. If it dies of one, another process goes on with the next.
-        allowed: exit codes that are no failure; a test that fails is a result of its own.
-        is_result: its end is a result itself, for it writes none.
+        name: Its name in the journal and of its log file.
+        command: The command, without ``items``.
+        limit: Seconds after which its process group is killed.
+        environment: Environment variables in addition to those of this process.
+        items: The worker's tasks, one after another. If one kills the worker, another process continues with the next.
+        allowed: Exit codes that are not failures. (A failing test is a result of its own.)
+        is_result: Whether its exit is itself a result, because the process writes none.
     """
 
     name: str
@@ -61,9 +61,9 @@ class Runner:
     """Starts the processes of a run, and ends them.
 
     Args:
-        journal: where results go.
-        folder: for the log files.
-        budget: seconds from now, after which nothing is begun and everything is killed.
+        journal: Where results go.
+        folder: Where log files go.
+        budget: Seconds from now after which nothing starts and everything is killed.
     """
 
     def __init__(self, journal: Journal, folder: Path, budget: float) -> None:
@@ -80,7 +80,7 @@ class Runner:
         self.journal.add(Result(*arguments, **named))
 
     def run_all(self, step: str, jobs: Sequence[Job], at_once: int) -> None:
-        """The jobs of a step, ``at_once`` side by side. An exception, such as an interruption, ends those that run."""
+        """Runs the jobs of a step, ``at_once`` in parallel. An exception, for example Ctrl-C, ends the running ones."""
         with ThreadPoolExecutor(at_once) as pool:
             try:
                 for done in [pool.submit(self.run, step, job) for job in jobs]:
@@ -91,7 +91,7 @@ class Runner:
                 raise
 
     def run(self, step: str, job: Job) -> None:
-        """Runs the job to its end, its limit, or the end of the budget, and writes how it ended unless that is as it should."""
+        """Runs the job until it ends, or until its limit or the budget is used up. Records how it ended unless all went well."""
         limit = time.monotonic() + min(job.limit, self.left())
         log = self.folder / f"{step}-{re.sub('[^A-Za-z0-9._-]+', '-', job.name)}.txt"
         while True:
@@ -125,7 +125,7 @@ class Runner:
             job = replace(job, items=left)
 
     def _run_process(self, step: str, job: Job, log: Path, limit: float) -> tuple[int | None, str]:
-        """The exit code, None at the limit, and what it printed."""
+        """The exit code, or None if it reached its limit, and its output."""
         command = [*job.command, *([json.dumps(job.items)] if job.items else [])]
         environment = {**os.environ, "PYTHONUNBUFFERED": "1", **self.journal.as_variable(step), **job.environment}
         with log.open("ab") as file:
@@ -141,14 +141,14 @@ class Runner:
             except subprocess.TimeoutExpired:
                 code = None
             finally:
-                _kill_group(process)  # what it has started and left behind too
+                _kill_group(process)  # also ends processes that it started and left behind
                 process.wait()
                 with self._lock:
                     self._running.discard(process)
         return code, log.read_bytes()[start:].decode(errors="replace")
 
     def kill_all(self) -> None:
-        """Ends every process that still runs, and begins no other; for an interruption."""
+        """Ends every running process and starts no other, for an interruption."""
         self._end = time.monotonic()
         with self._lock:
             self._is_killed = True
@@ -162,7 +162,7 @@ def _kill_group(process: subprocess.Popen[bytes]) -> None:
 
 
 def end_with_parent() -> None:
-    """For a process of a step: ends it when the check is gone, killed without a chance to end it itself."""
+    """Makes this process end if its parent disappears, for example because the parent was killed."""
     parent = os.getppid()
 
     def watch() -> None:

@@ -1,6 +1,6 @@
-"""A plugin of pytest, ``-p benchmarks.gpu_check.pytest_rows``: each test's outcome goes into the journal when it is known.
+"""A pytest plugin, ``-p benchmarks.gpu_check.pytest_rows``, that writes each test's outcome to the journal.
 
-Under pytest-xdist it is the controlling process that writes; a run that is killed loses only the tests that were running.
+With pytest-xdist, the controlling process writes. A killed run loses only the tests that were running.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 class Rows:
-    """Writes what pytest reports."""
+    """Writes the reports of pytest."""
 
     def __init__(self, journal: Journal) -> None:
         self._journal = journal

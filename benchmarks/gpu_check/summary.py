@@ -1,4 +1,4 @@
-"""What is made of a journal, during a run, after it, or after one that was cut off: report.md, CSV files and one archive."""
+"""Makes report.md, CSV files and one archive from a journal. The run may be in progress, finished or interrupted."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ CUT_OFF = "did not end"
 
 
 def write(folder: Path) -> Path:
-    """Makes the report and the CSV files of ``folder`` from its journal, and the archive beside it. Returns the report.
+    """Makes the report and the CSV files of ``folder`` from its journal, and an archive beside it. Returns the report's path.
 
     Raises:
         FileNotFoundError: if there is no journal.
     """
     path = folder / JOURNAL
     if not path.exists():
-        raise FileNotFoundError(f"{path}: expected the journal of a run; --output DIR leaves one in DIR")
+        raise FileNotFoundError(f"{path}: expected the journal of a run, which a run with --output DIR leaves in DIR")
     found = list(read(path))
     results = [result for result, _ in found]
     for name in CSV_FILES:
@@ -52,7 +52,7 @@ def write(folder: Path) -> Path:
 
 
 def archive(folder: Path) -> Path:
-    """One file that holds the folder, logs and all, beside it."""
+    """Packs the folder with its logs into one file beside it."""
     path = folder.with_name(folder.name + ".tar.gz")
     with tarfile.open(path, "w:gz") as file:
         file.add(folder, arcname=folder.name)
@@ -60,7 +60,7 @@ def archive(folder: Path) -> Path:
 
 
 def as_text(figures: dict[str, Any]) -> dict[str, str]:
-    """Columns as a CSV file has them."""
+    """The figures as a CSV file has them."""
     return {name: "" if value is None else str(value) for name, value in figures.items()}
 
 
@@ -76,8 +76,8 @@ def _words(figures: dict[str, Any]) -> str:
 
 
 def _first(results: Sequence[Result], environments: Sequence[str]) -> Iterator[str]:
-    """What a reader looks for first: where it ran, how far it came, and what is wrong."""
-    yield "# What python -m benchmarks.gpu_check has found"
+    """The first questions of a reader: where did it run, what is wrong, and how far did it get?"""
+    yield "# Results of python -m benchmarks.gpu_check"
     yield "\n".join(f"- {environment}" for environment in environments)
     names = dict.fromkeys([*(step.name for step in PLAN), *(r.step for r in results)])
     steps = [_of_step(name, results) for name in names]
@@ -87,28 +87,28 @@ def _first(results: Sequence[Result], environments: Sequence[str]) -> Iterator[s
             "step": step["step"],
             "what": WHOLE,
             "outcome": CUT_OFF,
-            "why": "interrupted, or killed: there is more that it would try",
+            "why": "interrupted or killed before the end of the step",
         }
         for step in steps
         if step["results"].endswith(CUT_OFF)
     ]
-    yield "## What is not as it should be"
-    yield markdown_table(bad) if bad else "Nothing, of what has run."
+    yield "## Problems"
+    yield markdown_table(bad) if bad else "No problems in the steps that ran."
     yield "## Steps"
     yield markdown_table(steps)
 
 
 def _sections(results: Sequence[Result]) -> Iterator[str]:
-    """What neither that nor the report of the speed says."""
+    """The sections after the report of the speed."""
     machine = [result for result in results if result.step in ("machine", "host") and result.figures]
     if machine:
         yield "## The machine"
         yield markdown_table([{"what": r.name, "figures": _words(r.figures)} for r in machine])
     if canaries := [result for result in results if result.step == "canary" and result.figures]:
-        yield "## Canaries: relative errors against float64, the largest of each backend and dtype"
+        yield "## Canaries: the largest relative error against float64, for each backend and dtype"
         yield markdown_table(list(_largest_errors(canaries)))
     if tiles := [result for result in results if "block_m" in result.figures]:
-        yield "## Tiles: the fastest beside the one that is shipped"
+        yield "## Tiles: the fastest one beside the shipped one"
         yield markdown_table(tile_table.fastest(tile_table.Row.of(result.figures) for result in tiles))
 
 
@@ -126,7 +126,7 @@ def _of_step(name: str, results: Sequence[Result]) -> dict[str, str]:
 
 
 def _end(text: str, most: int = 300) -> str:
-    """The last words of a message, where a traceback says what happened."""
+    """The end of a message, because a traceback has its error there."""
     return text if len(text) <= most else "... " + text[-most:]
 
 

@@ -1,7 +1,7 @@
-"""What runs in the processes of a step: ``python -m benchmarks.gpu_check.workers FUNCTION ITEMS``, ITEMS a JSON array.
+"""The code of a step's processes: ``python -m benchmarks.gpu_check.workers FUNCTION ITEMS``, where ITEMS is a JSON array.
 
-Each function takes one item and writes results into the journal. An exception is a result too; where it has left the GPU in an
-error, the process ends, and another goes on with the next item.
+Each function takes one item and writes results to the journal. An exception is a result too. If it leaves the GPU in an error
+state, the process ends, and another process continues with the next item.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Add = Callable[..., None]
 
 
 def describe(item: str, add: Add) -> None:
-    """Prints the environment of the run, with ``item`` as its date: a driver that hangs must not hang the check itself."""
+    """Prints the environment of the run, with ``item`` as its date. If the driver hangs, only this process hangs."""
     print(json.dumps(asdict(environment_of(DEVICE, item))))
 
 
@@ -60,15 +60,15 @@ def versions(item: str, add: Add) -> None:
     add("machine", "done", figures=figures)
 
 
-# ---- canaries: is it right at all? -----------------------------------------------------------------------------------
+# ---- canaries: are the results right? --------------------------------------------------------------------------------
 
 
 def canary(item: dict[str, Any], add: Add) -> None:
-    """Loss and gradients of one call against float64, and the same bits twice.
+    """Compares loss and gradients of one call with float64, and checks that a second call gives the same bits.
 
-    Held to the bounds of the project: float32 1e-6 and 1e-5; half precision twice the error of the plain loss on the same
-    rounded rows, or a unit of the dtype where the plain loss is right by luck. The temperature's gradient and the loss are one
-    number each, to which large terms cancel.
+    The bounds are the project's. For float32 they are 1e-6 (loss) and 1e-5 (gradients). For half precision they are twice the
+    error of the plain loss on the same rounded rows, but at least about a rounding unit, since the plain loss can be right by
+    luck. The loss and the temperature's gradient have bounds of their own: each is one number, in which large terms cancel.
     """
     backend, dtype = item["backend"], DTYPES[item["dtype"]]
     n_rows, width, options = item["N"], item["D"], dict(item["options"])
@@ -106,7 +106,7 @@ def canary(item: dict[str, Any], add: Add) -> None:
         if not error <= bound:
             worst = worst or f"{key}: relative error {error:.2g}, expected at most {bound:.2g}"
     if not figures["same_bits"]:
-        worst = worst or "the same call gave other bits the second time"
+        worst = worst or "a second call gave other bits"
     name = f"{backend} {item['dtype']} N={n_rows} D={width} {options}"
     add(name, "wrong" if worst else "right", figures=figures, details=worst)
 
@@ -115,10 +115,10 @@ def canary(item: dict[str, Any], add: Add) -> None:
 
 
 def speed(item: dict[str, Any], add: Add) -> None:
-    """One case of benchmarks.compare: figures are the columns of its CSV file."""
+    """Measures one case of benchmarks.compare. The figures are the columns of its CSV file."""
     case, journal = Case(**item["case"]), Journal.of_process()
     providers = [provider for name, provider in PROVIDERS.items() if name in item["providers"]]
-    with progress_bar(Console(file=io.StringIO())) as progress:  # the check shows its own
+    with progress_bar(Console(file=io.StringIO())) as progress:  # hidden: the check shows its own progress
         comparison = Comparison(DEVICE, journal.environment, progress)
         try:
             comparison.run(case, providers, item["repeats"], item["seconds"])
@@ -127,11 +127,11 @@ def speed(item: dict[str, Any], add: Add) -> None:
                 outcome = "measured" if row.seconds else row.note.partition(":")[0] or "failed"
                 add(f"{row.provider}: {case}", "wrong" if row.is_wrong else outcome, figures=row.columns(), details=row.note)
         if any(row.note.startswith(NO_GRAPH) for row in comparison.rows):
-            sys.exit(RENEW)  # a capture that fails leaves torch in a state that is not to be trusted
+            sys.exit(RENEW)  # after a failed capture, torch's state cannot be trusted
 
 
 def fill(item: dict[str, Any], add: Add) -> None:
-    """Compiles what a later step times, into the caches that Triton and torch.compile keep on disk; nothing is timed."""
+    """Compiles the code of a later step into the disk caches of Triton and torch.compile. Nothing is timed."""
     case = Case(**item["case"])
     inputs = case.make_inputs(DEVICE)
     for name in item["providers"]:
@@ -144,11 +144,11 @@ def fill(item: dict[str, Any], add: Add) -> None:
 
 
 OUTCOMES = {"rejected": "skipped"}
-"""The journal's words for those of a sweep's rows that it has not: a candidate that spills is nothing to look at."""
+"""A sweep's outcome -> the journal's word. A rejected candidate, for example one that spills, needs no attention."""
 
 
 def tile(item: str, add: Add) -> None:
-    """A group of benchmarks.tile_candidates: figures are the columns of tiles.csv."""
+    """Measures a group of benchmarks.tile_candidates. The figures are the columns of tiles.csv."""
     group = next(group for group in (*tile_candidates.GROUPS, *tile_candidates.OF_STAND_IN) if group.name == item)
     backends.select("triton", DEVICE, DTYPES[group.dtype])
     target = tile_sweep.target_of(DEVICE)
@@ -161,7 +161,7 @@ def tile(item: str, add: Add) -> None:
 
 
 def once(item: dict[str, Any], add: Add) -> None:
-    """NT-Xent of one shape, forward and backward, twice: the first call compiles."""
+    """Runs NT-Xent on one shape, forward and backward, twice. The first call compiles."""
     z = torch.randn(item["N"], item["D"], device=DEVICE).to(DTYPES[item["dtype"]]).requires_grad_()
     for _ in range(2):
         clop_kernels.ntxent_loss(z, backend=item["backend"]).backward()
@@ -173,11 +173,11 @@ METRICS = (
     "Duration", "Registers Per Thread", "Achieved Occupancy", "Compute (SM) Throughput", "L1/TEX Cache Throughput",
     "L2 Cache Throughput", "DRAM Throughput", "Executed Ipc Active", "No Eligible", "Local Memory Spilling Requests",
 )  # fmt: skip
-"""What of a profile goes into the journal; all of it is in the log."""
+"""The metrics that go into the journal. The log has the whole profile."""
 
 
 def profile(item: dict[str, Any], add: Add) -> None:
-    """Nsight Compute on the two passes over pairs of :func:`once`, the second call's."""
+    """Runs Nsight Compute on the two passes over pairs in the second call of :func:`once`."""
     name = "{backend} N={N} D={D} {dtype}".format(**item)
     if item["tool"] is None:
         add(name, "skipped", details="ncu, Nsight Compute, is not on the PATH")
@@ -199,7 +199,7 @@ def profile(item: dict[str, Any], add: Add) -> None:
 
 
 def host(item: dict[str, Any], add: Add) -> None:
-    """Where the host's time of a small call goes: forward and backward of each backend, and of the plain loss."""
+    """Measures the host's time for a small call: forward and backward of each backend and of the plain loss."""
     case = Case(**item["case"])
     figures: dict[str, int] = {}
     for name in item["providers"]:

@@ -224,7 +224,7 @@ def test_command_tells_wrong_from_right(
         (["--rows", "7"], "expected a multiple of 2"),
         (["--dim", "0"], "at least 1"),
         (["--temperature", "nan"], "expected a positive finite number"),
-        (["--preset", "quick", "--rows", "64"], "expected one or the other"),
+        (["--preset", "quick", "--rows", "64"], "expected no other option for what to measure"),
     ],
 )
 def test_command_refuses(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
@@ -319,7 +319,7 @@ def test_report_has_every_figure_and_row(tmp_path: Path) -> None:
     assert report.main([str(tmp_path / "x.csv"), "--output", str(tmp_path / "out")]) == 0
     text = (tmp_path / "out" / "report.md").read_text()
     expected = {
-        "ratios-ntxent-float32", "ratios-supcon-float32", "time-ntxent-float32-D128", "memory-ntxent-float32-D128",
+        "readme", "ratios-ntxent-float32", "ratios-supcon-float32", "time-ntxent-float32-D128", "memory-ntxent-float32-D128",
         "rate-ntxent-float32-D128", "rate-ntxent-float32-N4096", "width-ntxent-float32-N4096",
     }  # fmt: skip
     assert {path.stem for path in (tmp_path / "out").glob("*.png")} == expected

@@ -194,7 +194,7 @@ def test_a_report_without_timings_has_no_words_about_them(tmp_path: Path) -> Non
     (tmp_path / "run").mkdir()
     Journal(tmp_path / "run" / summary.JOURNAL, ENVIRONMENT).add(Result("machine", WHOLE, "done", 1.0))
     text = summary.write(tmp_path / "run").read_text()
-    assert "Nothing, of what has run." in text
+    assert "No problems in the steps that ran." in text
     assert "| machine | done | 1 |" in text
     assert "other implementations" not in text
 
@@ -204,13 +204,13 @@ def test_the_report_says_what_a_reader_looks_for(tmp_path: Path) -> None:
     assert command.main(["--report", str(tmp_path / "run")]) == 0
     text = (tmp_path / "run" / "report.md").read_text()
     lines = text.splitlines()
-    assert lines[0] == "# What python -m benchmarks.gpu_check has found"
+    assert lines[0] == "# Results of python -m benchmarks.gpu_check"
     assert lines[2] == f"- {ENVIRONMENT}"
     assert "| canary | 1 right, 1 wrong, did not end |  |" in lines
     assert "| tests | 1 failed | 95 |" in lines
     assert "| peers | left out: the budget is spent |  |" in lines
     assert "| profile | not run |  |" in lines
-    assert "| canary | whole step | did not end | interrupted, or killed: there is more that it would try |" in lines
+    assert "| canary | whole step | did not end | interrupted or killed before the end of the step |" in lines
     assert "| canary | cuda float32 N=66 D=37 {} | wrong | loss: relative error |" in lines
     assert "| tests | tests/gpu/test_losses.py::test_x[a] | failed | AssertionError: x \\| y |" in lines
     assert "| cuda float32 | 2 | 3.0e-03 | 2.0e-07 |" in lines

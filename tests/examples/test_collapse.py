@@ -101,7 +101,7 @@ def test_the_plan_has_every_run_once(tmp_path: Path) -> None:
         (("--learning-rates", "0.1,-1"), "'-1': expected positive finite numbers"),
         (("--batch-sizes", "1"), "'1': expected integers from 2 to 1347"),
         (("--seeds", "0"), "'0': expected an integer of at least 1"),
-        (("--redraw",), "there is no .*collapse.csv; run without it first"),
+        (("--redraw",), "there is no .*collapse.csv; run without --redraw first"),
     ],
 )
 def test_bad_arguments(arguments: tuple[str, ...], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -133,7 +133,7 @@ def test_cells_are_mean_and_spread_and_count_what_diverged() -> None:
 
 def test_tables() -> None:
     found = {numbers.title: numbers for numbers in collapse_figures.tables(results())}
-    by_rate = found["effective rank, no normalisation inside, batch 256, by learning rate; untrained 0.6 ± 0.1"]
+    by_rate = found["effective rank, without BatchNorm, batch 256, by learning rate; untrained 0.6 ± 0.1"]
     assert list(by_rate.cells.index) == list(METHODS)
     assert list(by_rate.cells.columns) == ["0.1", "1", "10"]
     assert by_rate.cells.loc["NT-Xent"].tolist() == ["0.6 ± 0.1", "0.6 ± 0.1", "0.5 (1 diverged)"]
@@ -148,7 +148,8 @@ def test_figures(tmp_path: Path) -> None:
     frame = results()
     names = [path.name for path in collapse_figures.draw(frame, tmp_path)]
     assert names == [
-        f"collapse-{what}.png" for what in ("learning-rate", "batch-size", "effective-rank", "linear-accuracy", "changes")
+        f"collapse-{what}.png"
+        for what in ("overview", "learning-rate", "batch-size", "effective-rank", "linear-accuracy", "changes")
     ]
     assert all((tmp_path / name).stat().st_size > 10_000 for name in names)
     without = frame[frame.change.isin([PLAIN, BATCH_NORM]) & (frame.method != "CLOP, 10% labels")]
