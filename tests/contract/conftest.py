@@ -70,7 +70,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Gives ``setting`` with a case, an edge or a pass every one that a setting takes; without, every setting.
 
     The mark ``takes`` leaves those settings out that do not take rows of its ``width`` (4 if it is silent) or numbers of its
-    ``dtype``, or that launch no kernels where it says ``kernels``.
+    ``dtype``; with ``kernels`` those that launch none; with ``as_shipped`` those that divide their work in another way than users get.
     """
     names = metafunc.fixturenames
     if "setting" not in names:
@@ -82,12 +82,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             metafunc.parametrize(("setting", "dtype", table, *passes), found, indirect=["setting"])
             return
     mark = metafunc.definition.get_closest_marker("takes")
-    wanted: dict[str, Any] = {"width": 4, "dtype": torch.float32, "kernels": False} | (dict(mark.kwargs) if mark else {})
+    wanted: dict[str, Any] = {"width": 4, "dtype": torch.float32, "kernels": False, "as_shipped": False} | (
+        dict(mark.kwargs) if mark else {}
+    )
     found = [
         _param(setting)
         for setting in _settings()
         if wanted["width"] in setting.widths
         and (setting.is_of_kernels or not wanted["kernels"])
+        and (setting.is_as_shipped or not wanted["as_shipped"])
         and wanted["dtype"] in (*setting.dtypes, *setting.half, torch.float32)
     ]
     metafunc.parametrize("setting", found, indirect=True)

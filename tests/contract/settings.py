@@ -70,6 +70,11 @@ class Setting:
         """Whether the backend is one of those that launch kernels."""
         return self.backend in ("cuda", "triton")
 
+    @property
+    def is_as_shipped(self) -> bool:
+        """Whether users get the backend in this arrangement."""
+        return self.arrangement in ({}, {"tile_rows": None}, {"n_processors": 1})
+
     def check(self, problem: Problem, dtype: torch.dtype, record: Callable[[str, object], None], **known: Any) -> None:
         """Holds the loss and its gradients to the reference, as closely as the dtype allows (``known``: assert_accurate's)."""
         if self.device == GPU:

@@ -13,9 +13,9 @@ import clop_kernels
 from ..support.interpreter import without_numpy_warnings
 from ..support.oracle import (
     LOSSES,
+    Problem,
     assert_float16_saturates_and_overflow_shows,
     assert_layouts_do_not_matter,
-    negatives_problem,
     random_problem,
     two_sided_problem,
 )
@@ -37,32 +37,34 @@ def assert_dtypes_of_results(setting: Setting, dtype: torch.dtype) -> None:
     assert prototypes.grad.dtype == FLOAT32
 
 
-@pytest.mark.takes(dtype=FLOAT64)
+@pytest.mark.takes(as_shipped=True, dtype=FLOAT64)
 def test_float64_gives_float64(setting: Setting) -> None:
     assert_dtypes_of_results(setting, FLOAT64)
 
 
+@pytest.mark.takes(as_shipped=True)
 def test_float32_gives_float32(setting: Setting) -> None:
     assert_dtypes_of_results(setting, FLOAT32)
 
 
-@pytest.mark.takes(dtype=FLOAT16)
+@pytest.mark.takes(as_shipped=True, dtype=FLOAT16)
 def test_float16_gives_a_loss_in_float32(setting: Setting) -> None:
     assert_dtypes_of_results(setting, FLOAT16)
 
 
-@pytest.mark.takes(dtype=BFLOAT16)
+@pytest.mark.takes(as_shipped=True, dtype=BFLOAT16)
 def test_bfloat16_gives_a_loss_in_float32(setting: Setting) -> None:
     assert_dtypes_of_results(setting, BFLOAT16)
 
 
+@pytest.mark.takes(as_shipped=True)
 @pytest.mark.parametrize("loss", LOSSES)
 def test_layouts_do_not_matter(loss: str, setting: Setting) -> None:
     rounding = 1e-6 if setting.device == GPU and setting.backend == "triton" else 0.0
     assert_layouts_do_not_matter(loss, setting.backend, setting.device, rounding)
 
 
-@pytest.mark.takes(dtype=FLOAT16)
+@pytest.mark.takes(as_shipped=True, dtype=FLOAT16)
 def test_float16_rows_of_zeros_saturate_and_overflow_shows(setting: Setting) -> None:
     assert_float16_saturates_and_overflow_shows(setting.backend)
 
@@ -125,20 +127,23 @@ def test_rows_without_negatives_have_zeros(setting: Setting) -> None:
     assert not torch.autograd.grad(loss.sum(), z)[0].any()
 
 
-SAME_BITS = {
-    "label, a term a row": random_problem(2, 35, 20, positives="label", reduction="none", distance="euclidean"),
-    "instance, cold": random_problem(2, 35, 40, temperature=0.01, distance="manhattan"),
-    "sides by label": two_sided_problem(31, 39, 24, labelled=True, reduction="none"),
-    "sides, cold": two_sided_problem(35, 35, 40, labelled=False, temperature=0.01),
-    "negatives": negatives_problem(70, 24),
-}
+def assert_same_bits(problem: Problem, setting: Setting) -> None:
+    first, second = (problem.solve(setting.backend, FLOAT32, setting.device) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
 
 
 @pytest.mark.takes(width=20)
-@pytest.mark.parametrize("problem", SAME_BITS)
-def test_the_same_call_gives_the_same_bits(problem: str, setting: Setting) -> None:
-    first, second = (SAME_BITS[problem].solve(setting.backend, FLOAT32, setting.device) for _ in range(2))
-    assert all(torch.equal(first[name], second[name]) for name in first)
+@pytest.mark.parametrize(("positives", "temperature", "reduction"), [("label", 0.1, "none"), ("instance", 0.01, "mean")])
+def test_the_same_call_gives_the_same_bits(positives: str, temperature: float, reduction: str, setting: Setting) -> None:
+    options: dict[str, Any] = {"positives": positives, "reduction": reduction, "distance": "euclidean"}
+    assert_same_bits(random_problem(2, setting.rows // 2, 20, temperature=temperature, **options), setting)
+
+
+@pytest.mark.takes(width=20)
+@pytest.mark.parametrize(("labelled", "temperature"), [(True, 0.1), (False, 0.01)])
+def test_the_same_call_of_two_sides_gives_the_same_bits(labelled: bool, temperature: float, setting: Setting) -> None:
+    n = setting.rows // 2
+    assert_same_bits(two_sided_problem(n, n, 20, labelled=labelled, temperature=temperature), setting)
 
 
 def test_gradients_scale_with_the_upstream_gradient_and_reductions_are_sums(setting: Setting) -> None:
