@@ -23,8 +23,9 @@ WARM, COLD = 0.1, 0.01
 class Case:
     """A problem, made when it is needed, and what a test must know before.
 
-    ``make`` takes ``temperature=``. ``is_hard`` marks an ill-conditioned problem, for which the error of the plain loss counts
-    too (``assert_accurate``). Norms below ``floor`` are taken for it, in gradients that are zero but for rounding.
+    ``make`` takes ``temperature=``. ``is_hard`` marks an ill-conditioned problem: a backend may err as much there as a small
+    multiple of plain PyTorch's own error (``assert_accurate``). A gradient whose norm is below ``floor`` is nothing but
+    rounding; its error is divided by ``floor`` instead of by the norm.
     """
 
     make: Callable[..., Problem]
@@ -36,11 +37,11 @@ class Case:
 
     @property
     def suits_half_precision(self) -> bool:
-        """Whether plain PyTorch in half precision is a fair rival: where logits are large, both are nothing but rounding."""
+        """Whether plain PyTorch in half precision is a fair rival. Where logits are large, both results are mostly rounding."""
         return self.temperature >= (1.0 if self.is_hard else WARM)
 
     def problem(self, dtype: torch.dtype) -> Problem:
-        """The problem. float64 switches the softmax at a colder temperature, and gets one for COLD."""
+        """The problem. float64 switches the softmax at a colder temperature, so it gets COLD / 10 instead of COLD."""
         is_colder = self.temperature == COLD and dtype == torch.float64
         return self.make(temperature=COLD / 10 if is_colder else self.temperature)
 
@@ -62,7 +63,8 @@ def merged(parts: list[Cases]) -> Cases:
 
 # ---- shapes ------------------------------------------------------------------------------------------------------------
 
-# (V, B, D): one row to several tiles of any backend, ragged; widths that fit no vector unit, on chip and wide.
+# (V, B, D). From one row to several tiles of any backend, most of them ragged. Among the widths are odd ones, multiples of
+# what a vector unit takes, widths that the kernels keep on chip, and wide ones.
 SHAPES = [
     *((v, b, 37) for v, b in ((1, 1), (2, 1), (1, 63), (2, 32), (5, 13), (1, 127), (3, 43), (7, 43))),
     *((5, 13, width) for width in (3, 7, 16, 64, 100, 128, 129, 250, 256, 300, 1024)),
@@ -101,7 +103,7 @@ def options(n_rows: int) -> Cases:
 
 
 def forms(n_rows: int) -> Cases:
-    """Positives, sides, negatives alone and unnormalised rows, each with every other, and with prototypes."""
+    """Every combination of positives, sides, negatives_only and normalize, all with prototypes."""
     found = []
     crossed = [
         *itertools.product(POSITIVES, (None, n_rows // 2), (False, True), (True, False)),
@@ -111,7 +113,7 @@ def forms(n_rows: int) -> Cases:
     for number, (positives, n_left, negatives_only, normalize) in enumerate(crossed):
         form = {"positives": positives, "n_left": n_left, "negatives_only": negatives_only, "normalize": normalize}
         name, n_views = ", ".join(map(str, form.values())), 2 if positives == "instance" else 1
-        # Of unnormalised rows the longest decides which softmax is taken: here it changes between 1 and 0.1.
+        # The longest of unnormalised rows decides which softmax is taken; here it changes between the temperatures 1 and 0.1.
         for turn, temperature in enumerate((WARM, COLD) if normalize else (1.0, WARM)):
             mixed: dict[str, Any] = form | {"reduction": REDUCTIONS[number % 3], "distance": DISTANCES[(number + turn) % 3]}
             make = partial(random_problem, n_views, n_rows // n_views, 21, **mixed)
@@ -119,7 +121,7 @@ def forms(n_rows: int) -> Cases:
     return merged(found)
 
 
-# Rows on the left, on the right, width, whether positives are by label: one row, none, sides of unequal length.
+# Rows on the left, rows on the right, width, whether positives are by label. Among them: one row, no row, unequal sides.
 SIDES = [
     *((n, n, width, False) for n, width in ((1, 5), (17, 37), (33, 129), (65, 100), (65, 256), (130, 7), (130, 300), (0, 3))),
     *((*rows, 40, True) for rows in ((1, 40), (40, 1), (0, 7), (6, 0), (1, 1), (17, 130), (65, 33), (130, 3), (0, 0))),
@@ -173,7 +175,7 @@ def prototypes(n_rows: int) -> Cases:
 
 
 def duplicates(n_rows: int) -> Cases:
-    """Views that nearly agree, down to the loss that float64 itself resolves. Sums over groups miss it by up to 1e17."""
+    """Views that nearly agree, until the loss is as small as float64 can resolve. Positives then dominate the softmax."""
     crossed = [
         ((views, 8, noise), taus)
         for views in ((2, n_rows // 2), (3, n_rows // 3))
@@ -193,7 +195,7 @@ def _lengthened(problem: Problem, length: float, temperature: float) -> Problem:
 
 
 def long_rows(n_rows: int) -> Cases:
-    """Unnormalised rows of lengths up to several times 30: similarities in the thousands, which no bound is known for."""
+    """Unnormalised rows, some several times longer than 30. Similarities reach thousands, and nothing bounds them in advance."""
     kinds = {
         "instance": random_problem(2, n_rows // 2, 40, normalize=False, distance="euclidean"),
         "label": random_problem(1, n_rows, 21, normalize=False, positives="label"),
@@ -265,7 +267,8 @@ EDGES = [
 
 # ---- the passes over pairs alone ---------------------------------------------------------------------------------------
 
-# Rows, those on the left (None: one side), width: ragged, of one row a side, every width on chip, and wide.
+# Rows, rows on the left (None: there are no sides), width. Among them: ragged tiles, one row a side, every padded width that
+# the kernels keep on chip, and wide rows.
 PAIRS = [
     (1, None, 24), (2, None, 3), (70, None, 24), (131, None, 7), (150, None, 128), (2, 1, 3), (66, 33, 24), (140, 70, 37),
     (67, 50, 129), (133, 3, 16), (150, 147, 256), (131, None, 300), (67, 50, 301),

@@ -34,7 +34,7 @@ def _param(setting: Setting, *values: Any, name: str = "") -> Any:
 
 
 def _settings() -> list[Setting]:
-    """Those that this machine may have: without a GPU the settings of one are left out."""
+    """The settings; without those of a GPU if there is none."""
     return [setting for setting in SETTINGS if setting.device != GPU or torch.cuda.is_available()]
 
 
@@ -55,7 +55,7 @@ def _of_edges(setting: Setting) -> Iterator[Any]:
 
 
 def _of_pairs(setting: Setting) -> Iterator[Any]:
-    """Each shape with two of the four kinds of passes, in turn."""
+    """Each shape with two of the four PASSES, alternately."""
     for at, shape in enumerate(cases.GPU_PAIRS if setting.device == GPU else cases.PAIRS):
         if setting.takes("pairs") and shape[0] <= setting.most_rows and shape[2] in setting.widths:
             for dtype in (*setting.dtypes, *setting.half):
@@ -67,10 +67,11 @@ TABLES = {"case": _of_cases, "edge": _of_edges, "pairs": _of_pairs}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Gives ``setting`` with a case, an edge or a pass every one that a setting takes; without, every setting.
+    """Runs a test for every setting, and where it takes a ``case``, ``edge`` or ``pairs``, for each that the setting takes.
 
-    The mark ``takes`` leaves those settings out that do not take rows of its ``width`` (4 if it is silent) or numbers of its
-    ``dtype``; with ``kernels`` those that launch none; with ``as_shipped`` those that divide their work in another way than users get.
+    The mark ``takes`` keeps those that take rows of its ``width`` (by
+    default 4) and its ``dtype``; with ``kernels``, those that launch kernels; with ``as_shipped``, those that divide their work
+    as users get it.
     """
     names = metafunc.fixturenames
     if "setting" not in names:

@@ -32,8 +32,8 @@ class Setting:
 
     Attributes:
         dtypes: tested in every group of cases; ``half`` only in the groups that SPARING names.
-        groups: of the cases that it takes; None takes all.
-        rows: the size of the problems whose size does not matter: as many as make several tiles.
+        groups: the groups of cases that it takes; None means all.
+        rows: how many rows a problem has if its case does not say; enough for several tiles.
         most_rows, widths: the largest problem, and the widths of rows, that it takes.
         arrangement: what makes the backend work in this way.
     """
@@ -118,8 +118,8 @@ def _tiles_of(backend: str) -> list[Setting]:
     ]  # fmt: skip
 
 
-ON_CHIP = ("options", "forms", "negatives", "prototypes", "temperatures", "duplicates", "edges", "pairs")
-"""The groups of a setting whose tiles are small: shapes as such, and sides, are those of the tiles as shipped."""
+IN_SMALL_TILES = ("options", "forms", "negatives", "prototypes", "temperatures", "duplicates", "edges", "pairs")
+"""The groups for settings with small tiles. The groups "shapes" and "two sides" are left to the tiles as shipped."""
 
 SETTINGS = (
     *_tiles_of("tiled"),
@@ -131,16 +131,17 @@ SETTINGS = (
         arrangement={"n_processors": 1000},
     ),
     Setting(
-        "cuda-on-host-in-panels", "cuda", (FLOAT32,), (FLOAT16,), ("shapes", "two sides", *ON_CHIP), most_rows=150,
+        "cuda-on-host-in-panels", "cuda", (FLOAT32,), (FLOAT16,), ("shapes", "two sides", *IN_SMALL_TILES), most_rows=150,
         widths=range(1, 41), arrangement={"in_panels": True},
     ),
     Setting("triton-interpreted", "triton", (FLOAT32,), (FLOAT16,), ("shapes", "two sides", "pairs")),
     Setting(
-        "triton-interpreted-small-tiles", "triton", (FLOAT32,), (), ON_CHIP, 34, 70, range(1, 41), arrangement={"is_wide": False}
+        "triton-interpreted-small-tiles", "triton", (FLOAT32,), (), IN_SMALL_TILES, 34, 70, range(1, 41),
+        arrangement={"is_wide": False},
     ),
-    # Rows that are wide have more numbers than a block of the product takes, which is 16 there.
+    # In small tiles a block of the wide rows' product takes 16 numbers of the width; wide rows must have more.
     Setting(
-        "triton-interpreted-in-panels", "triton", (FLOAT32,), (FLOAT16,), ON_CHIP, 50, 70, range(17, 41),
+        "triton-interpreted-in-panels", "triton", (FLOAT32,), (FLOAT16,), IN_SMALL_TILES, 50, 70, range(17, 41),
         arrangement={"is_wide": True},
     ),
     *(Setting(f"{name}-on-gpu", name, (FLOAT32,), HALF, most_rows=10**6, device=GPU) for name in ("cuda", "triton")),

@@ -1,4 +1,4 @@
-"""The contract beside its values: dtypes, layouts, what is not finite, overflow, determinism, what a row's gradient is."""
+"""The contract beyond values: dtypes, memory layouts, numbers that are not finite, overflow, determinism."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_a_row_that_is_not_finite_shows(bad: float, options: dict[str, Any], tem
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("normalize", [True, False])
 def test_a_row_that_is_not_finite_shows_in_negatives_and_sides(bad: float, normalize: bool, setting: Setting) -> None:
-    """In the terms of the rows whose negative it is, and in its own."""
+    """A row that is not finite shows in its own term, and in the terms of the rows whose negative it is."""
     z = torch.randn(40, 20, device=setting.device)
     z[3, 2] = bad
     known: dict[str, Any] = {"normalize": normalize, "backend": setting.backend}

@@ -85,7 +85,8 @@ def test_extreme_temperatures(temperature: float, setting: Setting, record_prope
     problem = random_problem(2, setting.rows // 4, 20, temperature=temperature)
     for value in problem.solve(setting.backend, FLOAT32, setting.device).values():
         assert value.isfinite().all()
-    # Below, a similarity of 1/tau has no digits left behind the point. The interpreter's s_ij and s_ji differ by a rounding.
+    # At temperatures below 1e-3 a similarity of 1/tau has no digits left behind the point. In Triton's interpreter s_ij and s_ji
+    # differ by a rounding, which costs as much from 0.01 down.
     if temperature >= (0.01 if setting.backend == "triton" else 1e-3):
         setting.check(problem, FLOAT32, record_property, ill_conditioned=temperature < 0.01)
 
@@ -100,7 +101,7 @@ def test_temperatures_whose_inverse_float32_does_not_hold(temperature: float, se
 
 
 def test_far_negatives_are_not_lost_beside_near_positives(setting: Setting) -> None:
-    """Where a positive's exp(s) is 1e87 times a negative's, which a sum that both are in would lose in float32."""
+    """A positive's exp(s) is 1e87 times a negative's: in float32, one sum over both would lose the negative."""
     z = torch.cat([torch.eye(1, 4), torch.eye(1, 4), -torch.eye(1, 4)]).to(setting.device)
     labels = torch.tensor([0, 0, 1], device=setting.device)
     lse = clop_kernels.negative_logsumexp(z, labels, temperature=0.01, backend=setting.backend)
@@ -166,7 +167,7 @@ def test_the_kernels_read_the_temperature(temperature: float, form: str, setting
 @pytest.mark.parametrize("distance", ["cosine", "manhattan"])
 @pytest.mark.parametrize("positives", ["instance", "label"])
 def test_the_kernels_read_the_weight(positives: str, distance: str, reduction: str, setting: Setting) -> None:
-    """A weight on the device gives the bits of the float that it is."""
+    """A weight on the device gives the same bits as the same weight as a float."""
     module = next(b for b in backends.BACKENDS if b.name == setting.backend).load()
     problem = random_problem(2, 9, 20, positives=positives, distance=distance, reduction=reduction)
     expected, actual, other = (
