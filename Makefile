@@ -40,8 +40,9 @@ venv: $(call WITH,package all) ## everything that development needs; then `. .ve
 
 # ---- tests --------------------------------------------------------------------------------------------------------------------
 
-# One process a core with one thread each, because the matrices of tests are small. A file stays in one process, with its fixtures.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile
+# One process a core with one thread each, because the matrices of tests are small. Neighbours stay in one process, with their
+# fixtures, until a process runs out of tests and takes some from another.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist worksteal
 
 test: $(call WITH,package all) ## the whole test suite
 	$(PYTEST)

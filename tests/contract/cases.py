@@ -222,18 +222,18 @@ GPU_GROUPS = GROUPS | {"shapes": partial(shapes, sizes=GPU_SHAPES), "two sides":
 # ---- the edges of the input --------------------------------------------------------------------------------------------
 
 
-def edges() -> dict[str, Problem]:
-    """Input that breaks a careless loss."""
-    generator = torch.Generator().manual_seed(0)
-    z = random_problem().embeddings
-    labels = torch.randint(0, 4, (33,), generator=generator)
+def edges(n_rows: int) -> dict[str, Problem]:
+    """Input that breaks a careless loss: ``n_rows``, an even number, or fewer."""
+    generator, n = torch.Generator().manual_seed(0), n_rows // 2
+    z = random_problem(2, n).embeddings
+    labels = torch.randint(0, 4, (n,), generator=generator)
     c = clop_kernels.orthonormal_prototypes(4, 24, dtype=torch.float64, generator=generator)
     identity = torch.eye(4, 24, dtype=torch.float64)  # unit rows without rounding: a distance of exactly zero
-    scales = torch.logspace(-4, 4, 66, dtype=torch.float64)[torch.randperm(66, generator=generator)].unsqueeze(1)
+    scales = torch.logspace(-4, 4, n_rows, dtype=torch.float64)[torch.randperm(n_rows, generator=generator)].unsqueeze(1)
     zeros = z.clone()
-    zeros[[0, 5, 40]] = 0.0
-    duplicates = torch.cat([z[:33], z[:33] * (1 + 1e-4)])
-    antipodes = torch.cat([z[:33], -z[:33]])
+    zeros[[0, 5, n + 7]] = 0.0
+    duplicates = torch.cat([z[:n], z[:n] * (1 + 1e-4)])
+    antipodes = torch.cat([z[:n], -z[:n]])
     return {
         "zero rows": Problem(zeros, labels, c),
         "all zero": Problem(torch.zeros_like(z), labels, c),
@@ -241,11 +241,11 @@ def edges() -> dict[str, Problem]:
         "one instance": Problem(z[:2], labels[:1], c),
         "no rows": Problem(z[:0], labels[:0], c),
         "no rows, no labels": Problem(z[:0]),
-        "no positives": Problem(z, torch.arange(66), None, options={"n_views": 1, "positives": "label"}),
-        "all unlabelled": Problem(z, torch.full((33,), -1), c, options={"positives": "label"}),
-        "all unlabelled, one view": Problem(z, torch.full((66,), -1), c, options={"positives": "label", "n_views": 1}),
-        "all rows equal": Problem(z[:1].repeat(66, 1), labels, c),
-        "one class": Problem(z, torch.zeros(33, dtype=torch.int64), c, options={"positives": "label"}),
+        "no positives": Problem(z, torch.arange(n_rows), None, options={"n_views": 1, "positives": "label"}),
+        "all unlabelled": Problem(z, torch.full((n,), -1), c, options={"positives": "label"}),
+        "all unlabelled, one view": Problem(z, torch.full((n_rows,), -1), c, options={"positives": "label", "n_views": 1}),
+        "all rows equal": Problem(z[:1].repeat(n_rows, 1), labels, c),
+        "one class": Problem(z, torch.zeros(n, dtype=torch.int64), c, options={"positives": "label"}),
         "norms 1e-4 to 1e4": Problem(z * scales, labels, c),
         "norms 1e18": Problem(z * 1e18, labels, c),
         "near-duplicates, tau 0.01": Problem(duplicates, labels, c, 0.01),
@@ -259,7 +259,7 @@ def edges() -> dict[str, Problem]:
 NEAR_PROTOTYPES = ("on the prototypes", "zero rows", "one row", "near-duplicates, tau 0.01", "norms 1e18", "no rows")
 
 EDGES = [
-    *((name, "cosine") for name in edges()),
+    *((name, "cosine") for name in edges(66)),
     *itertools.product(NEAR_PROTOTYPES, ("euclidean", "manhattan")),
 ]
 """Each input once, and with the other distances where a row's distance to its prototype is what may break."""

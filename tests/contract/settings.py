@@ -127,21 +127,21 @@ SETTINGS = (
     Setting("cuda-on-host", "cuda", (FLOAT32,), HALF, arrangement={"n_processors": 1}),
     Setting(
         "cuda-on-host-sharing-rows", "cuda", (FLOAT32,), (BFLOAT16,),
-        ("shapes", "forms", "two sides", "negatives", "long rows", "pairs"),
+        ("shapes", "two sides", "long rows", "pairs"),
         arrangement={"n_processors": 1000},
     ),
     Setting(
         "cuda-on-host-in-panels", "cuda", (FLOAT32,), (FLOAT16,), ("shapes", "two sides", *IN_SMALL_TILES), most_rows=150,
         widths=range(1, 41), arrangement={"in_panels": True},
     ),
-    Setting("triton-interpreted", "triton", (FLOAT32,), (FLOAT16,), ("shapes", "two sides", "pairs")),
+    Setting("triton-interpreted", "triton", (FLOAT32,), (FLOAT16,), ("shapes", "two sides", "pairs"), most_rows=150),
     Setting(
         "triton-interpreted-small-tiles", "triton", (FLOAT32,), (), IN_SMALL_TILES, 34, 70, range(1, 41),
         arrangement={"is_wide": False},
     ),
     # In small tiles a block of the wide rows' product takes 16 numbers of the width; wide rows must have more.
     Setting(
-        "triton-interpreted-in-panels", "triton", (FLOAT32,), (FLOAT16,), IN_SMALL_TILES, 50, 70, range(17, 41),
+        "triton-interpreted-in-panels", "triton", (FLOAT32,), (FLOAT16,), IN_SMALL_TILES, 34, 70, range(17, 41),
         arrangement={"is_wide": True},
     ),
     *(Setting(f"{name}-on-gpu", name, (FLOAT32,), HALF, most_rows=10**6, device=GPU) for name in ("cuda", "triton")),

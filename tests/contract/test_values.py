@@ -35,7 +35,7 @@ def test_loss_and_gradients(
 
 def test_edges_are_finite_and_right(setting: Setting, dtype: torch.dtype, edge: tuple[str, str]) -> None:
     name, distance = edge
-    problem = cases.edges()[name].with_options(distance=distance)
+    problem = cases.edges(setting.rows)[name].with_options(distance=distance)
     expected, actual = problem.solve("reference", FLOAT64), problem.solve(setting.backend, dtype, setting.device)
     for number, value in actual.items():
         assert value.isfinite().all(), number
@@ -60,13 +60,13 @@ def test_passes_over_pairs_alone(
     assert_pairs_accurate(setting.backend, dtype, *pairs, temperature=tau, **known)
 
 
-@pytest.mark.takes(width=1)
+@pytest.mark.takes(as_shipped=True, width=1)
 def test_width_one(setting: Setting) -> None:
     """Every cosine is 1 or -1, and every gradient zero."""
     assert_right_at_width(setting, 1, floor=1.0)
 
 
-@pytest.mark.takes(width=4096)
+@pytest.mark.takes(as_shipped=True, width=4096)
 def test_width_4096(setting: Setting) -> None:
     assert_right_at_width(setting, 4096)
 
@@ -137,8 +137,7 @@ def test_the_public_functions_are_these_problems(form: str, setting: Setting) ->
 # ---- numbers in tensors that the host does not read ----------------------------------------------------------------------
 
 READ = {
-    "positives by label": random_problem(2, 17, 20, positives="label"),
-    "a term a row": random_problem(2, 17, 20, positives="label", reduction="none"),
+    "positives by label": random_problem(2, 17, 20, positives="label", reduction="none"),
     "two sides": two_sided_problem(13, 21, 20, labelled=True),
     "negatives": negatives_problem(34, 20),
     "unnormalised": random_problem(1, 34, 20, positives="label", normalize=False),
@@ -148,7 +147,7 @@ READ = {
 
 @pytest.mark.takes(width=20, kernels=True)
 @pytest.mark.parametrize("form", READ)
-@pytest.mark.parametrize("temperature", [0.01, 0.02, 0.1])
+@pytest.mark.parametrize("temperature", [0.01, 0.1])
 def test_the_kernels_read_the_temperature(temperature: float, form: str, setting: Setting) -> None:
     module = next(b for b in backends.BACKENDS if b.name == setting.backend).load()
     tau = float(torch.tensor(temperature))

@@ -274,6 +274,9 @@ def assert_as_good_as_plain(problem: Problem, backend: str, dtype: torch.dtype, 
         # The temperature's gradient is one number, which plain PyTorch may meet by luck: half a unit of the dtype is allowed.
         slack = torch.finfo(dtype).eps / 2 if name == "temperature" else 1e-4
         error, allowed = relative_error(actual[name], value, floor), 2 * relative_error(plain[name], value, floor) + slack
+        if not error <= allowed and value.dim() == 0:  # plain PyTorch may meet one number by luck: both are averaged
+            error, of_plain = errors_of_number(problem, name, (backend, "reference"), dtype, "cpu")
+            allowed = 2 * of_plain + slack
         assert error <= allowed, f"{name}: {error:.2e}, plain PyTorch allows {allowed:.2e}"
 
 
