@@ -73,10 +73,11 @@ newest: ## build and test the package on the newest tested versions
 
 # ---- measurements -------------------------------------------------------------------------------------------------------------
 
-demo: $(call WITH,package demo) ## train an encoder on digits, plain loss against fused loss; writes train_digits.png
+demo: $(call WITH,package demo) ## train on digits with plain PyTorch's loss and with this package's; writes train_digits.png
 	$(BIN)/python examples/train_digits.py
 
-# PRESET=readme BENCH=benchmarks/results/cpu makes the results that the README shows: half an hour on two cores.
+# PRESET=readme BENCH=benchmarks/results/cpu makes the CPU results of docs/performance.md and the picture of the README: half an hour
+# on two cores.
 PRESET ?= quick
 BENCH ?= build/bench
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# tools/test_versions.sh oldest|newest|kernels [options]: tests the package on the versions of torch and Triton that README.md names.
+# tools/test_versions.sh oldest|newest|kernels [options]: tests the package on the versions that docs/installation.md names.
 #
 # oldest, newest   builds the package from source in build/oldest or build/newest, an environment of its own, and tests the installed
 #                  package from a folder without its sources. With "newest" it also compiles a few Triton kernels.

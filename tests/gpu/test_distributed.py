@@ -27,7 +27,7 @@ PARTS: dict[int, Parts] = {1: (600,), 2: (500, 100), 3: (0, 0, 600), 4: (100, 50
 
 @pytest.fixture(scope="module")
 def gpus() -> Iterator[World]:
-    """A rank a GPU, and a CPU backend beside NCCL, as the README has it."""
+    """A rank a GPU, and a CPU backend beside NCCL, as docs/distributed.md has it."""
     yield from world.running(min(torch.cuda.device_count(), 4), "cpu:gloo,cuda:nccl")
 
 
