@@ -53,7 +53,8 @@ struct Backward : Loss {
   void* grad_prototypes;   // (K, D) T
 };
 
-// The passes over pairs alone. Rows are in the order of their positions. There are M rows; the first R, n_results(), get results.
+// The separate passes over pairs. Rows are in the order of their positions. There are M rows; the first R, n_results(), get
+// results.
 struct PairSoftmax : Pairs {
   const void* zhat;  // (M, D) compute_dtype
   // Results, (R,) T each, explained by Softmax in clop_kernels/backends/contract.py.

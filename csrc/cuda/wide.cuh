@@ -27,7 +27,8 @@ constexpr int kPanelThreads = 256, kPanelWarps = kPanelThreads / 32;
 static_assert(most_blocks(8 * kPanelWarps) >= 8, "partial sums have room for a warp a row");
 
 // Adds a panel to the sums of its rows, statistics: (4, N). The first panel of a row begins the sums. With adds_scale, it also
-// adds what positive_logits lack to be sums of S_ip itself. A row that has no columns gets no sums.
+// turns positive_logits, which are sums of S_ip - log2(e) / tau, into sums of S_ip itself. A row that has no columns gets no
+// sums.
 __global__ void __launch_bounds__(kPanelThreads) panel_softmax_kernel(const Panel p) {
   const int row = int(blockIdx.x) * kPanelWarps + int(threadIdx.x / 32), lane = threadIdx.x % 32;
   if (row >= p.n_panel_rows) return;
