@@ -214,8 +214,8 @@ __device__ void finish_loss(const Forward& p, unsigned n_blocks, float* scratch)
   *p.loss = contrastive + prototype_weight * distance;
 }
 
-// The end of the pass: the threads' parts become the partial sums of a block of rows. The last block to finish adds them to the
-// loss. scratch: 33 floats.
+// The end of the pass: the threads' parts become the partial sums of a block of rows. The last block to finish adds up the
+// partial sums of all blocks of rows. scratch: 33 floats.
 template <int kThreads>
 __device__ void finish_block(const Forward& p, const float (&parts)[kPartialSums], unsigned block_of_rows, unsigned n_blocks,
                              float* scratch) {

@@ -47,9 +47,9 @@ struct Tile {
 // One thread's share of the copies of tiles. The tiles are kRows rows of zhat, (N, D), and follow each other in memory. Numbers
 // past the last row or column become zero.
 //
-// Every row begins at a whole chunk of memory, `pitch` numbers after the previous row. Of a row's last chunk only the bytes of
-// the row are read. A copy of 0 bytes reads nothing, wherever it points. Addresses advance from tile to tile, because computing
-// them anew takes more instructions than the copies.
+// Every row begins at a whole chunk of memory, `pitch` numbers after the previous row. If a row ends inside a chunk, only the
+// row's bytes of that chunk are read. A copy of 0 bytes reads nothing, wherever it points. Addresses advance from tile to tile,
+// because computing them anew takes more instructions than the copies.
 template <class T, int kRows, int kThreads, class Tile>
 struct Copies {
   static constexpr int kPerChunk = kChunkBytes / sizeof(T), kChunks = Tile::kRowBytes / kChunkBytes, kAtOnce = kThreads / kChunks;

@@ -10,8 +10,8 @@
 //                grad_i += M z_j,  grad_j += M^T z_i   (library)                                              for i <= j
 //
 // clop_kernels/backends/cuda.py strings these steps together. A warp takes a row of a panel; its lanes take the columns in turn.
-// With sides, a panel has rows of one side and columns of the other; backward, rows of the left side and columns of the right
-// side.
+// With sides, a panel has rows of one side and columns of the other side. In the backward pass, the rows are on the left side and
+// the columns on the right side.
 //
 // Flops, all in the library: 2 N^2 D forward, 3 N^2 D backward; with two sides 4 L R D and 6 L R D. Bytes of a P x P panel: S
 // costs 4 P^2 bytes written and read, and M at 16 bits 2 P^2 bytes written and read twice, for 6 P^2 D flops. At D = 512 that is

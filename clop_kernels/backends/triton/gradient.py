@@ -25,8 +25,8 @@ Near tiles, which may hold positives, the diagonal or the ragged end, take the m
 the splits. Each split writes and reads N D floats, for at most a few rounds of programs.
 
 The sums are stored as float32, and the remaining O(N D) work has its own launch. In this kernel that work would need three (M, D)
-tiles at once, which at D = 128 and 256 spilled 0.5 and 1.6 KB a thread. The spills would move as many bytes as the detour through
-memory does.
+tiles at once, which at D = 128 and 256 spilled 0.5 and 1.6 KB a thread. The spills would move the same number of bytes as the
+detour through memory does.
 
 Flops 4 N^2 D, exponentials N^2 (online: 2 N^2). float32 operations for each pair: scale, a_i + a_j, multiply, round. Bytes: each
 block of rows loads zhat once from L2, N^2 D itemsize / BLOCK_M in all; that is 2 BLOCK_M flops a byte in bfloat16. HBM: O(N D).
