@@ -1,9 +1,9 @@
 """The loss of rows that are spread over the ranks of a process group: exact, without an N x N matrix, and no gradients are sent.
 
 Every rank computes the terms of its own rows against the rows of all ranks. Let M be the pairwise matrix of the gradient
-(:class:`clop_kernels.backends.contract.Coefficients`), so that dL/dzhat_i = 1/tau sum_j M_ij zhat_j. From row j this needs only
-zhat_j and its coefficients, four numbers that come from row j's own softmax. A rank that has received the other ranks' rows, and
-later their coefficients, can therefore compute the exact gradient of the global loss for its own rows.
+(:class:`clop_kernels.backends.contract.Coefficients`), so that dL/dzhat_i = 1/tau sum_j M_ij zhat_j. Of row j, this sum needs
+only zhat_j and the coefficients, four numbers that come from row j's own softmax. A rank that has received the other ranks' rows,
+and later their coefficients, can therefore compute the exact gradient of the global loss for its own rows.
 
 Tile picture for rank 1 in a world of 4. o: pairs within the rank, computed as in one process. x: one way, the rank's rows against
 the rows of another rank::
@@ -12,16 +12,20 @@ the rows of another rank::
     i: rank 1 [  x       o       x       x  ]
 
 "gather" holds the rows of all other ranks at once, sorted by group, and computes all x in one pass: O(N D) memory. "ring"
-computes one x at a time while the rows of the next rank arrive: O(N_local D) memory. With n = N / world rows on each rank, and
-itemsize that of zhat, a rank receives this many bytes in each step, plus four sums::
+computes one x at a time while the rows of the next rank arrive: O(N_local D) memory. In one forward and one backward pass, a rank
+receives the following number of bytes, plus four sums. n = N / world is the number of rows on each rank, and itemsize is that of
+zhat::
 
-    forward    (N - n) (D itemsize + 8 if positives are found by label)
-    backward   gather: (N - n) (8, or by label 16);  ring: (N - n) (D itemsize + 8, or by label 24)
+    forward    (N - n) (D itemsize + k)
+    backward   gather: (N - n) c;  ring: (N - n) (D itemsize + c + k)
+
+Without sides and with positives by instance, k = 0 and c = 8: a and the shift. Otherwise k = 8, the key that finds positives, and
+c = 16: a, b, c and the shift. (Coefficients of float64 rows take twice as many bytes.)
 
 "gather" pads every rank to the largest: it receives the padded rows and holds them until they are sorted. Flops are those of one
-process divided by the world size, except that on a CPU only the tiles of o can serve both of their sides: 2 n N D forward and
-4 n N D backward. The backends compute the passes over pairs. :mod:`clop_kernels.backends.rowwise` does the row-by-row work, and
-:mod:`clop_kernels.shards` knows which rank has which rows.
+process divided by the world size, except on a CPU: there only the tiles of o serve both their rows and their columns, so the
+passes take 2 n N D forward and 4 n N D backward. The backends compute the passes over pairs. :mod:`clop_kernels.backends.rowwise`
+does the row-by-row work, and :mod:`clop_kernels.shards` knows which rank has which rows.
 
 With two sides, a row is compared with all rows of the other side, including this rank's own. There are two one-way passes,
 and no o.
@@ -61,9 +65,10 @@ class _Residuals(NamedTuple):
         groups: (3, n) int32, Groups.table of this rank's rows alone.
         keys: (n,) int64, equal for rows that are positives of each other on different ranks; (0,) if no such rows can exist.
         counts: (2,), the numbers of rows of all ranks in A and in S.
-        gathered_0, gathered_1: for each side (rows + columns, D): its rows, then its columns. (0, D) without a side, or in a
-            ring.
-        crossing_0, crossing_1: (3, rows + columns) int32, Groups.table of these. The order of a column is its place in a gather.
+        gathered_0, gathered_1: (rows + columns, D), for the two entries of ``Plan.sides``: the rows, then the columns that they
+            are compared with. (0, D) if there is no such entry, or in a ring.
+        crossing_0, crossing_1: (3, rows + columns) int32, Groups.table of these rows and columns. The first row of the table
+            holds, for each column, its index in the gathered tensor.
         plan: (3, world) int64 on the CPU, the :class:`Plan` as numbers.
     """
 
@@ -148,7 +153,7 @@ def backward(
     order = residuals.groups[0].to(torch.int64)
     precise = residuals.zhat.to(options.accumulate_dtype)
     grad_loss = grad_loss.to(precise.dtype)
-    # The row weights are at most 1, because M may be rounded to half precision. All ranks share one unit.
+    # The row weights are scaled to at most 1, because M may be rounded to half precision. All ranks divide by the same unit.
     if options.reduction == "none":
         grad_loss = grad_loss.index_select(0, order)
         largest = torch.cat([grad_loss.abs(), grad_loss.new_zeros(1)]).amax()

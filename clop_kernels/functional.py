@@ -1,6 +1,6 @@
 """The losses as functions. Each one checks its arguments (:mod:`clop_kernels.validation`) and calls the operator.
 
-Nothing here reads the values of a tensor. :func:`clop_kernels.ops.check_values` checks them: labels without a prototype, and
+These checks read no tensor's values. :func:`clop_kernels.ops.check_values` does: it finds labels without a prototype, and
 temperatures or weights out of range. It raises on a CPU and never synchronises on a GPU.
 """
 
@@ -74,21 +74,22 @@ def clop_loss(
             every rank returns the same number ("none": the terms of its own rows). Ranks may have different numbers of rows, or
             no rows. All views of an instance must be on one rank. None: the loss of this process alone. See
             :mod:`clop_kernels.distributed`.
-        strategy: how this rank obtains other ranks' rows. "gather": all at once, in O(N D) memory; the backward pass only
-            exchanges a few numbers for each row. "ring": one rank's rows at a time, while it computes with the previous ones, in
+        strategy: how this rank obtains other ranks' rows. "gather": all at once, in O(N D) memory; the backward pass exchanges
+            only a few numbers for each row. "ring": one rank's rows at a time, while it computes with the previous ones, in
             O(N_local D) memory; the backward pass sends the rows again. "auto": "gather" if the gathered rows take at most one
             sixteenth of the device's memory, else "ring".
         grad_scale: gradient scaling with a ``group``. "ddp" multiplies by the world size, so that averaging over ranks
             (DistributedDataParallel, FSDP) restores the gradient of one process with all rows. "none" does not multiply; sum the
-            gradients over the ranks. In both cases the gradients of ``temperature`` and ``prototypes`` are this rank's share.
-            With ``reduction="none"``, gradients are those of the sum of what all ranks compute from their terms, and
-            ``grad_scale`` has no effect. Every rank must run the backward pass, for a scalar loss with the same upstream
-            gradient.
+            gradients over the ranks. In both cases the gradients of ``temperature`` and ``prototypes`` are this rank's part of a
+            sum over the ranks, and are scaled in the same way. With ``reduction="none"``, each rank makes a scalar of its terms.
+            The gradients are those of the sum of these scalars over all ranks, and ``grad_scale`` has no effect. Every rank must
+            run the backward pass. For "mean" and "sum", all ranks must have the same upstream gradient.
         check_ranks: True: ranks first tell each other their sizes and options, so that a mismatch is an error on every rank
             instead of a hang. This is one small exchange. On a GPU it waits for queued work, unless the group has a CPU backend
-            too, as ``init_process_group("cpu:gloo,cuda:nccl")`` gives it. A number that is a GPU tensor is not compared, since
-            the host does not read it; under torch.compile on a GPU, all numbers are GPU tensors. False: nothing is checked. All
-            ranks must then have equal numbers of rows and, for ``strategy="auto"``, devices with equal memory.
+            too, as ``init_process_group("cpu:gloo,cuda:nccl")`` gives it. ``temperature`` and ``prototype_weight`` are not
+            compared if they are GPU tensors, since the host does not read those; under torch.compile on a GPU they always are.
+            False: nothing is checked. All ranks must then have equal numbers of rows and, for ``strategy="auto"``, devices with
+            equal memory.
 
     Returns:
         A tensor of shape (), or (V*B,) for ``reduction="none"``; float32, or float64 for float64 embeddings. Gradients are exact

@@ -8,8 +8,8 @@ graph that is used and dropped at once::
     x ---- sub-batches, no graph ----> z ---> loss        forward
     x ---- sub-batches, each: forward, backward of dL/dz  backward
 
-Both passes form one autograd function. It therefore works with any loss, labels, a learned temperature, a gradient scaler,
-Lightning or accelerate. It costs one more forward pass of the encoder. It keeps the activations of one sub-batch.
+Both passes form one autograd function. Gradient caching therefore works with any loss, labels, a learned temperature, a gradient
+scaler, Lightning or accelerate. It costs one more forward pass of the encoder, and keeps the activations of one sub-batch.
 """
 
 from __future__ import annotations
@@ -76,14 +76,14 @@ def encode(
     Pass all inputs of one encoder in one call. Give each of several encoders (CLIP) its own call.
 
     - *Randomness.* Both passes draw the same dropout masks. ``backward`` leaves the random state as it found it.
-    - *Buffers.* The second pass uses the buffers of the first pass and does not change them: running statistics are
-      updated once a step. BatchNorm in training mode normalises with the statistics of a sub-batch, not of the
-      batch, as in any kind of sub-batching (and on one of several GPUs). ``sub_batch`` is then part of the model.
-      GroupNorm and LayerNorm are not affected.
+    - *Buffers.* The second pass uses the buffers of the first pass and does not change them: running statistics are updated once
+      a step. BatchNorm in training mode normalises with the statistics of a sub-batch, not of the batch, as with gradient
+      accumulation, and as each GPU does under data parallelism. ``sub_batch`` is then part of the model. GroupNorm and LayerNorm
+      are not affected.
     - *Autocast.* The autocast that is active around this call applies to both passes. ``backward`` may stand outside, as usual.
-    - *Distributed.* An encoder under DistributedDataParallel or ``fully_shard`` reduces its gradients once, in the last
-      sub-batch of the second pass. FSDP's gradient synchronisation is on afterwards; until then, FSDP holds unsharded gradients.
-      With FSDP, all ranks need the same number of sub-batches.
+    - *Distributed.* An encoder under DistributedDataParallel or ``fully_shard`` reduces its gradients once, in the last sub-batch
+      of the second pass. Until that sub-batch, FSDP holds unsharded gradients. After ``backward``, FSDP's gradient
+      synchronisation is on. With FSDP, all ranks need the same number of sub-batches.
     - *torch.compile.* Compile the encoder, or the loss. Compiling the step around this call works, but breaks the graph many
       times.
     - *Without gradients.* If ``torch.no_grad()`` is active, or nothing requires grad (a frozen encoder), there is only one pass.

@@ -1,4 +1,4 @@
-"""The losses as modules. The prototypes are a buffer, the temperature is a number or a parameter, and views are arguments."""
+"""The losses as modules. The prototypes are a buffer, the temperature is a number or a parameter. A call takes the views."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ class NTXentLoss(_ContrastiveLoss):
     Args:
         temperature: tau > 0. With ``learnable_temperature`` it is the initial value.
         n_views: V, the number of views in one stacked (V*B, D) tensor. If views are separate arguments, they are counted.
-        reduction: "mean" over the anchors, "sum", or "none" for one term for each row, (V*B,).
+        reduction: "mean" over the anchors, "sum", or "none": each row's term, (V*B,).
         learnable_temperature: True makes ``log_temperature``, the logarithm of tau, a parameter.
         backend: "cuda", "triton", "cpu", "tiled" or "reference". None takes the fastest one that can run here.
         group: the process group over which the rows are spread. Initialise the group first, then build the module. None: the
@@ -193,7 +193,7 @@ class SupConLoss(_ContrastiveLoss):
     Args:
         temperature: tau > 0. With ``learnable_temperature`` it is the initial value.
         n_views: V, the number of views in one stacked (V*B, D) tensor. If views are separate arguments, they are counted.
-        reduction: "mean" over the anchors, "sum", or "none" for one term for each row, (V*B,).
+        reduction: "mean" over the anchors, "sum", or "none": each row's term, (V*B,).
         learnable_temperature: True makes ``log_temperature``, the logarithm of tau, a parameter.
         backend: "cuda", "triton", "cpu", "tiled" or "reference". None takes the fastest one that can run here.
         group: the process group over which the rows are spread. Initialise the group first, then build the module. None: the
@@ -265,13 +265,13 @@ class CLOPLoss(_ContrastiveLoss):
         positives: "instance" (NT-Xent, the paper's default): the other views of an instance. "label" (SupCon): all rows of the
             same label.
         n_views: V, the number of views in one stacked (V*B, D) tensor. If views are separate arguments, they are counted.
-        reduction: "mean", "sum", or "none" for one term for each row, (V*B,).
+        reduction: "mean", "sum", or "none": each row's term, (V*B,).
         learnable_temperature: True makes ``log_temperature``, the logarithm of tau, a parameter.
         prototypes: "orthonormal" or "simplex", drawn at random, or your own (K, D) floating tensor, which is copied.
         generator: a CPU generator, for a reproducible draw of the prototypes. None takes torch's global generator.
         backend: "cuda", "triton", "cpu", "tiled" or "reference". None takes the fastest one that can run here.
         group: the process group over which the rows are spread. Initialise the group first, then build the module on all of its
-            ranks together: every rank gets the prototypes of the first one. None: the loss of this process alone.
+            ranks together: every rank gets the prototypes of the first rank. None: the loss of this process alone.
         strategy, grad_scale, check_ranks: how the ranks of ``group`` work together, as for :func:`clop_kernels.clop_loss`.
         device: where the prototypes and the learned temperature are made. None is torch's default device, or that of your own
             tensor.

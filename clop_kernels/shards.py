@@ -97,7 +97,7 @@ class Plan:
         return self.options.positives == "label" or bool(self.n_right)
 
     def keys(self, labels: Tensor | None, order: Tensor) -> Tensor:
-        """A key for each position, equal for rows that are positives of each other, ascending; -1: no positives elsewhere.
+        """An ascending key for each position. Positives of each other have the same key; -1: no positives elsewhere.
 
         Empty without ``has_keys``.
         """

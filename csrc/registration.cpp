@@ -1,8 +1,8 @@
 // Registers the operators clop_native::* and the Python module whose import loads them. No other file registers anything.
 //
-// This file uses only torch's stable ABI and Python's limited API, so that one build serves every Python >= 3.10 and every
-// torch >= 2.11. clop_kernels/backends/ calls the operators, where autograd and autocast no longer look on. Each operator is
-// one line of CLOP_CPU_OPERATORS or CLOP_CUDA_OPERATORS in the bindings.
+// This file uses only torch's stable ABI and Python's limited API, so that one build serves every Python >= 3.10 and every torch
+// >= 2.11. clop_kernels/backends/ calls the operators, below autograd and autocast. Each operator is one line of
+// CLOP_CPU_OPERATORS or CLOP_CUDA_OPERATORS in the bindings.
 
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>

@@ -3,7 +3,7 @@
     forward(embeddings, labels, prototypes, options) -> (loss, Residuals)
     backward(grad_loss, embeddings, residuals, labels, prototypes, options, needs) -> Gradients
 
-    CHECKS_VALUES: bool    # True: on a GPU, forward itself asserts what ops.check_values checks, which is then not called
+    CHECKS_VALUES: bool    # True: on a GPU, forward itself asserts what ops.check_values checks; check_values is not called
 
 For a loss whose rows are spread over processes (:mod:`clop_kernels.distributed`), the module also exports its two passes over
 pairs, which use the same kernels::
@@ -15,19 +15,19 @@ All four functions run below autograd and autocast, on validated input. They mus
 not allocate anything that grows with N^2. :mod:`clop_kernels.reference` defines what they compute. ``embeddings`` may have any
 strides. ``labels`` (int64), ``prototypes`` (any floating dtype) and ``grad_loss`` are contiguous; the operators ensure this.
 
-The two passes over pairs receive rows that are already normalised, rounded and sorted by positive group. ``zhat`` is
-(M, D), in the compute dtype and contiguous. If ``n_left`` is None, all rows are compared with each other. Otherwise the
-first ``n_left`` rows are compared with the rest, and only they get results (one way). Neither side is empty. ``groups``
-is :meth:`clop_kernels.groups.Groups.table`, (3, M) int32, contiguous. Only starts and ends are read, and only for rows
-that get a result. They are positions in ``zhat``, and both are non-decreasing. Without sides, a row's positive run
-contains the row itself. With sides, the run lies within the right side and may be empty. ``options`` has
-positives="label", no sides, and negatives_only=False.
+The two passes over pairs receive rows that are already normalised, rounded and sorted by positive group. ``zhat`` is (M, D), in
+the compute dtype and contiguous. If ``n_left`` is None, all rows are compared with each other. Otherwise the first ``n_left``
+rows are compared with the rest, and only they get results (one way). Neither side is empty. ``groups`` is
+:meth:`clop_kernels.groups.Groups.table`, (3, M) int32, contiguous. Only starts and ends are read, and only for rows that get a
+result. They are positions in ``zhat``, and both are non-decreasing. Without sides, a row's positive run contains the row itself.
+With sides, the run lies within the right side and may be empty. ``options`` says positives="label", n_left=None (the argument
+``n_left`` counts) and negatives_only=False.
 
-    pair_softmax: the sums over the pairs of each row. If one shift fits all rows, every row gets that shift, whatever it is
-        compared with; the choice depends on ``options`` alone. The caller merges the sums of several calls.
+    pair_softmax: the sums over the pairs of each row. If one shift fits all rows, every row gets that shift in every call,
+        because the choice depends on ``options`` alone. The caller merges the sums of several calls.
     pair_gradient: sum_j M_ij zhat_j, (M, D) or (n_left, D) in the accumulate dtype. ``coefficients`` holds the rows of
         :class:`Coefficients`, (4, M) float32 or float64, contiguous. Its shifts are those that pair_softmax returns. The row
-        weights w_i behind it are at most 1, so M may be rounded to float16.
+        weights w_i in the coefficients are at most 1, so M may be rounded to float16.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ LARGEST_UNSHIFTED_LOGIT = {torch.float32: 60.0, torch.float64: 600.0}
 float64 overflows at exp(709)."""
 
 FLOAT16_SCALE = 2.0**14
-"""The factor of M before it is rounded to float16. M is at most 2, and float16 ranges from 6e-8 to 65504."""
+"""The factor of M before it is rounded to float16. M is at most 2; the smallest float16 is 6e-8, the largest 65504."""
 
 RANKED_INSTANCES = 4096
-"""The largest number of labels that a GPU sorts by counting: B^2 comparisons in one launch instead of the several of a sort."""
+"""The largest number of labels that a GPU sorts by counting: B^2 comparisons in one launch; a sort takes several."""
 
 
 Number = float | Tensor
@@ -105,7 +105,10 @@ class LossOptions(NamedTuple):
 
     @property
     def has_pairs(self) -> bool:
-        """False if no row can have a positive. No pairs are then computed, and the loss is the prototype term alone."""
+        """False if there are no pairs to compute: no row can have a positive, and ``negatives_only`` is False.
+
+        The loss is then only the prototype term.
+        """
         return self.positives == "label" or self.n_views > 1 or self.negatives_only
 
     @property
@@ -197,11 +200,11 @@ def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 class Residuals(NamedTuple):
-    """The O(N D) tensors that the forward pass keeps for the backward pass of the same backend, which also chooses the row order.
+    """The O(N D) tensors that the forward pass keeps for the backward pass. The backend chooses the order of their rows.
 
-    The softmax is kept as a shift and two sums, not as a logarithm, so that a row with one dominating positive keeps its small
-    numbers. sum_{j != i} exp s_ij is 2^shift_i * total_i; the same sum without the positives is 2^shift_i * negative_i. The total
-    is stored as its inverse, so that the backward pass does not divide for every pair.
+    The softmax is kept as a shift and two sums, not as a logarithm, so that a row with one dominating positive keeps the digits
+    of ``negative``. sum_{j != i} exp s_ij is 2^shift_i * total_i; the same sum without the positives is 2^shift_i * negative_i.
+    The total is stored as its inverse, so that the backward pass does not divide for every pair.
 
     Attributes:
         zhat: (N, D) in the compute dtype, the operands of all products, in the layout of :func:`unit_rows`. Without

@@ -22,8 +22,8 @@ class Upstream(NamedTuple):
 
 
 def upstream_of(grad_loss: Tensor, residuals: Residuals, options: LossOptions) -> Upstream:
-    """Splits the upstream gradient. A scalar is the unit itself. With one gradient for each row, the unit is the largest of them,
-    so that no weight exceeds 1.
+    """Splits the upstream gradient. A scalar is the unit itself. With one gradient for each row, the unit is the largest
+    magnitude among them, so that no weight exceeds 1.
     """
     grad_loss = grad_loss.to(torch.float32)
     if options.reduction != "none":

@@ -51,7 +51,7 @@ def merged(parts: Softmax) -> Softmax:
 
 
 def contrastive_terms(softmax: Softmax, n_positives: Tensor, is_anchor: Tensor, zhat: Tensor) -> Tensor:
-    """lse_i - mean_p s_ip, (N,), in a form whose cancellation loses no more than the rounding of the inputs already lost.
+    """lse_i - mean_p s_ip, (N,). Cancellation loses no more digits than the rounding of the statistics already has.
 
     A row outside A has the term 0. If it holds a NaN or an Inf, its term is NaN, so that the fault stays visible.
     """

@@ -15,7 +15,7 @@ main memory sees at most N^2 D / T numbers. Extra memory: a few tiles (1.3 MB ea
 Nothing grows with N^2, or with N times the number of tiles.
 
 With two sides, the loop visits the tiles of left rows and right columns, each once. A tile serves both directions in the same
-way. For M rows against N this is 2 M N D flops forward and 6 M N D backward.
+way. For L rows against R rows this is 2 L R D flops forward and 6 L R D backward.
 
 No shift, and one exponential for each pair. The logits are bounded, |s_ij| <= max |zhat|^2 / tau. Unless the temperature is tiny,
 or unnormalised rows are long, exp(s_ij) neither overflows nor underflows. Its plain sum is then as accurate as a shifted sum, and

@@ -16,7 +16,8 @@ constexpr T kEps = T(1e-12);
 template <class T>
 constexpr T kLargestUnshiftedLogit = sizeof(T) == 8 ? T(600) : T(60);
 
-// CUDA multiplies M, which is at most 2, by this factor before it rounds M to float16, whose range ends at 6e-8 and 65504.
+// CUDA multiplies M, which is at most 2, by this factor before it rounds M to float16, whose positive numbers range from 6e-8 to
+// 65504.
 constexpr float kFloat16Scale = 16384;
 
 // 1 / kEps overflows float16. The gradient of a row of zeros is therefore clipped to this value: an infinity would spoil every

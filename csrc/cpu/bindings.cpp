@@ -130,7 +130,7 @@ void set_loss(Loss& loss, const Options& options, const Tensor& embeddings, cons
     if (loss.labels[k] >= loss.n_classes) throw std::runtime_error("clop_native: labels holds a value without a prototype");
 }
 
-// Fills in and checks the parameters that both passes over pairs alone have.
+// Fills in and checks the parameters that both separate passes over pairs have.
 void set_pairs_alone(Pairs& pairs, const Options& options, const Tensor& zhat, const Tensor& groups) {
   if (!zhat.is_cpu() || zhat.dim() != 2 || zhat.size(1) < 1 || !zhat.is_contiguous())
     throw std::runtime_error("clop_native: zhat: expected (M, D), contiguous, on the CPU");

@@ -24,7 +24,7 @@
     "bool needs_prototypes" CLOP_CPU_OPTIONS_SCHEMA                                                                             \
     ") -> (Tensor? grad_embeddings, Tensor? grad_temperature, Tensor? grad_prototypes)",                                        \
     backward)                                                                                                                   \
-  /* The passes over pairs alone: (M, D) zhat, (3, M) groups, (4, M) coefficients. With n_left >= 0 they go one way. */         \
+  /* The separate passes over pairs: (M, D) zhat, (3, M) groups, (4, M) coefficients. With n_left >= 0 they go one way. */      \
   X(cpu_pair_softmax,                                                                                                           \
     "(Tensor zhat, Tensor groups" CLOP_CPU_OPTIONS_SCHEMA                                                                       \
     ") -> (Tensor shift, Tensor negative, Tensor positive, Tensor positive_logits)",                                            \

@@ -60,7 +60,7 @@ bool is_anchor(const Loss& loss, int64_t k, T total) {
   return loss.negatives_only ? total != 0 : positives_of(loss, run_of(loss, k)) > 0;
 }
 
-// lse_i - mean_p s_ip, in a form that loses no more digits to cancellation than the inputs' rounding already has.
+// lse_i - mean_p s_ip, in a form in which cancellation loses no more digits than the rounding of the statistics already has.
 template <class T>
 double contrastive_term(Softmax<T>& softmax, int64_t row, int64_t n_positives) {
   const double negative = softmax.negative[row], positive = softmax.positive[row];
@@ -252,7 +252,7 @@ void backward(const Backward& b) {
   *static_cast<T*>(b.grad_temperature) = T(sum / (-2 * b.temperature));
 }
 
-// ---- pairs alone -----------------------------------------------------------------------------------------------------
+// ---- the separate passes over pairs ----------------------------------------------------------------------------------
 
 template <class T>
 void pair_softmax(const PairSoftmax& p) {

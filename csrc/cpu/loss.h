@@ -1,4 +1,5 @@
-// The parameters of each pass of the CPU loss, and the table of SIMD levels that compute the passes. Knows nothing of torch.
+// The parameters of each pass of the CPU loss, and the table of SIMD levels that compute the passes. This header does not use
+// torch.
 //
 // Tensors come as pointers. There are N rows of width D, B = N / n_views instances and K prototypes. T is double if compute_dtype
 // is Dtype::float64, else float. A position is an index into the rows sorted by group; see clop_kernels/groups.py.
@@ -53,7 +54,8 @@ struct Backward : Loss {
   void* grad_prototypes;   // (K, D) T
 };
 
-// The passes over pairs alone. Rows are in the order of their positions. There are M rows; the first R, n_results(), get results.
+// The separate passes over pairs. Rows are in the order of their positions. There are M rows; the first R, n_results(), get
+// results.
 struct PairSoftmax : Pairs {
   const void* zhat;  // (M, D) compute_dtype
   // Results, (R,) T each, explained by Softmax in clop_kernels/backends/contract.py.

@@ -15,20 +15,21 @@
 // says why positives are subtracted here, inside the tile.
 //
 // Two sides. The only tiles are those with rows on the left and columns on the right, each visited once. Positives lie where a
-// row's run on the other side is. M rows against N rows take 2 M N D flops forward and 6 M N D backward. One way, a tile serves
-// only its rows, and the backward pass takes 4 M N D.
+// row's run on the other side is. L rows against R rows take 2 L R D flops forward and 6 L R D backward. One way (only left rows
+// get results), a tile serves only its rows, and the backward pass takes 4 L R D.
 //
 // Flops: N^2 D forward, 3 N^2 D backward, and N^2 exponentials in the two passes together.
 //
 // Bytes: a tile of side T reads two blocks of T rows of zhat forward and four backward; backward it also reads and writes two
-// blocks of grad. Everything else stays in the L1 and L2 caches. That is 48 bytes of traffic for T / 2 multiply-adds.
+// blocks of grad. Everything else stays in the L1 and L2 caches. In float32 that is 8 T D bytes for T^2 D multiply-adds forward,
+// and 32 T D bytes for 3 T^2 D multiply-adds backward.
 //
 // Memory: two further forms of zhat, and grad, (N, D) each, and T^2 numbers a thread, 0.2 MB.
 //
 // Order. Tiles are handed out in rounds. Round r has the tiles with i + j = r modulo an odd number of blocks (with two sides: the
-// tiles with j - i = r, counted on each side), so no two tiles of a round share a block. Every second round runs backwards, which
-// puts a whole round between two tiles of one block. Sums of a block are added in the order of the rounds (Turns). The result is
-// therefore the same bits for any number of threads.
+// tiles with j - i = r, counted on each side), so no two tiles of a round share a block. Without sides, every second round hands
+// out its tiles in reverse, so that two successive tiles of a block are always about one round apart. Sums of a block are added
+// in the order of the rounds (Turns). The result is therefore the same bits for any number of threads.
 #pragma once
 
 #include "product.h"
@@ -41,7 +42,8 @@ namespace CLOP_LEVEL {
 template <class T>
 constexpr T kNoShift = sizeof(T) == 8 ? T(-1e300) : T(-1e38);
 
-// The side of a tile. S takes about 240 KB, which together with its panels stays in an L2 cache of 512 KB.
+// The side of a tile. S takes about 240 KB. Together with the panels of zhat that the tile reads, it stays in an L2 cache of 512
+// KB.
 template <class T>
 int64_t tile_side(int64_t n_rows, int64_t asked_for) {
   constexpr int64_t kUnit = kPairColumns<T>, kFewestBlocks = 8;
@@ -78,8 +80,7 @@ class Blocks {
     int64_t i, j, round;
   };
 
-  // False for tasks of a block that does not exist. Such a block makes an even number of blocks odd, or the two sides equally
-  // long.
+  // The blocks are padded: without sides to an odd number, with sides to equally many on both. False for a task of the padding.
   bool has(Task task) const { return task.j < count && (!has_sides() || task.i < n_left); }
 
   // The task of an index, with i <= j.
@@ -90,7 +91,7 @@ class Blocks {
     }
     const int64_t per_round = (modulus_ + 1) / 2, round = index / per_round;
     const int64_t distance = round % 2 == 0 ? index % per_round : per_round - 1 - index % per_round;
-    const int64_t half = round * per_round % modulus_;  // twice this is `round`
+    const int64_t half = round * per_round % modulus_;  // 2 half = round, modulo modulus_
     const int64_t a = (half + distance) % modulus_, b = (half + modulus_ - distance) % modulus_;
     return {a < b ? a : b, a < b ? b : a, round};
   }
@@ -145,7 +146,7 @@ struct Rows {
           const RunOf<int64_t> run = run_of(pairs, i);
           starts[i] = int32_t(run.start), ends[i] = int32_t(run.end);
         }
-        const bool is_columns = b >= blocks.n_left;  // left blocks are never columns: only M^T meets them, unless one way
+        const bool is_columns = b >= blocks.n_left;  // left blocks are never columns of S; only M^T zhat_i reads their panels
         if (is_columns) pack_transposed<T>(begin, end, width, zhat, unshifted ? scale : 1, transposed + slot(b) * width);
         if (with_panels && (is_columns || !is_one_way)) pack_panels<T>(begin, end, width, zhat, panel_size(b), panels_of(b));
       }
@@ -420,8 +421,8 @@ void softmax_of_pairs(Rows<T>& rows, int n_threads, Softmax<T>& softmax) {
 
 // ---- backward --------------------------------------------------------------------------------------------------------
 
-// The coefficients that M is made of, one of each for a row, padded with zeros. For a positive pair M is
-// 2^S (b_i + b_j) - (c_i + c_j), for any other pair 2^S (a_i + a_j).
+// The coefficients that M is made of: a, b, c and the shift of every row, padded with zeros. For a positive pair M is 2^S (b_i +
+// b_j) - (c_i + c_j), for any other pair 2^S (a_i + a_j).
 template <class T>
 struct Coefficients {
   explicit Coefficients(int64_t padded_rows) : a(padded_rows), b(padded_rows), c(padded_rows), shift(padded_rows) {

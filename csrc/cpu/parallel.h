@@ -17,9 +17,9 @@ namespace clop::cpu {
 // next. That made the loss 1.7 times as slow at N = 1024, and with OMP_WAIT_POLICY=active 1.5 times as slow at any N.
 void run_parallel(int n_threads, void (*body)(void* context, int thread), void* context);
 
-// Lets tasks add to shared sums in a fixed order. Each of n owners (a block of rows, say) is taken by its tasks in an order that
-// is known beforehand. Its sum is therefore the same bits for any number of threads. A task waits only for tasks that were handed
-// out before it, so there is no deadlock.
+// Lets tasks add to shared sums in a fixed order. Each of n owners (for example a block of rows) has a sum, to which its tasks
+// add in an order that is known beforehand. The bits of the sum are therefore the same for any number of threads. A task waits
+// only for tasks that were handed out before it, so there is no deadlock.
 class Turns {
  public:
   explicit Turns(int64_t n) : turns_(n) {}

@@ -103,7 +103,8 @@ class Buffer {
   T* data_;
 };
 
-// Calls f(begin, end, part) on equal parts of [0, n). Each part is worth a thread: `cost` is the number of flops of an item.
+// for_ranges calls f(begin, end, part) on equal parts of [0, n), each the work of one thread. `cost` is the number of flops of an
+// item. There are only as many parts as have at least kFlopsWorthAThread flops each.
 constexpr double kFlopsWorthAThread = 1e6;
 
 inline int threads_for(double flops, int n_threads) {

@@ -106,7 +106,7 @@ void set_pairs(Pairs& p, const Options& options, const Tensor& rows, const Tenso
   if (!by_label) p.groups = nullptr;
 }
 
-// The same for a pass over pairs alone.
+// The same for a separate pass over pairs.
 void set_pairs_alone(Pairs& p, const Options& options, const Tensor& zhat, const Tensor& groups, ScalarType compute_dtype,
                      int32_t device) {
   if (options.positives != Positives::label || groups.dim() != 2 || groups.size(1) != zhat.size(0)) refuse("groups", "(3, N)");
@@ -297,7 +297,7 @@ Tensor prototype_gradient(const Tensor& upstream, const MaybeTensor& weights, co
   return partial_gradients;
 }
 
-// ---- pairs alone -------------------------------------------------------------------------------------------------------
+// ---- the separate passes over pairs ------------------------------------------------------------------------------------
 
 Tensor pair_softmax(const Tensor& zhat, const Tensor& groups CLOP_CUDA_OPTIONS_PARAMETERS) {
   const int32_t device = device_of("zhat", zhat);

@@ -37,7 +37,7 @@
     "(Tensor upstream, Tensor? weights, Tensor zhat, Tensor counts, Tensor by_class, Tensor bounds, Tensor prototypes"         \
     CLOP_CUDA_OPTIONS_SCHEMA ") -> Tensor",                                                                                    \
     prototype_gradient)                                                                                                        \
-  /* The contract's passes over pairs alone. (M, D) zhat, (3, M) groups -> (4, M) shift, negative, positive and */             \
+  /* The separate passes over pairs. (M, D) zhat, (3, M) groups -> (4, M) shift, negative, positive and */                     \
   /* positive_logits; with sides, of the left rows only. (4, M) float32 a, b, c, shift -> (M, D) or (n_left, D) sums. */       \
   /* For wide rows, cuda_pair_coefficients makes the coefficients that cuda_panel_pairs takes. */                              \
   X(cuda_pair_softmax, "(Tensor zhat, Tensor groups" CLOP_CUDA_OPTIONS_SCHEMA ") -> Tensor", pair_softmax)                     \
@@ -45,7 +45,7 @@
   X(cuda_pair_coefficients, "(Tensor zhat, Tensor groups, Tensor given" CLOP_CUDA_OPTIONS_SCHEMA ") -> Tensor",                \
     pair_coefficients)                                                                                                         \
   /* Wide rows: the kernels between the library's products, which clop_kernels/backends/cuda.py calls. adds_scale: make the */ \
-  /* statistics those of a pass over pairs alone. */                                                                           \
+  /* statistics those that cuda_pair_softmax returns. */                                                                       \
   X(cuda_panel_softmax,                                                                                                        \
     "(Tensor products, int first_row, int first_column, Tensor(a!) statistics, Tensor zhat, Tensor groups, bool adds_scale"    \
     CLOP_CUDA_OPTIONS_SCHEMA ") -> ()",                                                                                        \

@@ -111,8 +111,8 @@ __device__ float finish_row(const Backward& p, const Scale& scale, int position,
   return share;
 }
 
-// Adds the warps' shares, each the same in all lanes of its warp, to the share of a block of rows. The last block to finish adds
-// the shares of all blocks to the temperature's gradient. scratch: 33 floats.
+// Adds up the shares of the warps; all lanes of a warp hold the same share. The sum is the share of a block of rows. The last
+// block to finish adds up the shares of all blocks of rows; the result is the temperature's gradient. scratch: 33 floats.
 template <int kThreads>
 __device__ void finish_temperature(const Backward& p, float share, unsigned block_of_rows, unsigned n_blocks, float* scratch) {
   if (p.grad_temperature == nullptr) return;

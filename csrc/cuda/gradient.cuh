@@ -1,15 +1,16 @@
 // The last launch of the backward pass: the gradient of the raw rows, and of the temperature.
 //
 // Let e_ij = 2^(S_ij - shift), w_i the upstream gradient of row i's term, n_i its number of positives, and a_i = w_i / total_i (0
-// for a row that is no anchor). Then
+// for a row that is no anchor). If all rows have the same shift, then
 //
 //     dL/dzhat_i = 1/tau sum_{j != i} M_ij zhat_j        M_ij = e_ij (a_i + a_j)                      j not a positive
 //                                                        M_ij = e_ij (b_i + b_j) - (c_i + c_j)        j a positive of i
 //     n_i > 1:  b_i = a_i,  c_i = w_i / n_i              n_i = 1:  b_i = 0,  c_i = w_i negative_i / total_i
 //
-// For n_i = 1 this is the same number, found without a subtraction. M_ij is 0 if i and j are not a pair. M is symmetric, and its
-// rows need no sums over other rows: a block that owns rows i makes their whole gradient. The gradient needs no atomics and has
-// the same bits from run to run.
+// For n_i = 1 both choices of b and c give the same M; the second choice avoids a subtraction that cancels. With a shift for each
+// row, 2^(S_ij - shift_j) a_j replaces e_ij a_j, and the same for b_j. M_ij is 0 if i and j are not a pair. M is symmetric, so
+// row i's gradient is one sum over j: a block that owns rows i makes their whole gradient, and no other block adds to it. The
+// gradient needs no atomics and has the same bits from run to run.
 //
 // Tile picture: pairs.cuh. This is attention with K = V = zhat. One column tile k in shared memory serves both products, and S
 // becomes the A operand of the second product without leaving its registers:
@@ -18,8 +19,8 @@
 //
 // At the end, warps take whole rows of G by way of shared memory, and finish.cuh turns each into the gradient of the raw row.
 //
-// Units: w_i is 1 for an anchor, or the row's upstream gradient over the largest one. Hence M <= 2, whatever the loss is scaled
-// by.
+// Units: w_i is 1 for an anchor. With Reduction::none it is the row's upstream gradient, divided by the largest magnitude among
+// all rows. Hence |M| <= 2, whatever the loss is scaled by.
 //
 // Flops: 4 N^2 D, and N^2 exponentials (twice as many for tau < 0.026 and for unnormalised rows); with two sides 8 L R D and 2 L
 // R. Besides the products, a pair costs a multiply-add, an ex2, an add, a multiply and half a conversion.
@@ -28,15 +29,15 @@
 // memory sees O(N D). If n blocks share rows, their sums are 4 n N W bytes, written to L2 and read from there. From shared memory
 // each warp reads a column tile twice, once for each product, and its rows of q once for each tile.
 //
-// Predicted for the H200 of softmax.cuh at N = 65536, 16 bits. D = 128: 2.2 Tflop take 3.5 ms on matrix units, 3.4 ms of shared
-// memory and 1.1 ms of ex2. D = 256, with 16 rows a warp: 7.1 ms on matrix units and 11.3 ms of shared memory, which limits it.
-// With the forward pass that is 5.3 and 15.8 ms at best: 63% and 42% of 990 Tflop/s, by 6 N^2 D. Measured there: 11.4 and 26.9
-// ms. That includes the host, and is of an older version, whose walks had more instructions and whose blocks did not share rows.
-// A profile has yet to explain the difference.
+// Predicted with the rates of an H200 in softmax.cuh, at N = 65536, 16 bits. D = 128: 2.2 Tflop take 3.5 ms on matrix units, 3.4
+// ms of shared memory and 1.1 ms of ex2. D = 256, with 16 rows a warp: 7.1 ms on matrix units and 11.3 ms of shared memory, which
+// limits it. Forward and backward together take 5.3 ms (D = 128) and 15.8 ms (D = 256) at best: 63% and 42% of 990 Tflop/s, by 6
+// N^2 D. An H200 took 11.4 and 26.9 ms. These times include the host, and are of an older version, whose walks had more
+// instructions and whose blocks did not share rows. A profile has yet to explain the difference.
 //
-// Instructions of a warp for a far tile of 32 columns at D = 128, 16 bits, one shift, in code for sm_90 that has no other path:
-// 429, of which 128 mma, 48 ldmatrix, 5 cp.async, 144 for M. It was 510 before addresses advanced from tile to tile and the rows'
-// a_i stayed in registers.
+// Instructions of a warp for a far tile of 32 columns at D = 128, 16 bits, one shift, counted in a build for sm_90 that has only
+// this path: 429, of which 128 mma, 48 ldmatrix, 5 cp.async, 144 for M. A version that computed addresses anew for each tile, and
+// did not keep the rows' a_i in registers, had 510.
 #pragma once
 
 #include "finish.cuh"
@@ -66,7 +67,7 @@ constexpr int kCoefficientThreads = 128;
 
 __device__ inline int position_of_thread() { return int(blockIdx.x) * kCoefficientThreads + int(threadIdx.x); }
 
-// Writes the coefficients of a position, and resets a counter for the next launch.
+// Writes the coefficients of a position, and resets one of the counters n_finished for the next launch.
 __device__ inline void lay_out(const PairGradient& p, int position, const Run& run, float a, const OfPositive& of_positive,
                                float shift) {
   const LaidOut to{p.coefficients, p.n_padded};
@@ -94,7 +95,7 @@ __global__ void __launch_bounds__(kCoefficientThreads) coefficients_kernel(const
   lay_out(p, position, run, a, of_positive, shift);
 }
 
-// Takes the coefficients that a pass over pairs alone is given. A thread takes a position.
+// Lays out coefficients that the caller gives (the separate pass pair_gradient). A thread takes a position.
 __global__ void __launch_bounds__(kCoefficientThreads) given_coefficients_kernel(const PairGradient p) {
   const int position = position_of_thread();
   float a = 0.0f, shift = 0.0f;
@@ -169,9 +170,9 @@ __device__ void weigh_tile(const Pairs& p, const Span<S>& span, const LaidOut& o
 
 // G += M k, for one tile of columns.
 //
-// Matrix units cut the sums that they keep off, toward zero. Over many columns this becomes a bias: 1e-4 of a float32 gradient at
-// N = 13200, measured on an H200. Beside the rounding of half precision it is small. Exact kinds therefore begin the sums of each
-// tile at zero, and add them to G in float32, which rounds to nearest.
+// Matrix units truncate their running sums toward zero. Over many columns this becomes a bias: 1e-4 of a float32 gradient at N =
+// 13200, measured on an H200. Beside the rounding of half precision it is small. Products with kIsExact therefore begin the sums
+// of each tile at zero, and add them to G in ordinary float32, which rounds to nearest.
 template <class S>
 __device__ void add_products(float (&gradient)[S::kRowTiles][S::kWidth / 8][4], const float (&m)[S::kRowTiles][S::kTiles][4],
                              const typename S::Rows& columns, const Place<S>& place) {
@@ -273,8 +274,8 @@ __global__ void __launch_bounds__(S::kThreads, kGradientBlocks<S>) gradient_kern
     add_products<S>(gradient, s, memory.columns(stage), place);
   });
 
-  // Add the sums of the blocks that share these rows, in their order. Each block stores its fragments as they are, four numbers a
-  // thread at a time. All but the last block to finish leave here.
+  // Add the sums of the blocks that share these rows, in the order of the blocks. Each block stores its fragments as they are,
+  // four numbers a thread at a time. All but the last block to finish leave here.
   const Share<S> share_of_rows(p);
   if (share_of_rows.n_blocks > 1) {
     const auto place_of = [&](int block, int r, int n) {
@@ -304,8 +305,9 @@ __global__ void __launch_bounds__(S::kThreads, kGradientBlocks<S>) gradient_kern
     __syncthreads();  // all threads have read the flag of is_last_block
   }
 
-  // From fragments to whole rows. The fragments go through the memory where the columns were, and a warp then takes whole rows of
-  // it. A piece has kPartRows rows of every warp: 16 if they fit, else 8 or 4. Numbers are swizzled as chunks are.
+  // From fragments to whole rows. The fragments are written to the memory where the columns were, and each warp then reads whole
+  // rows from there. A piece has kPartRows rows of every warp: 16 if they fit, else 8 or 4. Numbers are swizzled as the chunks of
+  // a tile are (tiles.cuh).
   constexpr int kPartBytes = S::kWarps * S::kWidth * int(sizeof(float));
   constexpr int kPartRows = S::kStages * S::kColumnBytes >= 16 * kPartBytes  ? 16
                             : S::kStages * S::kColumnBytes >= 8 * kPartBytes ? 8

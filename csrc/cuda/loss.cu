@@ -61,8 +61,8 @@ struct Plan {
 
 // Chooses how many blocks share the same rows. Few rows make fewer blocks than the processors take at once; with more rows, many
 // processors may get no block in the last round. The time of a grid is its number of rounds (n_places blocks run at once) times
-// the length of a walk, plus the cost of sharing. A larger number of sharing blocks must save a twentieth of the time. Walks are
-// equally long on both sides.
+// the length of a walk, plus the cost of sharing. A larger number of sharing blocks must save at least a twentieth of the least
+// time so far. Walks are equally long on both sides.
 template <class S>
 Plan plan_of(const Pairs& p, int64_t n_places, int64_t part_columns) {
   const auto n_tiles_of = [&](int64_t n_blocks_of_rows, int64_t first_row) -> int64_t {
@@ -146,7 +146,7 @@ bool is_valid_loss(const Pass& p) {
   return is_valid(static_cast<const Pairs&>(p)) && is_valid(static_cast<const Classes&>(p));
 }
 
-// Whether a pass over pairs alone is valid: it has groups by label, and no side is empty.
+// Whether a separate pass over pairs is valid: it has groups by label, and no side is empty.
 bool is_valid_alone(const Pairs& p) {
   return is_valid(p) && p.groups != nullptr && p.n_left != 0 && p.n_left != p.n_rows && p.is_one_way == (p.n_left >= 0);
 }

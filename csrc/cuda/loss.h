@@ -82,7 +82,7 @@ struct Prologue : Pairs, Classes {
   unsigned* n_finished;  // (n_counters(N),) or null; set to zero for the launch that follows
 };
 
-// Parameters of the forward pass over pairs alone.
+// Parameters of pair_softmax, the separate forward pass over pairs.
 struct PairSoftmax : Pairs {
   float* statistics;  // (4, N) by position, the result; for wide rows the panels have made it
   // Scratch.
@@ -104,7 +104,7 @@ struct Forward : PairSoftmax, Classes {
 // Sums of contrastive terms and of distances; numbers of anchors, of labelled rows, and of labels without a prototype.
 constexpr int kPartialSums = 5;
 
-// Parameters of the backward pass over pairs alone.
+// Parameters of pair_gradient, the separate backward pass over pairs.
 struct PairGradient : Pairs {
   const float* given;  // (4, N): a, b, c, shift. Null: the first launch makes them from Forward's results
   float* sums;         // (N, D) by position: sum_j M_ij zhat_j, the result; for wide rows the input of the end of the pass
@@ -132,7 +132,7 @@ struct Panel : Pairs {
   const float* products;  // (n_panel_rows, n_panel_columns): zhat_i . zhat_j
   int64_t first_row, first_column, n_panel_rows, n_panel_columns;
   float* statistics;    // forward, (4, N) by position: RowSums in softmax.cuh; the panel is added to it
-  bool adds_scale;      // make positive_logits the sums of S_ip itself, as a pass over pairs alone returns them
+  bool adds_scale;      // make positive_logits the sums of S_ip itself, as pair_softmax returns them
   float* coefficients;  // backward: as in PairGradient, with n_padded
   int64_t n_padded;
   void* pairs;  // backward, (n_panel_rows, n_panel_columns) compute_dtype: M
@@ -147,8 +147,8 @@ struct PrototypeGradient : Pairs, Classes {
   float* partial_gradients;  // (n_parts, K, D), the result: its sum over n_parts is the gradient
 };
 
-// The number of rows of the coefficients. It leaves room for whole tiles of 128 from any row on: with sides, a tile begins where
-// its side begins.
+// The length of each coefficient's row. It leaves room for whole tiles of 128 from any position on, because the first tile of the
+// right side begins at n_left.
 constexpr int64_t padded_rows(int64_t n_rows) { return (n_rows + 255) / 128 * 128; }
 
 // Whether rows are too wide to stay on chip as operands of both products. Wide rows go by panels.

@@ -6,7 +6,7 @@
 //
 //                     columns j, kColumns at a time
 //                      near  near
-//     rows i  [ q ]   |  S  |  P  |  S  | ... |  S  |      S_ij = zhat_i . zhat_j log2(e) / tau;  P: positives, the diagonal
+//     rows i  [ q ]   |  P  |  P  |  S  | ... |  S  |      S_ij = zhat_i . zhat_j log2(e) / tau;  P: S, with masks
 //
 // Two sides, L rows on the left and R rows on the right: a block owns rows of one side and walks over the columns of the other
 // side. Blocks of left rows come first in the grid. The walks visit 2 L R pairs, half of N^2 if the sides are equally long; every
@@ -29,8 +29,8 @@
 //     columns  [ tiles of block 0 | tiles of block 1 | tiles of block 2 | fewer, of block 3 ]     4 blocks share the rows
 //
 // Near and far tiles. Rows are sorted by group, so positives lie together; without sides they lie near the diagonal. Only near
-// tiles pay for masks: tiles that may hold positives or the diagonal, or columns outside the walk. All blocks walk in the same
-// order, so tiles of columns come from L2 (within one part of the columns at a time).
+// tiles pay for masks: tiles that may hold positives or the diagonal, or columns outside the walk. All blocks with the same part
+// of the columns walk over it in the same order, so tiles of columns come from L2.
 #pragma once
 
 #include "loss.h"
@@ -43,11 +43,11 @@ constexpr float kLn2 = 0.693147181f;
 // The largest log2(e) / tau, in bits, for which 2^S needs no running maximum.
 //
 // For unit rows, log2(e) / tau is the largest possible S, that of two equal rows. It serves as the shift of all rows. S - shift
-// is at least -2 log2(e) / tau. While that is at least -110, 2^(S - shift) is at least 2^-110, a normal float with room for the
-// number that it is divided by. The shift is part of the multiply-add that scales the product, so S - shift has all its digits
-// where S is largest, as near-duplicate views need. Without a shift, S would be rounded at the magnitude of log2(e) / tau.
-// Unnormalised rows may have any S and always take the maximum. (The CPU does not shift in this case and has room for more:
-// kLargestUnshiftedLogit.)
+// is at least -2 log2(e) / tau. While that is at least -110, 2^(S - shift) is at least 2^-110. That is a normal float, and stays
+// one if it is divided by a total of up to 2^16. The shift is part of the multiply-add that scales the product, so S - shift has
+// all its digits where S is largest, as near-duplicate views need. Without a shift, S would be rounded at the magnitude of
+// log2(e) / tau. Unnormalised rows may have any S and always take the maximum. (Where this kernel has one shift for all rows, the
+// CPU has none, and its bound is larger: kLargestUnshiftedLogit.)
 constexpr float kLargestUnshiftedBits = 55.0f;
 
 constexpr float kLeastShift = -1e38f;  // where a running maximum starts: finite, so that no two infinities are subtracted
@@ -76,8 +76,9 @@ struct Shape {
   static_assert(kRows == kBlockRows);
 };
 
-// The shape for rows of kWidth numbers. Rows of 512 bytes, and operands that come in parts, leave registers for only 16 rows a
-// warp. 64 columns at a time take too many registers where the gradient already takes 128.
+// The shape for rows of kWidth numbers. A warp has 32 rows, or 16 if rows have 512 bytes or numbers have 32 bits (kIsHeavy),
+// because there are no registers for more. A tile has 64 columns, or 32 if rows have more than 128 bytes: 64 columns spill where
+// the gradient alone takes 128 registers.
 template <class Product, int kWidth>
 constexpr int kBytesOf = kWidth * int(sizeof(typename Product::Element));
 template <class Product, int kWidth>
@@ -98,7 +99,8 @@ __host__ __device__ inline Run columns_of(const Pairs& p, int position) {
   return position < n_left ? Run{n_left, n_rows} : Run{0, n_left};
 }
 
-// For near tiles: which columns, counted from an origin, make a pair with a position, and which of those are positives.
+// For near tiles: which columns make a pair with a position, and which of these pairs are positives. Columns are counted from
+// `origin`. In softmax.cuh that is the thread's first column, so that the compiler knows its columns.
 struct Mask {
   int position;
   Run columns, run;
@@ -121,7 +123,7 @@ struct Scale : LogitScale {
       : LogitScale(p.temperature.tensor != nullptr ? logit_scale(double(*p.temperature.tensor)) : p.scale) {}
   // Whether all rows have the same shift, `value`.
   __device__ bool is_fixed(const Options& p) const { return p.normalize && value <= kLargestUnshiftedBits; }
-  // S - shift, as precisely as the products are.
+  // S - shift. Exact products take both floats of log2(e) / tau, the others only `value`.
   template <class Product>
   __device__ float apply(float product, float shift) const {
     return Product::kIsExact ? exact(product, shift) : fmaf(product, value, -shift);
@@ -164,10 +166,10 @@ struct Share {
   }
 };
 
-// What a block walks over: its rows of one side, and its part of the columns of the other side.
+// What a block walks over: its rows, and its part of the columns that these rows are compared with.
 template <class S>
 struct Span {
-  int first_row, row_end;  // kRows rows, cut off at row_end, the end of their side; positions are int32, and so is N
+  int first_row, row_end;  // kRows rows, cut off at row_end, the end of their side; positions fit into an int
   Run columns;
 
   __device__ explicit Span(const Pairs& p) {
@@ -221,9 +223,9 @@ struct Memory {
   __device__ float* scratch() const { return reinterpret_cast<float*>(base + S::kRowBytes); }
 };
 
-// The walk. It calls visit(first column, stage, s) for each tile of columns, where s is S / scale in registers. The first
-// n_numbers rows of `numbers`, (n_numbers, stride), are copied with the columns; they must extend past the last column. kHold
-// keeps the A operands of q in registers.
+// The walk. It calls visit(first column, stage, s) for each tile of columns, where s is S / scale in registers. `numbers` has
+// rows of `stride` floats, one float for each position. Its first n_numbers rows are copied with the columns. They must be long
+// enough for whole tiles, past the last column. kHold keeps the A operands of q in registers.
 //
 // Copies run kStages - 1 tiles ahead of the products. Each turn of the loop waits for the oldest stage, starts the copy of a new
 // tile into the stage that has just become free, multiplies, and visits.
@@ -234,11 +236,11 @@ __device__ void walk(const Pairs& p, const Span<S>& span, const float* numbers, 
   const auto* const zhat = static_cast<const typename S::Element*>(p.zhat);
   const Memory<S> memory;
   // Matrix units cut their sums off, toward zero, at the precision of the sum so far. Over the whole width this would lose digits
-  // of the largest S, which near-duplicates need. Exact kinds therefore let the units add only two steps, and add these pieces in
-  // float32, which rounds to nearest.
+  // of the largest S, which near-duplicates need. Products with kIsExact (tiles.cuh) therefore sum only two steps in the matrix
+  // units. The pieces are then added in ordinary float32, which rounds to nearest.
   constexpr int kPiece = Product::kIsExact ? 2 : 1;
   static_assert(S::kSteps % kPiece == 0);
-  // Fully unrolled, the compiler would begin all pieces at once, and there are not enough registers for that.
+  // If the loop were fully unrolled, the compiler would begin all pieces at once. There are not enough registers for that.
   [[maybe_unused]] constexpr int kAtOnce = Product::kIsExact ? 2 : S::kSteps;
   const int width = int(p.width), pitch = int(p.pitch);
   const int begin = first_column_of(span.columns), end = span.columns.end;

@@ -21,16 +21,16 @@
 //
 // Predicted for an H200 at N = 65536, 16 bits. (132 processors at 1.8 GHz; mma.sync at 620 of wgmma's 990 Tflop/s; 128 bytes of
 // shared memory and 16 ex2 a cycle and processor.) D = 128: 1.1 Tflop take 1.8 ms on matrix units, 1.1 ms of shared memory and
-// 1.1 ms of ex2. D = 256, with 16 rows a warp: 3.5 ms on matrix units and 4.5 ms of shared memory, which limits it. Measured
-// there: 5.2 ms and 10.2 ms, more than twice as much. That includes the host, and is of an older version, whose walks had more
+// 1.1 ms of ex2. D = 256, with 16 rows a warp: 3.5 ms on matrix units and 4.5 ms of shared memory, which limits it. An H200 took
+// 5.2 ms and 10.2 ms, more than twice as much. These times include the host, and are of an older version, whose walks had more
 // instructions and whose blocks did not share rows. A profile has yet to explain the difference.
 //
-// Instructions of a warp for a far tile of 32 columns at D = 128, 16 bits, one shift, in code for sm_90 that has no other path:
-// 235, of which 64 mma, 16 ldmatrix, 4 cp.async, 100 for exponentials and their sums. It was 305 before addresses advanced from
-// tile to tile.
+// Instructions of a warp for a far tile of 32 columns at D = 128, 16 bits, one shift, counted in a build for sm_90 that has only
+// this path: 235, of which 64 mma, 16 ldmatrix, 4 cp.async, 100 for exponentials and their sums. A version that computed
+// addresses anew for each tile had 305.
 //
-// The last block to finish adds the partial sums of all blocks of rows, in their order, to the loss. This needs no launch of its
-// own, and the bits are the same from run to run.
+// The last block to finish adds up the partial sums of all blocks of rows, in the order of the blocks; the result is the loss.
+// This needs no launch of its own, and the bits are the same from run to run.
 #pragma once
 
 #include "pairs.cuh"
@@ -99,8 +99,8 @@ __device__ inline float log1p_series(float x) {
   return 2.0f * (r + r * square * series);
 }
 
-// lse_i - mean_p s_ip, in a form that loses no more digits to cancellation than the inputs' rounding already has. lse_i if there
-// are no positives.
+// lse_i - mean_p s_ip, or lse_i if there are no positives. In this form, cancellation loses no more digits than the rounding of
+// the statistics already has.
 __device__ inline float contrastive_term(const RowSums& row, int n_positives, const Scale& scale) {
   if (n_positives == 1 && row.negative < row.positive) return log1p_series(row.negative / row.positive);
   const float total = row.negative + row.positive;
@@ -158,7 +158,7 @@ __device__ void add_tile(const Pairs& p, const Span<S>& span, const Scale& scale
 
 // ---- from the sums to the loss -----------------------------------------------------------------------------------------------
 
-// Makes positive_logits the sum of S_ip itself, as a pass over pairs alone returns it.
+// Makes positive_logits the sum of S_ip itself, as the separate pass pair_softmax returns it.
 __device__ inline RowSums with_whole_logits(const Pairs& p, const Scale& scale, int position, RowSums row) {
   row.positive_logits = fmaf(float(positives_of(p, run_of(p, position))), scale.value, row.positive_logits);
   return row;
@@ -185,7 +185,7 @@ __device__ inline void finish_term(const Forward& p, const Scale& scale, int pos
   if (p.reduction == Reduction::none) p.loss[row_index] = term + read(p.prototype_weight) * distance;
 }
 
-// Adds the partial sums of all blocks of rows to the loss. Only the last block calls it.
+// Adds up the partial sums of all blocks of rows, which gives the loss. Only the last block calls it.
 template <int kThreads>
 __device__ void finish_loss(const Forward& p, unsigned n_blocks, float* scratch) {
   float sums[kPartialSums];
@@ -214,8 +214,8 @@ __device__ void finish_loss(const Forward& p, unsigned n_blocks, float* scratch)
   *p.loss = contrastive + prototype_weight * distance;
 }
 
-// The end of the pass: the threads' parts become the partial sums of a block of rows. The last block to finish adds them to the
-// loss. scratch: 33 floats.
+// The end of the pass: the threads' parts become the partial sums of a block of rows. The last block to finish adds up the
+// partial sums of all blocks of rows. scratch: 33 floats.
 template <int kThreads>
 __device__ void finish_block(const Forward& p, const float (&parts)[kPartialSums], unsigned block_of_rows, unsigned n_blocks,
                              float* scratch) {
@@ -267,7 +267,7 @@ __global__ void __launch_bounds__(S::kThreads, kSoftmaxBlocks<S>) softmax_kernel
   RowSums row = of_rows[threadIdx.x % S::kRows];
   float* const scratch = reinterpret_cast<float*>(memory.base);  // where the rows q were, which are no longer needed
 
-  // Merge the blocks that share these rows, in their order. All but the last to finish leave here.
+  // Merge the sums of the blocks that share these rows, in the order of the blocks. All blocks but the last to finish leave here.
   const Share<S> share(p);
   if (share.n_blocks > 1) {
     const auto place_of = [&](int block) {
@@ -281,7 +281,7 @@ __global__ void __launch_bounds__(S::kThreads, kSoftmaxBlocks<S>) softmax_kernel
     }
   }
 
-  // Each row's term of the loss, or, for a pass over pairs alone, the statistics.
+  // Each row's term of the loss; for the separate pass pair_softmax, the statistics.
   float parts[kPartialSums] = {};
   const int position = span.first_row + int(threadIdx.x);
   const bool is_row = threadIdx.x < S::kRows && position < span.row_end;

@@ -47,9 +47,9 @@ struct Tile {
 // One thread's share of the copies of tiles. The tiles are kRows rows of zhat, (N, D), and follow each other in memory. Numbers
 // past the last row or column become zero.
 //
-// Every row begins at a whole chunk of memory, `pitch` numbers after the previous row. Of a row's last chunk only the bytes of
-// the row are read. A copy of 0 bytes reads nothing, wherever it points. Addresses advance from tile to tile, because computing
-// them anew takes more instructions than the copies.
+// Every row begins at a whole chunk of memory, `pitch` numbers after the previous row. If a row ends inside a chunk, only the
+// row's bytes of that chunk are read. A copy of 0 bytes reads nothing, wherever it points. Addresses advance from tile to tile,
+// because computing them anew takes more instructions than the copies.
 template <class T, int kRows, int kThreads, class Tile>
 struct Copies {
   static constexpr int kPerChunk = kChunkBytes / sizeof(T), kChunks = Tile::kRowBytes / kChunkBytes, kAtOnce = kThreads / kChunks;
@@ -57,7 +57,7 @@ struct Copies {
   static_assert(kAtOnce % 8 == 0, "the swizzle is the same in all rows of a thread");
 
   const T* from;
-  int n_left;  // rows from `from` on; none if the chunk is past the last column
+  int n_left;  // rows from `from` on; 0 if the chunk is past the last column
   int place, bytes, pitch;
   bool is_whole;  // whether the width is a whole number of chunks
 
@@ -97,7 +97,7 @@ struct Copies {
 //     load_transposed(b, tile, row, column, lane)
 //                                         B of the columns [column, column + 8) and the next 8; k are the rows from `row` on
 //     multiply(c, a, b)                   c += a b
-//     kIsExact                            whether products are so exact that log2(e) / tau must be the sum of two floats
+//     kIsExact                            whether products are as good as in float32; log2(e) / tau is then two floats
 
 // 16-bit numbers: what bfloat16 and float16 have in common.
 

@@ -10,8 +10,8 @@
 //                grad_i += M z_j,  grad_j += M^T z_i   (library)                                              for i <= j
 //
 // clop_kernels/backends/cuda.py strings these steps together. A warp takes a row of a panel; its lanes take the columns in turn.
-// With sides, a panel has rows of one side and columns of the other; backward, rows of the left side and columns of the right
-// side.
+// With sides, a panel has rows of one side and columns of the other side. In the backward pass, the rows are on the left side and
+// the columns on the right side.
 //
 // Flops, all in the library: 2 N^2 D forward, 3 N^2 D backward; with two sides 4 L R D and 6 L R D. Bytes of a P x P panel: S
 // costs 4 P^2 bytes written and read, and M at 16 bits 2 P^2 bytes written and read twice, for 6 P^2 D flops. At D = 512 that is
@@ -27,7 +27,8 @@ constexpr int kPanelThreads = 256, kPanelWarps = kPanelThreads / 32;
 static_assert(most_blocks(8 * kPanelWarps) >= 8, "partial sums have room for a warp a row");
 
 // Adds a panel to the sums of its rows, statistics: (4, N). The first panel of a row begins the sums. With adds_scale, it also
-// adds what positive_logits lack to be sums of S_ip itself. A row that has no columns gets no sums.
+// turns positive_logits, which are sums of S_ip - log2(e) / tau, into sums of S_ip itself. A row that has no columns gets no
+// sums.
 __global__ void __launch_bounds__(kPanelThreads) panel_softmax_kernel(const Panel p) {
   const int row = int(blockIdx.x) * kPanelWarps + int(threadIdx.x / 32), lane = threadIdx.x % 32;
   if (row >= p.n_panel_rows) return;

@@ -1,8 +1,8 @@
 """The CUDA kernels' own source on a CPU: csrc/cuda/ compiled with g++ against simt.h, which runs a grid there.
 
-All of it is: the kernels, their launches, and the operators, which runtime.cpp registers for tensors of the CPU as
-``torch.ops.clop_host``. :func:`load` compiles it, with ninja. :class:`Kernels`, which the backend ``cuda`` calls in a test, puts
-NaN around what the operators are given.
+All of csrc/cuda/ is compiled, except for its runtime.cpp: the kernels, their launches, and the operators. The runtime.cpp of this
+folder registers the operators for CPU tensors as ``torch.ops.clop_host``. :func:`load` compiles all of this, with ninja. In a
+test the backend ``cuda`` calls :class:`Kernels`, which puts NaN between the rows of zhat that operators are given.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-"""Of embeddings."""
+"""The dtypes of embeddings."""
 
 ORDERS = ("forward", "reverse", "shuffled")
-"""In which the threads of a block may run; set_order of the module."""
+"""The orders in which the threads of a block may run; the module's set_order takes them."""
 
 SANITIZE = os.environ.get("CLOP_HOST_SANITIZE", "")
-"""What to compile with, as -fsanitize= takes it; the runtimes must then be loaded before Python (see `make sanitize`)."""
+"""The sanitizers to compile with, as -fsanitize= takes them. Their runtimes must load before Python (see `make sanitize`)."""
 
 
 def obstacle() -> str | None:
@@ -78,13 +78,16 @@ def load() -> ModuleType:
 
 @functools.cache
 def races() -> Path:
-    """The program of races.cpp. The scheduler is not instrumented: what fibers tell each other through it is no race."""
+    """The program of races.cpp, for ThreadSanitizer.
+
+    The scheduler is not instrumented, so ThreadSanitizer reports no race in the scheduler's own data, which all fibers share.
+    """
     flags = ["-O1", "-g1", "-fsanitize=thread"]
     return _build("host-thread", "races.cpp", "races", flags, ["-O1", "-g1", "-DCLOP_TSAN"], "-fsanitize=thread")
 
 
 def _build(variant: str, source: str, target: str, flags: list[str], scheduler_flags: list[str], link: str) -> Path:
-    """A source, the operators and simt.cpp to a library or a program, in a directory of its own."""
+    """Compiles a source, the operators and simt.cpp into a library or a program, in a directory of its own."""
     import ninja
 
     directory = ROOT / "build" / variant
@@ -126,8 +129,8 @@ rule link
 def as_backend(monkeypatch: pytest.MonkeyPatch, n_processors: int = 1, in_panels: bool = False) -> Iterator[Kernels]:
     """The backend ``cuda`` on this CPU, with zhat laid out as on a GPU; memory that it allocates begins as NaN.
 
-    A GPU of one processor gives a block its rows for itself; with many processors, blocks share rows where that pays.
-    ``in_panels`` takes the path of wide rows at any width, in panels of 32 rows.
+    On a GPU of one processor no blocks share rows. With many processors, blocks share rows where that saves time. ``in_panels``
+    takes the path of wide rows at any width, in panels of 32 rows.
     """
     kernels = Kernels(n_processors)
     here = tuple(
@@ -149,15 +152,16 @@ def as_backend(monkeypatch: pytest.MonkeyPatch, n_processors: int = 1, in_panels
 
 
 def stub_launches() -> None:
-    """From now on the backend ``cuda`` takes tensors of the CPU, and launches nothing: what is left of a call is the host's."""
+    """From now on the backend ``cuda`` takes CPU tensors and launches nothing: only the host's work in a call remains."""
     load().set_launches(False)
     cuda.kernels = torch.ops.clop_host
 
 
 class Kernels:
-    """``torch.ops.clop_native`` as the backend ``cuda`` calls it, on a GPU of ``n_processors`` that is this CPU.
+    """Stands in for ``torch.ops.clop_native``: runs the operators on this CPU, as on a GPU with ``n_processors`` processors.
 
-    What the kernels write begins as NaN, so that what they leave out shows; no kernel reads what is between the rows of zhat.
+    What the kernels write begins as NaN, so that numbers which they leave out show. The gaps between the rows of zhat are NaN
+    too, so that a kernel which reads them shows.
     """
 
     def __init__(self, n_processors: int = 2) -> None:
@@ -175,7 +179,7 @@ class Kernels:
 
     @property
     def shares(self) -> dict[str, tuple[int, int, int]]:
-        """Of the last "softmax" and "gradient" launch: how many blocks share left rows and right rows, and all blocks."""
+        """For the last "softmax" and "gradient" launch: how many blocks share left and right rows, and all blocks."""
         shares: dict[str, tuple[int, int, int]] = self.module.shares()
         return shares
 

@@ -38,7 +38,7 @@ class Pairs(NamedTuple):
     n_left: tl.tensor  # the number of rows on the left side, which come first; -1: no sides, a row meets all others
     views: tl.tensor  # positives by instance: the number of adjacent views, with two sides 1; positives by label: 0
     is_one_way: tl.tensor  # with two sides: only left rows have programs
-    negatives_only: tl.tensor  # positives are excluded from the pairs, as a row and itself are
+    negatives_only: tl.tensor  # positives are excluded from the pairs, as the diagonal is
 
 
 class Span(NamedTuple):

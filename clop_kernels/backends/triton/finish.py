@@ -58,10 +58,10 @@ def finish_kernel(
     prototypes,  # (K, D) float32 contiguous; empty if n_classes is 0
     upstream,  # () float32: the unit of w_i
     counts,  # (2,) float32: the numbers of anchors and of labelled rows
-    temperature,  # device.logit_scale
+    temperature,  # this and the next two: the arguments of device.logit_scale
     scale,
     scale_rest,
-    weight,  # device.known_weight
+    weight,  # this and the next one: the arguments of device.known_weight
     prototype_weight,
     grad_embeddings,  # (N, D) contiguous, by row, written
     temperature_sums,  # (programs,) float32, written: each program's part of dL/dtau

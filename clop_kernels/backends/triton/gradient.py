@@ -25,19 +25,20 @@ Near tiles, which may hold positives, the diagonal or the ragged end, take the m
 the splits. Each split writes and reads N D floats, for at most a few rounds of programs.
 
 The sums are stored as float32, and the remaining O(N D) work has its own launch. In this kernel that work would need three (M, D)
-tiles at once, which at D = 128 and 256 spilled 0.5 and 1.6 KB a thread. The spills would move as many bytes as the detour through
-memory does.
+tiles at once, which at D = 128 and 256 spilled 0.5 and 1.6 KB a thread. The spills would move the same number of bytes as the
+detour through memory does.
 
 Flops 4 N^2 D, exponentials N^2 (online: 2 N^2). float32 operations for each pair: scale, a_i + a_j, multiply, round. Bytes: each
 block of rows loads zhat once from L2, N^2 D itemsize / BLOCK_M in all; that is 2 BLOCK_M flops a byte in bfloat16. HBM: O(N D).
 With two sides, L + R = N, a program's columns are on the other side: replace N^2 by 2 L R.
 
-Units. w_i is 1 for an anchor, or its upstream gradient divided by the largest one, so that M <= 2 however the loss is scaled. In
-float16, whose numbers end at 6e-8, M is also multiplied by M_SCALE.
+Units. w_i is 1 for an anchor. With reduction "none" it is the row's upstream gradient, divided by the largest magnitude among all
+rows. Hence |M| <= 2, however the loss is scaled. In float16, whose smallest positive number is 6e-8, M is also multiplied by
+M_SCALE.
 
-Tiles with small M are not skipped. At tau = 0.1, a bound of half a bfloat16 digit per row either never holds; or, if ten classes
-are well separated, it skips all pairs that push the classes apart, which costs 40% of the gradient. There M_ij is small compared
-with w_i, but not compared with the gradient. Rounding M to bfloat16 costs 0.03% on the same rows.
+Tiles with small M are not skipped. A bound of half a bfloat16 digit for each row was tried at tau = 0.1. Either it never holds;
+or, if ten classes are well separated, it skips all pairs that push the classes apart, which costs 40% of the gradient: these M_ij
+are small compared with w_i, but not compared with the gradient. Rounding M to bfloat16 costs 0.03% on the same rows.
 """
 
 from __future__ import annotations
@@ -189,13 +190,13 @@ def row_gradient(
 def gradient_kernel(
     zhat,  # (N, D), by position
     coefficients,  # (4, N) float32: contract.Coefficients
-    groups,  # down to negatives_only: device.Pairs
+    groups,  # from here to negatives_only: the fields of device.Pairs
     n_rows,
     n_left,
     views,
     is_one_way,
     negatives_only,
-    temperature,  # device.logit_scale
+    temperature,  # this and the next two: the arguments of device.logit_scale
     scale,
     scale_rest,
     largest_unshifted,  # as in softmax_kernel
@@ -242,7 +243,7 @@ def coefficients_kernel(
     inverse_total,
     negative,
     row_weights,  # w_i, read if is_weighted; else all weights are 1
-    groups,  # down to negatives_only: device.Pairs
+    groups,  # from here to negatives_only: the fields of device.Pairs
     n_rows,
     n_left,
     views,

@@ -386,7 +386,7 @@ def pair_softmax(p: Problem) -> Plan:
 
 
 def pair_gradient(p: Problem) -> Plan:
-    """The separate backward pass over pairs: "sums", (splits, rows, D), times M_SCALE, one summand for each split."""
+    """The separate backward pass over pairs: "sums", (splits, rows, D): one summand for each split, multiplied by M_SCALE."""
     n_splits = gradient_splits(p)
     plan = _pairwise_sums(p, _of_pairs(p) | {"n_splits": n_splits})
     return Plan(plan.steps, {"sums": Scratch((n_splits, p.n_results, p.width), is_result=True), **plan.scratch})
@@ -440,7 +440,7 @@ def _pairwise_sums(p: Problem, constants: Values) -> Plan:
 
 
 def _for_matrix_units(p: Problem, constants: Values) -> tuple[Plan, dict[str, str]]:
-    """The launch that rounds the rows, if one is needed (device.as_operand), and the tensor that then takes zhat's place."""
+    """The launch that rounds the rows, if one is needed (device.as_operand), and the name that then replaces "zhat"."""
     if p.precision != "tf32":
         return _NOTHING, {}
     whole = tiles.whole_rows(p.width)
@@ -464,8 +464,9 @@ def _wide_products(p: Problem, constants: Values, names: dict[str, str]) -> Plan
                 "row_end": rows.stop,
                 "first_column": j,
                 "column_end": columns.stop,
-                # A row's sums start at its first column of panels, and a column's sums at the first row of panels. Later
-                # panels add.
+                # A panel in the first column of panels writes its rows' sums, and a panel in the first row writes its columns'
+                # sums. All other panels add. (Without sides, the rows of a later row of panels were begun, transposed, by the
+                # first row.)
                 "adds": int(j > column_base),
                 "adds_transposed": int(i > 0),
                 "n_straight": _programs(len(rows), product_tile),

@@ -9,9 +9,9 @@ Bytes: N D of input and N D of zhat; the prototypes come from cache. Flops: O(N 
 
 Order. By instance, position k is view k % V of instance k // V, or with two sides row k; this needs no table. By label, the table
 ``groups`` gives the order. Up to RANKED_INSTANCES labels, this kernel makes the table itself: each row counts the labels that
-sort before its own. These B^2 integer comparisons take a negligible time. For more labels they would not, and the table comes
-sorted from :func:`clop_kernels.groups.label_groups`. Both ways give the same order, and so the same bits. With two sides, the
-table is always sorted there.
+sort before its own. These B^2 integer comparisons take a negligible time. For more labels they would take too long, and the table
+comes sorted from :func:`clop_kernels.groups.label_groups`. Both ways give the same order, and so the same bits. With two sides,
+the table is always sorted there.
 """
 
 from __future__ import annotations

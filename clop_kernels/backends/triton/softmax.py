@@ -1,9 +1,9 @@
 """Second and third forward launch: the softmax statistics of each row of S = zhat zhat^T log2(e) / tau, then the loss.
 
-Tile picture. A program owns BLOCK_M rows and walks over columns, BLOCK_N at a time. S never leaves registers::
+Tile picture. A program owns BLOCK_M rows and walks over columns, BLOCK_N at a time, near tiles first. S never leaves registers::
 
                   far   near  near   far     ragged (near)
-    rows i  [ q ] | S |  | P | | P |  | S |   | S |        negative_i += sum_j 2^S_ij     over pairs that are not positives
+    rows i  [ q ] | S |  | P | | P |  | S |   | P |        negative_i += sum_j 2^S_ij     over pairs that are not positives
                                                            positive_i, sum of S_ip        over positives, in near tiles only
 
 If a whole row fits on chip (see tiles.py), the program's rows q stay there, and a column tile costs one load. Wider rows load
@@ -23,7 +23,7 @@ not compared. The picture is the same, with the positive runs in place of the di
 
 Unnormalised rows have unbounded similarities, and take the online maximum at any temperature.
 
-Negatives only: positives are left out of the sums, as a row itself is, and a row's term is the logarithm of its sum.
+Negatives only: positives are left out of the sums, as the diagonal is, and a row's term is the logarithm of its sum.
 
 The separate pass over pairs (pair_softmax) stores the sums themselves. With two sides it computes only the left rows, with half
 the programs, flops and bytes.
@@ -78,7 +78,7 @@ def similarities(
     IS_FAR: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """zhat_i . zhat_j for (M,) rows of one matrix and BLOCK_N columns, which are rows of another matrix.
+    """zhat_i . zhat_j for (M,) rows and BLOCK_N columns. Both are rows of zhat, counted from ``of_rows`` and ``of_columns``.
 
     For a far tile, ``columns`` is the first column; else it is all of them. q is the tile of the rows if a whole row fits on
     chip, and is unused otherwise.
@@ -166,7 +166,7 @@ def row_sums(
         negative += tl.sum(tl.exp2(s), 1)
     if ONLINE:
         # This changes nothing, since shift is never below LEAST_SHIFT. But if both paths ended in the same way, the compiler
-        # would merge their ends, and keep the tiles of both paths in registers.
+        # would merge their ends, and keep the column tiles of both paths in shared memory: at D = 128, 128 KB instead of 80.
         shift = tl.maximum(shift, LEAST_SHIFT)
     return shift, negative, positive, positive_logits
 
@@ -177,13 +177,13 @@ def row_sums(
 )
 def softmax_kernel(
     zhat,  # (N, D), by position
-    groups,  # down to negatives_only: device.Pairs
+    groups,  # from here to negatives_only: the fields of device.Pairs
     n_rows,
     n_left,
     views,
     is_one_way,
     negatives_only,
-    temperature,  # device.logit_scale
+    temperature,  # this and the next two: the arguments of device.logit_scale
     scale,
     scale_rest,
     largest_unshifted,  # up to this scale no similarity needs a shift; 0 for unnormalised rows, which always take one
@@ -227,7 +227,7 @@ def softmax_kernel(
 
 @triton.jit
 def contrastive_term(shift, negative, positive, positive_logits, n_positives):
-    """lse_i - mean_p s_ip, or lse_i for n_i = 0. Its cancellation loses no more than the rounding of the inputs already lost."""
+    """lse_i - mean_p s_ip, or lse_i for n_i = 0. Cancellation loses no more digits than the rounding of the statistics has."""
     total = negative + positive
     # log2(total) = exponent + log2(mantissa), with the mantissa in [1/2, 1). The large parts are subtracted first.
     bits = total.to(tl.int32, bitcast=True)
@@ -281,19 +281,19 @@ def loss_kernel(
     statistics,  # (splits, 4, N) float32, from softmax_kernel
     distances,  # (N,), by position
     labels,  # (B,) int64
-    groups,  # down to negatives_only: device.Pairs
+    groups,  # from here to negatives_only: the fields of device.Pairs
     n_rows,
     n_left,
     views,
     negatives_only,
-    temperature,  # device.logit_scale
+    temperature,  # checked if ``scale`` is 0; see device.logit_scale
     scale,
-    weight,  # device.known_weight
+    weight,  # this and the next one: the arguments of device.known_weight
     prototype_weight,
     shift_out,  # (N,), by position, written; so are the next two
     inverse_total_out,  # 0 for a row that is no anchor, which makes its part of every gradient zero
     negative_out,
-    loss,  # () float32, or with is_per_row (N,), by row, written
+    loss,  # written: () float32; with is_per_row (N,), in the order of rows
     counts,  # (2,) float32, written: the numbers of anchors and of labelled rows
     partial_sums,  # (5, programs), written: contrastive terms, distances, anchors, labelled rows, labels out of range
     n_finished,  # () int32, 0 at the start: the number of programs that have finished

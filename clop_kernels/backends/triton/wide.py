@@ -14,11 +14,11 @@ With two sides, the panels are those of left rows and right columns, each once. 
 never reaches from one side into the other. In a one-way pass, a panel is multiplied once, for the left rows.
 
 Flops: N^2 D + 2 N^2 D, fewer than the 4 N^2 D of the one-launch kernel; with two sides 2 L R D + 4 L R D instead of 8 L R D.
-Bytes: a panel of PANEL^2 numbers is written once and read twice, for 6 PANEL^2 D flops. That is D flops a
-byte in bfloat16, more than the operands' own 43 to 85 (tiles.py). In bfloat16, a panel of 4096 stays in an L2
-of 50 MB. In float32, at 64 MB, it does not.
-Predicted for float32 at N = 32768: the panels move 6.4 GB through device memory in 2 ms, which is little beside the products, of
-which each takes three in TF32. With panels of 2048, an H200 took 42 ms.
+Bytes: a panel of PANEL^2 numbers is written once and read twice, for 6 PANEL^2 D flops. That is D flops a byte in bfloat16, more
+than the operands' own 43 to 85 (tiles.py). In bfloat16, a panel of 4096 stays in an L2 of 50 MB. In float32, at 64 MB, it does
+not.
+Predicted for float32 at N = 32768: the panels move 6.4 GB through device memory in 2 ms. That is little beside the products, each
+of which takes three TF32 products. With panels of 2048, an H200 took 42 ms.
 Memory: 32 MB in bfloat16, 64 MB in float32; for N below PANEL, N PANEL numbers.
 Launches: 2 for each panel, (N / PANEL)^2 / 2 panels; with two sides L / PANEL times R / PANEL.
 The order of all sums is fixed: the same bits from run to run.
@@ -65,12 +65,12 @@ def pair_tile(s, rows, columns, is_near, coefficients, span, pairs, ONLINE: tl.c
 def pair_kernel(
     zhat,  # (N, D), by position
     coefficients,  # (4, N) float32: contract.Coefficients
-    groups,  # down to negatives_only: device.Pairs
+    groups,  # from here to negatives_only: the fields of device.Pairs
     n_rows,
     n_left,
     views,
     negatives_only,
-    temperature,  # device.logit_scale
+    temperature,  # this and the next two: the arguments of device.logit_scale
     scale,
     scale_rest,
     largest_unshifted,  # as in softmax_kernel
