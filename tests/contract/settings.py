@@ -96,8 +96,9 @@ class Setting:
                 yield kernels
         elif self.backend == "triton":
             interpreter.keep_rows_apart(monkeypatch)
+            interpreter.round_products_once(monkeypatch)
             if "is_wide" in self.arrangement:
-                interpreter.shrink_tiles(monkeypatch, splits_columns=True)
+                interpreter.shrink_tiles(monkeypatch, splits_columns=True, in_panel=32)
                 interpreter.set_wide(monkeypatch, **self.arrangement)
             yield
         else:
@@ -118,9 +119,6 @@ def _tiles_of(backend: str) -> list[Setting]:
     ]  # fmt: skip
 
 
-IN_SMALL_TILES = ("options", "forms", "negatives", "prototypes", "temperatures", "duplicates", "edges", "pairs")
-"""The groups for settings with small tiles. The groups "shapes" and "two sides" are left to the tiles as shipped."""
-
 SETTINGS = (
     *_tiles_of("tiled"),
     *_tiles_of("cpu"),
@@ -131,17 +129,20 @@ SETTINGS = (
         arrangement={"n_processors": 1000},
     ),
     Setting(
-        "cuda-on-host-in-panels", "cuda", (FLOAT32,), (FLOAT16,), ("shapes", "two sides", *IN_SMALL_TILES), most_rows=150,
+        "cuda-on-host-in-panels", "cuda", (FLOAT32,), (FLOAT16,),
+        ("shapes", "options", "forms", "two sides", "negatives", "prototypes", "duplicates", "edges", "pairs"), most_rows=150,
         widths=range(1, 41), arrangement={"in_panels": True},
     ),
     Setting("triton-interpreted", "triton", (FLOAT32,), (FLOAT16,), ("shapes", "two sides", "pairs"), most_rows=150),
     Setting(
-        "triton-interpreted-small-tiles", "triton", (FLOAT32,), (), IN_SMALL_TILES, 34, 70, range(1, 41),
+        "triton-interpreted-small-tiles", "triton", (FLOAT32,), (),
+        ("forms", "prototypes", "temperatures", "duplicates", "edges", "pairs"), 34, 70, range(1, 41),
         arrangement={"is_wide": False},
     ),
     # In small tiles a block of the wide rows' product takes 16 numbers of the width; wide rows must have more.
     Setting(
-        "triton-interpreted-in-panels", "triton", (FLOAT32,), (FLOAT16,), IN_SMALL_TILES, 34, 70, range(17, 41),
+        "triton-interpreted-in-panels", "triton", (FLOAT32,), (),
+        ("options", "forms", "negatives", "duplicates", "edges", "pairs"), 34, 70, range(17, 41),
         arrangement={"is_wide": True},
     ),
     *(Setting(f"{name}-on-gpu", name, (FLOAT32,), HALF, most_rows=10**6, device=GPU) for name in ("cuda", "triton")),

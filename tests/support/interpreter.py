@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 
@@ -28,8 +31,21 @@ def keep_rows_apart(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(TRITON.load(), "unit_rows", lambda z, dtype: with_nan_between_rows(contract.unit_rows(z, dtype)))
 
 
-def shrink_tiles(monkeypatch: pytest.MonkeyPatch, splits_columns: bool = False) -> None:
-    """Sets tiles of 16 x 16 and panels of 32; ``splits_columns`` splits the columns by 1, 2 or 3, by the number of blocks."""
+def round_products_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes s_ij and s_ji the same bits, as on a GPU. NumPy's float32 product sums them in different orders on some CPUs."""
+    from triton.runtime import interpreter
+
+    def product(a: np.ndarray, b: np.ndarray, dtype: np.dtype) -> np.ndarray:
+        return np.matmul(a.astype(np.float64), b.astype(np.float64)).astype(dtype)
+
+    monkeypatch.setattr(interpreter, "np", SimpleNamespace(**vars(np) | {"matmul": product}))
+
+
+def shrink_tiles(monkeypatch: pytest.MonkeyPatch, splits_columns: bool = False, in_panel: int = 16) -> None:
+    """Sets tiles of 16 x 16, panels of 32, and in these tiles of ``in_panel``.
+
+    ``splits_columns`` splits the columns by 1, 2 or 3, by the number of blocks.
+    """
     from clop_kernels.backends.triton import tiles
 
     def tile(width: int, dtype: torch.dtype) -> tiles.Tile:
@@ -38,8 +54,8 @@ def shrink_tiles(monkeypatch: pytest.MonkeyPatch, splits_columns: bool = False) 
     monkeypatch.setattr(tiles, "softmax", lambda width, dtype, target: tile(width, dtype))
     monkeypatch.setattr(tiles, "gradient", lambda width, dtype, target: tile(width, dtype))
     monkeypatch.setattr(tiles, "splits", lambda n_blocks, *_: 1 + n_blocks % 3 if splits_columns else 1)
-    monkeypatch.setattr(tiles, "pairs", lambda dtype: tiles.Tile(16, 16, 16, 4, 1))
-    monkeypatch.setattr(tiles, "product", lambda dtype, target: tiles.Tile(16, 16, 16, 4, 1))
+    monkeypatch.setattr(tiles, "pairs", lambda dtype: tiles.Tile(in_panel, in_panel, 16, 4, 1))
+    monkeypatch.setattr(tiles, "product", lambda dtype, target: tiles.Tile(in_panel, in_panel, 16, 4, 1))
     monkeypatch.setattr(tiles, "PANEL", 32)
 
 

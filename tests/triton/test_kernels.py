@@ -21,7 +21,15 @@ from clop_kernels import backends
 from clop_kernels.backends import contract
 from clop_kernels.backends.contract import LossOptions
 
-from ..support.interpreter import TRITON, interpreted, keep_rows_apart, set_wide, shrink_tiles, without_numpy_warnings
+from ..support.interpreter import (
+    TRITON,
+    interpreted,
+    keep_rows_apart,
+    round_products_once,
+    set_wide,
+    shrink_tiles,
+    without_numpy_warnings,
+)
 from ..support.oracle import (
     Problem,
     assert_accurate,
@@ -85,12 +93,7 @@ def rows_so_long_that_logits_are_in_thousands() -> Problem:
 @interpreted
 def test_long_rows(is_wide: bool, small_tiles: None, monkeypatch: pytest.MonkeyPatch) -> None:
     """As accurate as any others, where s_ij and s_ji are the same bits: in float64, and rounded once, they are."""
-    from triton.runtime import interpreter
-
-    def product(a: np.ndarray, b: np.ndarray, dtype: np.dtype) -> np.ndarray:
-        return np.matmul(a.astype(np.float64), b.astype(np.float64)).astype(dtype)
-
-    monkeypatch.setattr(interpreter, "np", SimpleNamespace(**vars(np) | {"matmul": product}))
+    round_products_once(monkeypatch)
     assert_accurate(rows_so_long_that_logits_are_in_thousands(), "triton", ill_conditioned=True)
 
 

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +13,6 @@ import clop_kernels
 from benchmarks import resources
 from clop_kernels.backends.contract import LossOptions
 
-from ..support import ROOT
 from ..support.interpreter import TRITON, interpreted, without_numpy_warnings
 from ..support.oracle import OPTIONS, random_problem
 
@@ -174,27 +169,3 @@ def test_compiled_kernels_are_launched_with_addresses(monkeypatch: pytest.Monkey
     of_one_pass = ("statistics", "distances", "coefficients", "sums", "groups", "counts")
     assert all(len(addresses[name]) == 1 for name in of_one_pass)
     assert len(set.union(*(addresses[name] for name in of_one_pass))) == len(of_one_pass)
-
-
-# ---- compiled code -----------------------------------------------------------------------------------------------------
-
-
-@interpreted
-def test_kernels_compile_without_spilling(tmp_path: Path) -> None:
-    """A few, to what the committed table says of them: .ci/run holds the whole table to be up to date.
-
-    These are for one kind of matrix units; tests/benchmarks/test_sass.py has another.
-    """
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    options = ("--targets", "100", "--dtypes", "bfloat16", "--dims", "16", "--all", "--csv", str(tmp_path / "found.csv"))
-    command = [sys.executable, "-m", "benchmarks.resources", *options]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert "0 faults" in done.stdout
-    found = resources.read_table(tmp_path / "found.csv")
-    kinds = {(row.sm, row.instructions) for row in found if row.kernel in resources.MATRIX_KERNELS}
-    assert kinds == {(100, "tcgen05")}
-    committed = {row.source: row for row in resources.read_table(resources.TABLES / f"triton-{resources.triton_version()}.csv")}
-    for row in found:
-        known = committed.get(row.source, row)  # named after the first case that launches it; some serve all widths
-        assert replace(known, D=row.D, dtype=row.dtype) == row
