@@ -44,10 +44,11 @@ venv: $(call WITH,package all) ## everything that development needs; then `. .ve
 # fixtures, until a process runs out of tests and takes some from another.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist worksteal
 
-test: $(call WITH,package all) ## the whole test suite
-	$(PYTEST)
+# What is left out here runs elsewhere: `make resources` runs the tests that compile GPU kernels, `make sanitize` those for races.
+test: $(call WITH,package all) ## the test suite
+	$(PYTEST) -m "not compiles and not races"
 
-test-fast: $(call WITH,package all) ## the test suite without the tests that are marked slow
+test-fast: $(call WITH,package all) ## a part of the suite: the public functions, and the backends tiled and cpu
 	$(PYTEST) -m "not slow"
 
 # The interpreter is not instrumented, so the sanitizers' runtimes are loaded first. All leaks are the interpreter's own, so they are
@@ -59,7 +60,8 @@ SANITIZED := LD_PRELOAD="$(RUNTIMES)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical
 
 sanitize: $(call WITH,package all) ## the tests of the compiled kernels, under AddressSanitizer and UBSan
-	$(SANITIZED) tests/host tests/contract -k host
+	$(PYTEST) tests/host -m races
+	$(SANITIZED) tests/host tests/contract -k host -m "not races"
 	CLOP_CUDA=0 CLOP_NATIVE=1 CLOP_SANITIZE=address,undefined $(BUILD)
 	$(SANITIZED) tests/cpu tests/contract -k "cpu and not memory_that and not does_not_load"; \
 		status=$$?; $(BUILD); exit $$status
@@ -86,6 +88,7 @@ bench: $(call WITH,package bench) ## time and memory against other libraries; wr
 	$(BIN)/python -m benchmarks.compare --preset $(PRESET) --output $(BENCH) --report
 
 resources: $(call WITH,package all) ## compile changed kernels, check registers and spills; RESOURCES=--update writes tables
+	$(PYTEST) -m compiles
 	$(BIN)/python -m benchmarks.resources_cuda
 	$(BIN)/python -m benchmarks.resources $(RESOURCES)
 	tools/test_versions.sh kernels $(RESOURCES)

@@ -19,6 +19,16 @@ from .support import world
 from .support.oracle import RUNNABLE
 from .support.world import World
 
+SLOW = ("benchmarks", "distributed", "examples", "gpu", "host", "project", "triton")
+"""The folders of tests that `make test-fast` leaves out, beside the simulated and interpreted kernels of the contract."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Marks the folders above as slow."""
+    for item in items:
+        if item.path.parent.name in SLOW:
+            item.add_marker(pytest.mark.slow)
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _one_thread() -> None:

@@ -197,6 +197,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[resources.Report]
     return resources.read_table(path)
 
 
+@pytest.mark.compiles
 @pytest.mark.parametrize("kernel", LIMITS)
 def test_far_loops_stay_short(kernel: str, compiled: list[resources.Report]) -> None:
     loops = [report.loop for report in compiled if report.kernel == kernel]

@@ -233,6 +233,7 @@ def test_a_time_is_of_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- processes -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.compiles
 def test_candidates_are_compiled_and_rejected_without_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("triton")
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))

@@ -28,6 +28,8 @@ def _reason(setting: Setting) -> str | None:
 
 def _param(setting: Setting, *values: Any, name: str = "") -> Any:
     marks = [pytest.mark.gpu] if setting.device == GPU else []
+    if setting.is_of_kernels:
+        marks.append(pytest.mark.slow)
     if (why := _reason(setting)) is not None:
         marks.append(pytest.mark.skip(reason=f"{setting.name} cannot run here: {why}"))
     return pytest.param(setting, *values, id=f"{setting.name}{', ' * bool(name)}{name}", marks=marks)

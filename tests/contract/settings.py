@@ -133,7 +133,7 @@ SETTINGS = (
         ("shapes", "options", "forms", "two sides", "negatives", "prototypes", "duplicates", "edges", "pairs"), most_rows=150,
         widths=range(1, 41), arrangement={"in_panels": True},
     ),
-    Setting("triton-interpreted", "triton", (FLOAT32,), (FLOAT16,), ("shapes", "two sides", "pairs"), most_rows=150),
+    Setting("triton-interpreted", "triton", (FLOAT32,), (FLOAT16,), ("shapes", "two sides", "pairs"), most_rows=130),
     Setting(
         "triton-interpreted-small-tiles", "triton", (FLOAT32,), (),
         ("forms", "prototypes", "temperatures", "duplicates", "edges", "pairs"), 34, 70, range(1, 41),

@@ -110,13 +110,13 @@ def run_races(*arguments: str) -> subprocess.CompletedProcess[str]:
     return done
 
 
-@pytest.mark.skipif(host.SANITIZE != "", reason="is instrumented by itself: runs in `make test`")
+@pytest.mark.races
 def test_a_planted_bug_is_a_race() -> None:
     assert run_races("none").returncode == 0
     assert "ThreadSanitizer: data race" in run_races("no barrier").stderr
 
 
-@pytest.mark.skipif(host.SANITIZE != "", reason="is instrumented by itself: runs in `make test`")
+@pytest.mark.races
 def test_no_kernel_has_a_race() -> None:
     """By ThreadSanitizer, for which fibers are threads that only barriers order."""
     done = run_races()

@@ -115,6 +115,7 @@ def test_every_architecture_is_in_the_binary(resources_cuda: ModuleType) -> None
     assert portable == {arch[1] for arch in archs if arch and arch[2]}
 
 
+@pytest.mark.compiles
 def test_no_kernel_spills_or_lacks_matrix_instructions(resources_cuda: ModuleType) -> None:
     reports = resources_cuda.reports()
     kernels = {report.kernel for report in reports}

@@ -38,6 +38,7 @@ def test_a_training_compiles_in_its_first_step_alone() -> None:
         assert set(of_width["kernels"].values()) == {1}, of_width["kernels"]
 
 
+@pytest.mark.compiles
 def test_the_tests_of_a_gpu_compile_few_variants(tmp_path: Path) -> None:
     """Those that need more than launches fail there, after they have launched; their verdict is not asked for."""
     path = tmp_path / "variants.json"
@@ -64,6 +65,7 @@ def test_the_tests_of_a_gpu_compile_few_variants(tmp_path: Path) -> None:
     assert 200 < sum(counts.values()) <= MOST_OF_THE_GPU_TESTS, counts
 
 
+@pytest.mark.compiles
 def test_nothing_is_left_to_compile_after_a_warm_up(tmp_path: Path) -> None:
     """Of a width of 16, which compiles fastest, for an H200."""
     cache = {"TRITON_CACHE_DIR": str(tmp_path)}
