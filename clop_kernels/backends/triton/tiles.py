@@ -3,8 +3,8 @@
 A tile depends on the width, the dtype and the GPU, but never on the number of rows: another batch size compiles nothing. Every
 tile compiles without spilling and fits in the shared memory of its GPU. ``python -m benchmarks.resources`` shows this for sm_80,
 sm_90, sm_100 and sm_120, and CI checks it. If several tiles qualify, the entry has the most flops per byte of L2, unless
-measurements decided. ``python -m benchmarks.tile_sweep`` makes the measurements, and tests/benchmarks/test_tile_sweep.py checks entries
-against them.
+measurements decided. ``python -m benchmarks.tile_sweep`` makes the measurements, and a test in tests/benchmarks
+checks the entries against them.
 
 Decided by measurements on an H200 (sm_90), in bfloat16 (benchmarks/results/tiles/sm_90.csv, made before columns were split):
 
