@@ -29,6 +29,13 @@ print(float(loss))
 """
 
 
+def test_import_without_torch_names_the_remedy() -> None:
+    script = "import sys; sys.modules['torch'] = None; import clop_kernels"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.rstrip().endswith("torch is not installed: `pip install torch`")
+
+
 def test_import_needs_nothing_but_torch() -> None:
     command = [sys.executable, "-W", "ignore", "-c", IMPORT_WITH_NOTHING_BUT_TORCH]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
