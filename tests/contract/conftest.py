@@ -71,9 +71,8 @@ TABLES = {"case": _of_cases, "edge": _of_edges, "pairs": _of_pairs}
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Runs a test for every setting, and where it takes a ``case``, ``edge`` or ``pairs``, for each that the setting takes.
 
-    The mark ``takes`` keeps those that take rows of its ``width`` (by
-    default 4) and its ``dtype``; with ``kernels``, those that launch kernels; with ``as_shipped``, those that divide their work
-    as users get it.
+    The mark ``takes`` keeps those that take rows of its ``width`` (by default 4) and its ``dtype``; with ``kernels``, those that
+    launch kernels; with ``as_shipped``, those that divide their work as users get it.
     """
     names = metafunc.fixturenames
     if "setting" not in names:

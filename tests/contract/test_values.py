@@ -22,7 +22,7 @@ from ..support.oracle import (
     two_sided_problem,
 )
 from . import cases
-from .settings import FLOAT16, FLOAT32, FLOAT64, GPU, HALF, Setting
+from .settings import FLOAT32, FLOAT64, GPU, HALF, Setting
 
 pytestmark = without_numpy_warnings
 
@@ -52,8 +52,9 @@ def test_passes_over_pairs_alone(
     temperature, n_classes, normalize, on_device = passes
     on_gpu = setting.device == GPU
     known: dict[str, Any] = {"normalize": normalize, "n_classes": n_classes, "device": setting.device}
-    if dtype in HALF and setting.is_of_kernels:  # M is rounded to the dtype, by half a unit an entry
-        known["gradient_tolerance"] = (2 if dtype == FLOAT16 or on_gpu else 1) * torch.finfo(dtype).eps
+    if dtype in HALF and setting.is_of_kernels:  # M is rounded to the dtype, by half a unit an entry; more in the interpreter
+        units = 1.0 if on_gpu else 2.0 if setting.backend == "triton" else 0.5
+        known["gradient_tolerance"] = units * torch.finfo(dtype).eps
     if on_gpu:
         known["slack"] = 16.0  # matrix units cut their sums off where others round
     tau = torch.tensor(temperature) if on_device and setting.is_of_kernels else temperature
